@@ -1,0 +1,133 @@
+/* fastattn: exact attention on multicore CPUs.  The whole C interface of the library.
+ *
+ * Nothing here or below csrc/ knows Python.  The caller (fastattn/_core.pyx) has validated every
+ * shape, dtype and value; C states the same rules as FA_ASSERT, which test builds switch on.
+ *
+ * Strides are in BYTES and may be zero, negative or no multiple of the element size: NumPy allows
+ * all three, and every element of caller memory is read and written at the pack and store edges of
+ * the kernels only, one exact element at a time where a vector would reach past the last one.
+ */
+#ifndef FASTATTN_H
+#define FASTATTN_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+/* Leading ("batch") dimensions of a call.  NumPy has at most 64 dimensions, and the last three of
+ * an attention operand are head, sequence and feature. */
+#define FA_MAX_BATCH_DIMS 61
+
+enum fa_status {
+    FA_OK = 0,
+    FA_NO_MEMORY,   /* an allocation failed; nothing was written or the outputs are partial */
+    FA_OVERFLOW,    /* a size does not fit in 64 bits */
+    FA_INTERRUPTED, /* the poll callback asked to stop; the outputs are partial */
+    FA_NO_THREAD,   /* a forked child could not start the thread that carries its team */
+};
+
+enum fa_dtype { FA_F32 = 0, FA_F64 = 1 };
+
+enum fa_softmax_axis {
+    FA_SOFTMAX_KEYS = 0,    /* weights of each query sum to one over the keys */
+    FA_SOFTMAX_QUERIES = 1, /* weights of each key sum to one over the queries */
+};
+
+/* An input array.  data == NULL: the operand is absent.  Element (b..., h, i, j) lies at
+ *   data + sum(b[x] * batch[x]) + h * head + i * row + j * col.
+ * Operands that lack an axis hold stride 0 there. */
+struct fa_input {
+    const void *data;
+    int64_t batch[FA_MAX_BATCH_DIMS];
+    int64_t head, row, col;
+};
+
+/* An output array, addressed the same way.  No two elements share memory. */
+struct fa_output {
+    void *data;
+    int64_t batch[FA_MAX_BATCH_DIMS];
+    int64_t head, row, col;
+};
+
+/* One call of attention.  All sizes are >= 0.  Aliasing: `out` and `lse` overlap no input, with one
+ * exception: `residual` may be exactly `out` (same address, same strides). */
+struct fa_attention_params {
+    enum fa_dtype dtype;          /* of q, k, v, out, residual and lse */
+    enum fa_dtype bias_dtype;     /* of bias */
+    enum fa_softmax_axis softmax_axis;
+
+    int64_t batch_ndim;           /* 0 .. FA_MAX_BATCH_DIMS */
+    int64_t batch_shape[FA_MAX_BATCH_DIMS];
+    int64_t num_heads, num_kv_heads; /* num_heads is a multiple of num_kv_heads */
+    int64_t seqlen_q, seqlen_k;
+    int64_t head_dim, head_dim_v;
+
+    struct fa_input q;            /* (batch..., num_heads, seqlen_q, head_dim) */
+    struct fa_input k;            /* (batch..., num_kv_heads, seqlen_k, head_dim) */
+    struct fa_input v;            /* (batch..., num_kv_heads, seqlen_k, head_dim_v) */
+    struct fa_output out;         /* (batch..., num_heads, seqlen_q, head_dim_v) */
+    struct fa_output lse;         /* nullable; (batch..., num_heads, seqlen_q), one per `row`;
+                                   * softmax over queries: (batch..., num_heads, seqlen_k) */
+    struct fa_input residual;     /* nullable; shape of out; added to it */
+
+    double scale;                 /* finite or not: multiplies <q_i, k_j> */
+    double softcap;               /* 0: none; else > 0 and finite */
+    struct fa_input bias;         /* nullable; (batch..., num_heads, seqlen_q, seqlen_k) */
+    struct fa_input alibi_slopes; /* nullable; float64 (batch..., num_heads) */
+    struct fa_input sinks;        /* nullable; float64 (num_heads,); softmax over keys only */
+
+    struct fa_input mask;         /* nullable; one byte each, non-zero = takes part;
+                                   * (batch..., num_heads, seqlen_q, seqlen_k) */
+    struct fa_input kv_lengths;   /* nullable; int64 (batch...), each 0 .. seqlen_k */
+    struct fa_input q_offset;     /* nullable: bottom-right; int64 (batch...), |x| <= 2^60 */
+    struct fa_input q_segment_ids; /* nullable, with k_segment_ids; int64 (batch..., seqlen_q) in row */
+    struct fa_input k_segment_ids; /* int64 (batch..., seqlen_k), its sequence axis in `row` */
+    bool causal;                  /* j <= i + q_offset */
+    int64_t window_left;          /* < 0: open; else i + q_offset - window_left <= j; <= 2^60 */
+    int64_t window_right;         /* < 0: open; else j <= i + q_offset + window_right; <= 2^60 */
+
+    int num_threads;              /* >= 1: the most threads that may work on this call */
+
+    /* nullable; called now and then by the calling thread only.  Non-zero: stop, return
+     * FA_INTERRUPTED. */
+    int (*poll)(void *poll_arg);
+    void *poll_arg;
+};
+
+/* What a call would do. */
+struct fa_attention_plan {
+    int64_t block_q, block_k, tile_q; /* rows per task, keys per block, rows per score tile */
+    int64_t mr, nr, vl;               /* register tile rows and columns, lanes, in elements */
+    int64_t num_tasks;
+    int64_t num_threads;              /* that would work: never more than asked or than tasks */
+    int64_t workspace_bytes;          /* allocated for the call, all threads together */
+    int64_t tiles_total;              /* score tiles (tile_q rows x block_k keys) of the problem */
+    int64_t tiles_computed;           /* of these, the ones that no mask rules out */
+};
+
+struct fa_kernels; /* kernels.h */
+
+/* The kernel sets that this build holds and this CPU and OS run, best first; NULL past the end. */
+const struct fa_kernels *fa_kernels_available(int index);
+/* The set with that name, or NULL if it is not built in or cannot run here. */
+const struct fa_kernels *fa_kernels_by_name(const char *name);
+/* Every name this library knows, built in or not, in dispatch order; NULL past the end. */
+const char *fa_kernels_known_name(int index);
+const char *fa_kernels_name(const struct fa_kernels *kernels);
+
+/* Compute attention.  `kernels` and `params` are read only and not kept. */
+enum fa_status fa_attention(const struct fa_attention_params *params, const struct fa_kernels *kernels);
+
+/* Say what fa_attention would do.  Reads mask and segment ids (to count tiles), nothing else;
+ * data pointers of q, k, v and out may be NULL. */
+enum fa_status fa_attention_describe(const struct fa_attention_params *params,
+                                     const struct fa_kernels *kernels,
+                                     struct fa_attention_plan *plan);
+
+/* Whether the library was built with OpenMP. */
+bool fa_has_openmp(void);
+/* The OpenMP runtime's present thread limit for this thread (omp_get_max_threads), 1 without OpenMP.
+ * threadpoolctl and torch.set_num_threads lower it. */
+int fa_openmp_max_threads(void);
+
+#endif

@@ -1,0 +1,61 @@
+"""The one door to C.  Every argument is already validated, broadcast and allocated."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+def attention(
+    isa: str,
+    q: NDArray[Any],
+    k: NDArray[Any],
+    v: NDArray[Any],
+    out: NDArray[Any],
+    lse: NDArray[Any] | None,
+    residual: NDArray[Any] | None,
+    scale: float,
+    softcap: float,
+    bias: NDArray[Any] | None,
+    alibi_slopes: NDArray[np.float64] | None,
+    sinks: NDArray[np.float64] | None,
+    mask: NDArray[np.bool_] | None,
+    kv_lengths: NDArray[np.int64] | None,
+    q_offset: NDArray[np.int64] | None,
+    q_segment_ids: NDArray[np.int64] | None,
+    k_segment_ids: NDArray[np.int64] | None,
+    causal: bool,
+    window_left: int,
+    window_right: int,
+    softmax_over_queries: bool,
+    num_threads: int,
+) -> None: ...
+def describe(
+    isa: str,
+    q: NDArray[Any],
+    k: NDArray[Any],
+    v: NDArray[Any],
+    out: NDArray[Any],
+    lse: NDArray[Any] | None,
+    residual: NDArray[Any] | None,
+    scale: float,
+    softcap: float,
+    bias: NDArray[Any] | None,
+    alibi_slopes: NDArray[np.float64] | None,
+    sinks: NDArray[np.float64] | None,
+    mask: NDArray[np.bool_] | None,
+    kv_lengths: NDArray[np.int64] | None,
+    q_offset: NDArray[np.int64] | None,
+    q_segment_ids: NDArray[np.int64] | None,
+    k_segment_ids: NDArray[np.int64] | None,
+    causal: bool,
+    window_left: int,
+    window_right: int,
+    softmax_over_queries: bool,
+    num_threads: int,
+) -> dict[str, int]: ...
+def available_isas() -> tuple[str, ...]: ...
+def known_isas() -> tuple[str, ...]: ...
+def selected_isa() -> str: ...
+def has_openmp() -> bool: ...
+def openmp_max_threads() -> int: ...
+def build_info() -> dict[str, str]: ...
