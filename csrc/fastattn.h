@@ -124,6 +124,10 @@ enum fa_status fa_attention_describe(const struct fa_attention_params *params,
                                      const struct fa_kernels *kernels,
                                      struct fa_attention_plan *plan);
 
+/* Call once, at import and before any fork: lets a forked child know that the OpenMP threads of its
+ * parent are gone.  FA_NO_MEMORY if the handler cannot be registered. */
+enum fa_status fa_watch_fork(void);
+
 /* Whether the library was built with OpenMP. */
 bool fa_has_openmp(void);
 /* The OpenMP runtime's present thread limit for this thread (omp_get_max_threads), 1 without OpenMP.

@@ -1,0 +1,64 @@
+/* Softmax over the queries of each key, first pass: for every key the maximum and the sum of
+ * exp2(score - maximum) over the queries that it takes part in.
+ *
+ *   for each task (batch, head, block_k keys)                     threads, one atomic counter
+ *     pack the keys
+ *     for each tile of FA_TILE_Q rows that may see one of them
+ *       scores = q k^T, options applied
+ *       running column maxima and sums, lanes along the keys
+ *
+ * The second pass is the loop nest of forward.c with weights exp2(score - maximum) / sum, computed from
+ * the same scores bit for bit.  Three matrix products in all, and two numbers per key of memory.
+ */
+#include "forward.h"
+#include "scores.h"
+
+static void run_column_task(struct fa_job *job, int64_t index, int thread)
+{
+    const struct fa_forward *forward = job->context;
+    const struct fa_geometry *g = forward->geometry;
+    const struct fa_ops *ops = g->ops;
+    const int64_t size = (int64_t)ops->size;
+    const int64_t key_block = index % g->key_blocks, head_index = index / g->key_blocks;
+    const int64_t block_key = key_block * g->block_k;
+    const int64_t keys = fa_min(g->block_k, g->params->seqlen_k - block_key);
+    struct fa_workspace ws = fa_workspace_of(g, forward->workspaces, thread);
+    char *col_max = forward->col_max + fa_column_offset(g, head_index, key_block);
+    char *col_sum = forward->col_inverse + fa_column_offset(g, head_index, key_block);
+    struct fa_head head;
+    bool packed = false;
+
+    fa_head_init(&head, g, head_index);
+    ops->column_begin(col_max, col_sum, (size_t)g->block_k);
+    for (int64_t row = 0; row < g->rows; row += FA_TILE_Q) {
+        struct fa_tile tile;
+        if (fa_job_checkpoint(job, thread)) {
+            return;
+        }
+        int64_t rows = fa_min(FA_TILE_Q, g->rows - row);
+        if (!fa_tile_init(&tile, &head, &ws, row, rows, 0, block_key)) {
+            continue;
+        }
+        if (!packed) {
+            fa_pack_keys(&head, &ws, block_key, keys);
+            packed = true;
+        }
+        fa_load_rows(&head, &ws, row, rows);
+        fa_tile_scores(&tile, &ws);
+        ops->column_update(fa_tile_score_data(&tile, &ws), (size_t)g->block_k, (size_t)rows,
+                           (size_t)tile.columns, col_max + tile.begin * size,
+                           col_sum + tile.begin * size);
+    }
+    const struct fa_output *lse = &g->params->lse;
+    ops->column_finish(col_max, col_sum, (size_t)keys, (size_t)g->block_k,
+                       head.lse == NULL ? NULL : head.lse + block_key * lse->row, lse->row);
+}
+
+enum fa_status fa_column_softmax(struct fa_forward *forward, struct fa_job *job)
+{
+    const struct fa_geometry *g = forward->geometry;
+    job->run = run_column_task;
+    job->num_tasks = g->batch * g->heads * g->key_blocks;
+    job->num_threads = (int)fa_min(g->num_threads, fa_max(job->num_tasks, 1));
+    return fa_job_run(job);
+}

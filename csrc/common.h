@@ -1,0 +1,54 @@
+/* Small things every C file needs: assertions, checked sizes, alignment.  The only file outside
+ * kernels/ that uses compiler extensions. */
+#ifndef FA_COMMON_H
+#define FA_COMMON_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+/* Contracts that the Python side has already enforced; checked in test builds (FASTATTN_DEBUG=1). */
+#ifdef FA_DEBUG
+#include <assert.h>
+#define FA_ASSERT(condition) assert(condition)
+#else
+#define FA_ASSERT(condition) ((void)0)
+#endif
+
+/* Bytes.  One cache line, and the widest vector of any kernel set (AVX-512). */
+#define FA_ALIGNMENT 64
+
+static inline int64_t fa_min(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+
+static inline int64_t fa_max(int64_t a, int64_t b)
+{
+    return a > b ? a : b;
+}
+
+/* For a >= 0 and b > 0, without the overflow of (a + b - 1). */
+static inline int64_t fa_ceil_div(int64_t a, int64_t b)
+{
+    return a / b + (a % b != 0);
+}
+
+/* *total += count * size, rounded up to FA_ALIGNMENT.  False when it leaves int64. */
+static inline bool fa_add_bytes(int64_t *total, int64_t count, int64_t size)
+{
+    int64_t bytes;
+    if (__builtin_mul_overflow(count, size, &bytes) ||
+        __builtin_add_overflow(bytes, FA_ALIGNMENT - 1, &bytes)) {
+        return false;
+    }
+    bytes -= bytes % FA_ALIGNMENT;
+    return !__builtin_add_overflow(*total, bytes, total);
+}
+
+static inline bool fa_multiply(int64_t a, int64_t b, int64_t *product)
+{
+    return !__builtin_mul_overflow(a, b, product);
+}
+
+#endif

@@ -1,0 +1,50 @@
+#include "cpu_features.h"
+
+#if defined(__x86_64__) || defined(__i386__)
+
+#include <cpuid.h>
+#include <stdint.h>
+
+/* Bits of CPUID leaf 1 ECX, leaf 7 EBX, and XCR0 (Intel SDM volume 2A, CPUID; volume 1, 13.3). */
+#define LEAF1_ECX_FMA (1u << 12)
+#define LEAF1_ECX_OSXSAVE (1u << 27)
+#define LEAF1_ECX_AVX (1u << 28)
+#define LEAF1_ECX_F16C (1u << 29)
+#define LEAF7_EBX_BMI1 (1u << 3)
+#define LEAF7_EBX_AVX2 (1u << 5)
+#define LEAF7_EBX_BMI2 (1u << 8)
+#define XCR0_SSE_AVX 0x6u
+
+static bool has_all(uint32_t bits, uint32_t wanted)
+{
+    return (bits & wanted) == wanted;
+}
+
+/* XGETBV is legal only where CPUID reports OSXSAVE. */
+static uint32_t read_xcr0(void)
+{
+    uint32_t low, high;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return low;
+}
+
+bool fa_cpu_has_avx2(void)
+{
+    uint32_t eax, ebx, ecx, edx;
+    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) ||
+        !has_all(ecx, LEAF1_ECX_FMA | LEAF1_ECX_OSXSAVE | LEAF1_ECX_AVX | LEAF1_ECX_F16C) ||
+        !has_all(read_xcr0(), XCR0_SSE_AVX)) {
+        return false;
+    }
+    return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) &&
+           has_all(ebx, LEAF7_EBX_BMI1 | LEAF7_EBX_AVX2 | LEAF7_EBX_BMI2);
+}
+
+#else
+
+bool fa_cpu_has_avx2(void)
+{
+    return false;
+}
+
+#endif

@@ -1,0 +1,10 @@
+/* What this CPU can do and this operating system lets it do. */
+#ifndef FA_CPU_FEATURES_H
+#define FA_CPU_FEATURES_H
+
+#include <stdbool.h>
+
+/* x86-64-v3: AVX2, FMA, F16C, BMI1, BMI2, and an OS that saves the YMM registers. */
+bool fa_cpu_has_avx2(void);
+
+#endif

@@ -1,0 +1,61 @@
+/* What fa_attention would do, from the same geometry and the same tiles, without doing it. */
+#include "forward.h"
+#include "scores.h"
+
+/* Tiles of one head that some key takes part in. */
+static int64_t count_tiles(const struct fa_geometry *g, const struct fa_head *head,
+                           struct fa_workspace *ws)
+{
+    int64_t count = 0;
+    for (int64_t row = 0; row < g->rows; row += FA_TILE_Q) {
+        int64_t rows = fa_min(FA_TILE_Q, g->rows - row);
+        for (int64_t block = 0; block < g->params->seqlen_k; block += g->block_k) {
+            struct fa_tile tile;
+            count += fa_tile_init(&tile, head, ws, row, rows, 0, block);
+        }
+    }
+    return count;
+}
+
+enum fa_status fa_attention_describe(const struct fa_attention_params *params,
+                                     const struct fa_kernels *kernels, struct fa_attention_plan *plan)
+{
+    struct fa_geometry g;
+    int64_t per_thread, total;
+    enum fa_status status = fa_geometry_init(&g, params, fa_ops_for(kernels, params->dtype));
+    if (status != FA_OK) {
+        return status;
+    }
+    if (!fa_workspace_bytes(&g, &per_thread) || !fa_multiply(per_thread, g.num_threads, &total)) {
+        return FA_OVERFLOW;
+    }
+    const int64_t heads = g.batch * g.heads;
+    const int64_t tasks = heads * g.dv_blocks * g.row_blocks;
+    if (params->softmax_axis == FA_SOFTMAX_QUERIES) {
+        total += 2 * heads * g.key_blocks * g.block_k * (int64_t)g.ops->size;
+    }
+    *plan = (struct fa_attention_plan){
+        .block_q = g.block_q,
+        .block_k = g.block_k,
+        .tile_q = FA_TILE_Q,
+        .mr = (int64_t)g.ops->mr,
+        .nr = (int64_t)g.ops->nr,
+        .vl = (int64_t)g.ops->vl,
+        .num_tasks = tasks,
+        .num_threads = fa_min(g.num_threads, fa_max(tasks, 1)),
+        .workspace_bytes = total,
+        .tiles_total = heads * fa_ceil_div(g.rows, FA_TILE_Q) * g.key_blocks,
+    };
+    char *memory = fa_allocate(per_thread);
+    if (memory == NULL) {
+        return FA_NO_MEMORY;
+    }
+    struct fa_workspace ws = fa_workspace_of(&g, memory, 0);
+    for (int64_t i = 0; i < heads; i++) {
+        struct fa_head head;
+        fa_head_init(&head, &g, i);
+        plan->tiles_computed += count_tiles(&g, &head, &ws);
+    }
+    fa_release(memory);
+    return FA_OK;
+}

@@ -1,0 +1,65 @@
+/* The table of kernel sets.  Selection is the caller's: it asks once, at import, and passes the pointer
+ * down; nothing here remembers it. */
+#include <stdbool.h>
+#include <stddef.h>
+#include <string.h>
+
+#include "cpu_features.h"
+#include "kernels.h"
+
+static bool always(void)
+{
+    return true;
+}
+
+/* Best first.  kernels == NULL: a name we know that this build leaves out. */
+static const struct entry {
+    const char *name;
+    const struct fa_kernels *kernels;
+    bool (*runs_here)(void);
+} table[] = {
+#ifdef FA_HAVE_AVX2
+    {"avx2", &fa_kernels_avx2, fa_cpu_has_avx2},
+#else
+    {"avx2", NULL, NULL},
+#endif
+    {"scalar", &fa_kernels_scalar, always},
+};
+
+#define TABLE_LENGTH (sizeof table / sizeof table[0])
+
+static const struct fa_kernels *usable(const struct entry *entry)
+{
+    return entry->kernels != NULL && entry->runs_here() ? entry->kernels : NULL;
+}
+
+const struct fa_kernels *fa_kernels_available(int index)
+{
+    for (size_t i = 0; i < TABLE_LENGTH; i++) {
+        const struct fa_kernels *kernels = usable(&table[i]);
+        if (kernels != NULL && index-- == 0) {
+            return kernels;
+        }
+    }
+    return NULL;
+}
+
+const struct fa_kernels *fa_kernels_by_name(const char *name)
+{
+    for (size_t i = 0; i < TABLE_LENGTH; i++) {
+        if (strcmp(table[i].name, name) == 0) {
+            return usable(&table[i]);
+        }
+    }
+    return NULL;
+}
+
+const char *fa_kernels_known_name(int index)
+{
+    return index >= 0 && (size_t)index < TABLE_LENGTH ? table[index].name : NULL;
+}
+
+const char *fa_kernels_name(const struct fa_kernels *kernels)
+{
+    return kernels->name;
+}

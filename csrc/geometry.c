@@ -1,0 +1,205 @@
+#include "geometry.h"
+
+#include <string.h>
+
+/* Bytes of a row of the score tile: 24 rows are 12 KiB, which leaves the Q rows and a packed panel
+ * their place in a 32 KiB L1. */
+#define SCORE_ROW_BYTES 512
+
+/* Bytes of packed K per block: with V's equal share half of a 256 KiB L2, the smallest in use.  Long
+ * heads halve the block, down to what a register tile of any set divides. */
+#define KEY_BLOCK_BYTES (64 * 1024)
+#define MIN_BLOCK_K 32
+
+/* Bytes of packed Q rows and accumulators per task: they pass through L1 once per key block, from L2,
+ * beside K and V.  Larger blocks pack K and V less often: packing costs 2 to 3 cycles per 8 elements
+ * against block_q * head_dim / 4 cycles of products. */
+#define ROW_BLOCK_BYTES (128 * 1024)
+
+/* Columns of V per task.  Beyond it the scores are computed again per block of columns, so that no
+ * buffer grows with head_dim_v; at 1024 that costs at most head_dim / 1024 of the work. */
+#define BLOCK_DV 1024
+
+/* Tasks per thread below which a block of rows is halved, for balance at the end of a call. */
+#define MIN_TASKS_PER_THREAD 4
+
+/* Multiply-adds that pay for waking one more thread: about 10 us at 50 per nanosecond, several times
+ * the cost of entering a parallel region. */
+#define WORK_PER_THREAD 5e5
+
+static int64_t round_up(int64_t x, int64_t step)
+{
+    return fa_ceil_div(x, step) * step;
+}
+
+static int64_t choose_block_k(const struct fa_geometry *g)
+{
+    int64_t size = (int64_t)g->ops->size;
+    int64_t block_k = SCORE_ROW_BYTES / size;
+    while (block_k > MIN_BLOCK_K && block_k * size > KEY_BLOCK_BYTES / fa_max(g->depth, 1)) {
+        block_k /= 2;
+    }
+    return block_k;
+}
+
+static int64_t choose_block_q(const struct fa_geometry *g)
+{
+    int64_t size = (int64_t)g->ops->size;
+    int64_t width = fa_max(1, g->depth + fa_min(g->params->head_dim_v, g->block_dv));
+    int64_t tiles = fa_max(1, fa_min(8, ROW_BLOCK_BYTES / size / width / FA_TILE_Q));
+    int64_t heads = g->batch * g->heads * g->dv_blocks;
+    while (tiles > 1 && g->num_threads > 1 &&
+           heads * fa_ceil_div(g->rows, tiles * FA_TILE_Q) < MIN_TASKS_PER_THREAD * g->num_threads) {
+        tiles /= 2;
+    }
+    return fa_min(tiles * FA_TILE_Q, round_up(g->rows, (int64_t)g->ops->mr));
+}
+
+/* Threads that the work pays for; task counts may lower it further. */
+static int choose_num_threads(const struct fa_geometry *g)
+{
+    const struct fa_attention_params *p = g->params;
+    double work = (double)g->batch * (double)g->heads * (double)g->rows * (double)p->seqlen_k *
+                  (double)(p->head_dim + p->head_dim_v + 1);
+    double paid = 1 + work / WORK_PER_THREAD;
+    return paid < p->num_threads ? (int)paid : p->num_threads;
+}
+
+enum fa_status fa_geometry_init(struct fa_geometry *geometry, const struct fa_attention_params *params,
+                                const struct fa_ops *ops)
+{
+    struct fa_geometry g = {.params = params, .ops = ops, .batch = 1};
+    bool over_keys = params->softmax_axis == FA_SOFTMAX_KEYS;
+
+    FA_ASSERT(params->num_heads >= 0 && params->num_kv_heads >= 0);
+    FA_ASSERT(params->num_heads == 0 || params->num_heads % params->num_kv_heads == 0);
+    FA_ASSERT(params->batch_ndim >= 0 && params->batch_ndim <= FA_MAX_BATCH_DIMS);
+    FA_ASSERT(params->num_threads >= 1);
+
+    g.stacked = over_keys && params->num_kv_heads > 0 ? params->num_heads / params->num_kv_heads : 1;
+    g.heads = over_keys ? params->num_kv_heads : params->num_heads;
+    for (int64_t i = 0; i < params->batch_ndim; i++) {
+        if (!fa_multiply(g.batch, params->batch_shape[i], &g.batch)) {
+            return FA_OVERFLOW;
+        }
+    }
+    /* The task index and every padded size stay below 2^63. */
+    int64_t heads, tasks, padded;
+    if (!fa_multiply(g.batch, g.heads, &heads) ||
+        !fa_multiply(params->seqlen_q, g.stacked, &g.rows) ||
+        !fa_multiply(fa_max(heads, 1), fa_max(g.rows, params->seqlen_k), &tasks) ||
+        !fa_multiply(params->head_dim, 4 * FA_DEPTH_UNROLL, &padded) ||
+        !fa_multiply(fa_max(tasks, 1), fa_ceil_div(params->head_dim_v, BLOCK_DV) + 1, &padded) ||
+        !fa_multiply(fa_max(g.rows, params->seqlen_k), 4 * FA_TILE_Q, &padded)) {
+        return FA_OVERFLOW;
+    }
+    g.depth = round_up(params->head_dim, FA_DEPTH_UNROLL);
+    g.block_k = choose_block_k(&g);
+    g.block_dv = fa_min(BLOCK_DV, round_up(params->head_dim_v, (int64_t)ops->nr));
+    /* head_dim_v 0 still has an lse to compute. */
+    g.dv_blocks = g.block_dv == 0 ? 1 : fa_ceil_div(params->head_dim_v, g.block_dv);
+    g.key_blocks = fa_ceil_div(params->seqlen_k, g.block_k);
+    g.num_threads = choose_num_threads(&g);
+    g.block_q = choose_block_q(&g);
+    g.row_blocks = g.block_q == 0 ? 0 : fa_ceil_div(g.rows, g.block_q);
+    *geometry = g;
+    return FA_OK;
+}
+
+static int64_t read_int64(const char *p)
+{
+    int64_t x;
+    memcpy(&x, p, sizeof x);
+    return x;
+}
+
+/* data + the offset of a batch entry whose coordinates are in `at`; NULL stays NULL. */
+static const char *locate(const struct fa_input *input, const int64_t *at, int64_t ndim)
+{
+    const char *p = input->data;
+    for (int64_t i = 0; p != NULL && i < ndim; i++) {
+        p += at[i] * input->batch[i];
+    }
+    return p;
+}
+
+static char *locate_output(const struct fa_output *output, const int64_t *at, int64_t ndim)
+{
+    char *p = output->data;
+    for (int64_t i = 0; p != NULL && i < ndim; i++) {
+        p += at[i] * output->batch[i];
+    }
+    return p;
+}
+
+static const char *skip_heads(const char *p, int64_t heads, const struct fa_input *input)
+{
+    return p == NULL ? NULL : p + heads * input->head;
+}
+
+static char *skip_output_heads(char *p, int64_t heads, const struct fa_output *output)
+{
+    return p == NULL ? NULL : p + heads * output->head;
+}
+
+void fa_head_init(struct fa_head *head, const struct fa_geometry *geometry, int64_t index)
+{
+    const struct fa_attention_params *p = geometry->params;
+    const int64_t n = p->batch_ndim;
+    int64_t at[FA_MAX_BATCH_DIMS];
+    int64_t entry = index / geometry->heads;
+    int64_t first_head = index % geometry->heads * geometry->stacked;
+    int64_t kv_head = first_head / (p->num_heads / p->num_kv_heads);
+
+    FA_ASSERT(index >= 0 && index < geometry->batch * geometry->heads);
+    for (int64_t i = n - 1; i >= 0; i--) {
+        at[i] = entry % p->batch_shape[i];
+        entry /= p->batch_shape[i];
+    }
+    *head = (struct fa_head){
+        .geometry = geometry,
+        .q = skip_heads(locate(&p->q, at, n), first_head, &p->q),
+        .k = skip_heads(locate(&p->k, at, n), kv_head, &p->k),
+        .v = skip_heads(locate(&p->v, at, n), kv_head, &p->v),
+        .bias = skip_heads(locate(&p->bias, at, n), first_head, &p->bias),
+        .mask = skip_heads(locate(&p->mask, at, n), first_head, &p->mask),
+        .residual = skip_heads(locate(&p->residual, at, n), first_head, &p->residual),
+        .alibi_slopes = skip_heads(locate(&p->alibi_slopes, at, n), first_head, &p->alibi_slopes),
+        .sinks = skip_heads(p->sinks.data, first_head, &p->sinks),
+        .q_segment_ids = locate(&p->q_segment_ids, at, n),
+        .k_segment_ids = locate(&p->k_segment_ids, at, n),
+        .out = skip_output_heads(locate_output(&p->out, at, n), first_head, &p->out),
+        .lse = skip_output_heads(locate_output(&p->lse, at, n), first_head, &p->lse),
+    };
+    const char *length = locate(&p->kv_lengths, at, n), *offset = locate(&p->q_offset, at, n);
+    head->kv_length = length == NULL ? p->seqlen_k : read_int64(length);
+    head->q_offset = offset == NULL ? head->kv_length - p->seqlen_q : read_int64(offset);
+    FA_ASSERT(head->kv_length >= 0 && head->kv_length <= p->seqlen_k);
+}
+
+struct fa_key_range fa_token_keys(const struct fa_head *head, int64_t token)
+{
+    const struct fa_attention_params *p = head->geometry->params;
+    const int64_t position = token + head->q_offset;
+    struct fa_key_range keys = {.lo = 0, .hi = head->kv_length};
+    if (p->causal) {
+        keys.hi = fa_min(keys.hi, position + 1);
+    }
+    if (p->window_right >= 0) {
+        keys.hi = fa_min(keys.hi, position + p->window_right + 1);
+    }
+    if (p->window_left >= 0) {
+        keys.lo = fa_max(keys.lo, position - p->window_left);
+    }
+    keys.hi = fa_max(keys.hi, 0);
+    keys.lo = fa_min(keys.lo, keys.hi);
+    return keys;
+}
+
+struct fa_key_range fa_rows_keys(const struct fa_head *head, int64_t first, int64_t last)
+{
+    return (struct fa_key_range){
+        .lo = fa_token_keys(head, fa_row_token(head->geometry, first)).lo,
+        .hi = fa_token_keys(head, fa_row_token(head->geometry, last)).hi,
+    };
+}

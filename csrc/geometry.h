@@ -1,0 +1,69 @@
+/* Which rows and keys a call has, how they are cut into blocks, and which keys take part in a row.
+ * Sizes and masks only: no scores, no threads. */
+#ifndef FA_GEOMETRY_H
+#define FA_GEOMETRY_H
+
+#include "common.h"
+#include "fastattn.h"
+#include "kernels.h"
+
+/* One call's loop nest.
+ *
+ * Rows that share keys are stacked: softmax over keys stacks the group_size query heads of a key head,
+ * token-major, so that K and V are packed once per group and a block of rows spans few tokens (tight
+ * causal bounds).  Softmax over queries keeps heads apart, since each has column sums of its own. */
+struct fa_geometry {
+    const struct fa_attention_params *params;
+    const struct fa_ops *ops;
+    int64_t heads;       /* key heads, or query heads for softmax over queries */
+    int64_t stacked;     /* query heads stacked in a block of rows */
+    int64_t rows;        /* per head: seqlen_q * stacked */
+    int64_t batch;       /* product of batch_shape */
+    int64_t depth;       /* head_dim rounded up to FA_DEPTH_UNROLL */
+    int64_t block_k;     /* keys per block: fixed by head_dim and dtype alone */
+    int64_t block_q;     /* rows per task */
+    int64_t block_dv;    /* columns of v per task */
+    int64_t row_blocks, key_blocks, dv_blocks;
+    int num_threads;     /* that will work */
+};
+
+/* FA_OVERFLOW if the problem cannot be counted in 64 bits. */
+enum fa_status fa_geometry_init(struct fa_geometry *geometry, const struct fa_attention_params *params,
+                                const struct fa_ops *ops);
+
+/* One (batch entry, head) of the call: where its arrays start. */
+struct fa_head {
+    const struct fa_geometry *geometry;
+    const char *q, *k, *v, *bias, *mask, *residual, *alibi_slopes, *sinks;
+    const char *q_segment_ids, *k_segment_ids;
+    char *out, *lse;
+    int64_t kv_length; /* keys [0, kv_length) are valid */
+    int64_t q_offset;  /* position of token 0 on the key axis */
+};
+
+/* 0 <= index < batch * heads */
+void fa_head_init(struct fa_head *head, const struct fa_geometry *geometry, int64_t index);
+
+/* Row r of a head is token r / stacked of the stacked query head r % stacked. */
+static inline int64_t fa_row_token(const struct fa_geometry *geometry, int64_t row)
+{
+    return row / geometry->stacked;
+}
+
+static inline int64_t fa_row_member(const struct fa_geometry *geometry, int64_t row)
+{
+    return row % geometry->stacked;
+}
+
+/* Keys [lo, hi) that causal, window and kv_lengths leave to a token.  Empty: lo == hi.  Both ends grow
+ * with the token, so the ends of a run of tokens bound all of it. */
+struct fa_key_range {
+    int64_t lo, hi;
+};
+
+struct fa_key_range fa_token_keys(const struct fa_head *head, int64_t token);
+
+/* Keys that any row in [first, last] may see. */
+struct fa_key_range fa_rows_keys(const struct fa_head *head, int64_t first, int64_t last);
+
+#endif

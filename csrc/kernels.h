@@ -1,0 +1,119 @@
+/* What a kernel set is: sizes of its register tile and the functions of the inner loops, for each
+ * element type it computes in.  A set knows one instruction set and neither threads nor batches; the
+ * macro-kernels (forward.c, column_softmax.c) know everything else and no instruction set.
+ *
+ * Buffers named here are workspace: contiguous, FA_ALIGNMENT-aligned, zero-padded, and never shared
+ * between threads.  Only the load/pack/store functions touch caller memory; there strides are in
+ * bytes and arbitrary, and no byte outside the named elements is read or written.
+ *
+ * Scores are kept in base-2 logarithms: s2 = log2(e) * s, so that a weight is exp2(s2 - row_max).
+ */
+#ifndef FA_KERNELS_H
+#define FA_KERNELS_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "fastattn.h"
+
+/* Depth of every packed operand is a multiple of this many elements: the unroll of the matmul loop.
+ * Padding with zeros adds fma(0, 0, acc), which changes no bit. */
+#define FA_DEPTH_UNROLL 4
+
+/* Rows of a score tile.  A multiple of every set's MR; small enough that the score tile, its Q rows
+ * and one packed panel share a 32 KiB L1 (24 x 128 float32 scores = 12 KiB). */
+#define FA_TILE_Q 24
+
+/* One finished row of the online softmax, on its way to caller memory. */
+struct fa_row_result {
+    size_t row;             /* index into row_max, row_sum and acc */
+    size_t cols;            /* elements to store */
+    double sink;            /* base-2 logit that joins the denominator; -inf: none */
+    void *out;              /* cols elements, out_stride bytes apart */
+    int64_t out_stride;
+    const void *residual;   /* nullable; may be `out` */
+    int64_t residual_stride;
+    void *lse;              /* nullable; one element, natural logarithm */
+};
+
+/* The inner loops for one element type ("real"). */
+struct fa_ops {
+    size_t size;     /* bytes of an element */
+    size_t mr, nr;   /* rows and columns of the register tile; nr is a whole number of vectors */
+    size_t vl;       /* lanes of a vector */
+
+    /* dst[r][0..cols) = factor * src[r][...], padded with zeros to `ld`; src[r] == NULL: a zero row. */
+    void (*load_rows)(void *dst, size_t ld, size_t rows, const void *const *src, int64_t col_stride,
+                      size_t cols, double factor);
+
+    /* Transpose keys into panels dst[key / nr][depth][key % nr], zero beyond `keys` up to whole panels
+     * and beyond `cols` up to `depth`. */
+    void (*pack_keys)(void *dst, size_t depth, size_t keys, size_t cols, const void *src,
+                      int64_t row_stride, int64_t col_stride);
+
+    /* Copy values into panels dst[col / nr][key][col % nr], panel_stride elements apart, zero beyond
+     * `cols` up to a whole panel and beyond `keys` up to a multiple of FA_DEPTH_UNROLL.  Returns
+     * whether every value is finite. */
+    bool (*pack_values)(void *dst, size_t panel_stride, size_t keys, size_t cols, const void *src,
+                        int64_t row_stride, int64_t col_stride);
+
+    /* c[rows][panels * nr] = (accumulate ? c : 0) + a[rows][depth] b[depth][panels * nr], each element
+     * one chain of fused multiply-adds in order of depth.  rows: multiple of mr; depth: multiple of
+     * FA_DEPTH_UNROLL, may be 0.  b: panels of [depth][nr], panel_stride elements apart. */
+    void (*matmul)(size_t rows, size_t depth, size_t panels, const void *a, size_t lda, const void *b,
+                   size_t panel_stride, void *c, size_t ldc, bool accumulate);
+
+    /* The same chain, but terms whose a is exactly zero are left out: for b with infinities and NaN,
+     * which 0 * b would spread.  Accumulates. */
+    void (*matmul_skip_zeros)(size_t rows, size_t depth, size_t panels, const void *a, size_t lda,
+                              const void *b, size_t panel_stride, void *c, size_t ldc);
+
+    /* Score tile edits, n elements of one row, or rows x n with leading dimension ld. */
+    void (*softcap)(void *s, size_t ld, size_t rows, size_t n, double cap2); /* s = cap2 * tanh(s) */
+    void (*add_bias)(void *s, size_t n, const void *bias, int64_t stride, enum fa_dtype bias_dtype);
+    /* s[l] -= slope2 * |distance - l| */
+    void (*add_alibi)(void *s, size_t n, double slope2, int64_t distance);
+    void (*mask_bytes)(void *s, size_t n, const uint8_t *mask); /* zero byte: s = -inf */
+    /* s = -inf outside [lo, hi); 0 <= lo <= hi <= n */
+    void (*mask_range)(void *s, size_t n, size_t lo, size_t hi);
+
+    /* Start `rows` rows of online softmax: row_max = -inf, row_sum = 0, acc = 0. */
+    void (*softmax_begin)(void *row_max, void *row_sum, void *acc, size_t rows, size_t cols);
+    /* Replace scores by weights relative to row_max, raising row_max and rescaling row_sum and acc
+     * where a row needs it.  n: multiple of vl.  row_sum: [rows][vl], acc: [rows][ldacc]. */
+    void (*softmax_update)(void *s, size_t ld, size_t rows, size_t n, void *row_max, void *row_sum,
+                           void *acc, size_t ldacc);
+    /* out = acc / sum (+ residual), and lse.  A row that saw no key stores 0 (+ residual), lse -inf. */
+    void (*softmax_store)(const void *row_max, const void *row_sum, const void *acc, size_t ldacc,
+                          const struct fa_row_result *result);
+
+    /* Softmax over queries: running column maxima and sums of one key block. */
+    void (*column_begin)(void *col_max, void *col_sum, size_t n);
+    void (*column_update)(const void *s, size_t ld, size_t rows, size_t n, void *col_max,
+                          void *col_sum);
+    /* Turn col_sum into reciprocals, and store n natural-log sums.  Where no query takes part, and in
+     * columns [n, padded), maximum and reciprocal become 0. */
+    void (*column_finish)(void *col_max, void *col_sum, size_t n, size_t padded, void *lse,
+                          int64_t lse_stride);
+    /* s = exp2(s - col_max) * col_inverse */
+    void (*column_weights)(void *s, size_t ld, size_t rows, size_t n, const void *col_max,
+                           const void *col_inverse);
+    /* out = acc (+ residual): softmax over queries has nothing left to divide by. */
+    void (*store)(const void *acc, const struct fa_row_result *result);
+};
+
+struct fa_kernels {
+    const char *name;
+    const struct fa_ops *f32, *f64;
+};
+
+/* One per kernel file; dispatch.c lists those that are built in. */
+extern const struct fa_kernels fa_kernels_scalar, fa_kernels_avx2;
+
+static inline const struct fa_ops *fa_ops_for(const struct fa_kernels *kernels, enum fa_dtype dtype)
+{
+    return dtype == FA_F32 ? kernels->f32 : kernels->f64;
+}
+
+#endif

@@ -1,0 +1,78 @@
+/* Softmax over the queries of a column: the statistics of one key block, lanes along the keys, and the
+ * weights from them.  Two passes over the scores replace the online rescaling of rows.  Needs
+ * exp2_template.h and pack_template.h. */
+
+static void FN(column_begin)(void *col_max, void *col_sum, size_t n)
+{
+    for (size_t l = 0; l < n; l++) {
+        ((REAL *)col_max)[l] = (REAL)-INFINITY;
+        ((REAL *)col_sum)[l] = 0;
+    }
+}
+
+/* A column that no query has joined has max -inf; 0 in its place keeps -inf - max from being NaN. */
+static inline VEC FN(finite_max)(VEC max)
+{
+    return V(select_lt)(max, V(set)(-REAL_MAX), V(zero)(), max);
+}
+
+static void FN(column_update)(const void *s, size_t ld, size_t rows, size_t n, void *col_max,
+                              void *col_sum)
+{
+    for (size_t l = 0; l < n; l += VL) {
+        const REAL *column = (const REAL *)s + l;
+        REAL *max_lanes = (REAL *)col_max + l, *sum_lanes = (REAL *)col_sum + l;
+        VEC old = V(load)(max_lanes), max = old, sum = V(load)(sum_lanes);
+        for (size_t r = 0; r < rows; r++) {
+            max = V(max)(V(load)(column + r * ld), max);
+        }
+        VEC shift = FN(finite_max)(max);
+        if (V(any_gt)(max, old)) {
+            sum = V(mul)(sum, FN(exp2)(V(sub)(old, shift)));
+            V(store)(max_lanes, max);
+        }
+        for (size_t r = 0; r < rows; r++) {
+            sum = V(add)(sum, FN(exp2)(V(sub)(V(load)(column + r * ld), shift)));
+        }
+        V(store)(sum_lanes, sum);
+    }
+}
+
+static void FN(column_finish)(void *col_max, void *col_sum, size_t n, size_t padded, void *lse,
+                              int64_t lse_stride)
+{
+    REAL *max = col_max, *sum = col_sum;
+    memset(max + n, 0, (padded - n) * sizeof(REAL));
+    memset(sum + n, 0, (padded - n) * sizeof(REAL));
+    for (size_t l = 0; l < n; l++) {
+        double total = (double)sum[l], log_sum = -INFINITY;
+        if (total != 0) { /* a query takes part, or a NaN does */
+            log_sum = ((double)max[l] + log2(total)) * LN_2;
+            sum[l] = (REAL)(1 / total);
+        } else {
+            max[l] = 0;
+        }
+        if (lse != NULL) {
+            FN(write)((char *)lse + (int64_t)l * lse_stride, (REAL)log_sum);
+        }
+    }
+}
+
+static void FN(column_weights)(void *s, size_t ld, size_t rows, size_t n, const void *col_max,
+                               const void *col_inverse)
+{
+    for (size_t r = 0; r < rows; r++) {
+        REAL *row = (REAL *)s + r * ld;
+        for (size_t l = 0; l < n; l += VL) {
+            VEC x = V(sub)(V(load)(row + l), V(load)((const REAL *)col_max + l));
+            VEC p = V(mul)(FN(exp2)(x), V(load)((const REAL *)col_inverse + l));
+            /* Again, for the zeros: another row's NaN may have made the reciprocal NaN. */
+            V(store)(row + l, V(keep_ge)(x, V(set)(EXP2_MIN), p));
+        }
+    }
+}
+
+static void FN(store)(const void *acc, const struct fa_row_result *result)
+{
+    FN(store_row)((const REAL *)acc, 1, result);
+}

@@ -1,0 +1,35 @@
+/* Polynomial coefficients of exp2_template.h and tanh_template.h, lowest power first; how they were
+ * obtained stands there. */
+#ifndef FA_CONSTANTS_H
+#define FA_CONSTANTS_H
+
+/* Smallest argument with a non-zero power, in both element types (see exp2_template.h). */
+#define EXP2_MIN (-104)
+
+#define EXP2_ROUND_f32 0x1.8p23f
+#define EXP2_TERMS_f32 6
+static const float exp2_coef_f32[EXP2_TERMS_f32] = {
+    0x1.62e430p-1f, 0x1.ebfbe0p-3f, 0x1.c6af6cp-5f, 0x1.3b2a54p-7f, 0x1.5f0890p-10f, 0x1.44138ap-13f,
+};
+
+#define EXP2_ROUND_f64 0x1.8p52
+#define EXP2_TERMS_f64 11
+static const double exp2_coef_f64[EXP2_TERMS_f64] = {
+    0x1.62e42fefa39efp-1,  0x1.ebfbdff82c598p-3,  0x1.c6b08d704a0c2p-5,  0x1.3b2ab6fba1ddap-7,
+    0x1.5d87fe78a5276p-10, 0x1.430913096fd9fp-13, 0x1.ffcbfc670dcd4p-17, 0x1.62bfd47773353p-20,
+    0x1.b524fae627834p-24, 0x1.e6063f7217bc6p-28, 0x1.e9d3fe3952179p-32,
+};
+
+#define TANH_TERMS_f32 5
+static const float tanh_coef_f32[TANH_TERMS_f32] = {
+    -3.333332894e-01f, 1.333276974e-01f, -5.385090958e-02f, 2.099717900e-02f, -6.096714166e-03f,
+};
+
+#define TANH_TERMS_f64 12
+static const double tanh_coef_f64[TANH_TERMS_f64] = {
+    -0x1.5555555555555p-2,  0x1.11111111110a8p-3,  -0x1.ba1ba1ba0f126p-5,  0x1.664f487e0a749p-6,
+    -0x1.226e3473dce5cp-7,  0x1.d6d39ae3905e2p-9,  -0x1.7d9f6f23e8682p-10, 0x1.3526e9ed54da1p-11,
+    -0x1.f243823c8c981p-13, 0x1.8445870f6fe41p-14, -0x1.05bbdae896297p-15, 0x1.b33642a122cddp-18,
+};
+
+#endif

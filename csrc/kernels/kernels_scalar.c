@@ -1,0 +1,12 @@
+/* The scalar kernel set: the templates over vec_scalar.h.  Exports one symbol. */
+#include "vec_scalar.h"
+
+#define DT f32
+#include "ops_template.h"
+#undef DT
+
+#define DT f64
+#include "ops_template.h"
+#undef DT
+
+const struct fa_kernels fa_kernels_scalar = {.name = "scalar", .f32 = &ops_f32, .f64 = &ops_f64};

@@ -1,0 +1,98 @@
+/* The one matrix product of the library, used for both Q K^T and P V: A broadcast by element, B in
+ * packed panels.  Needs DT and a vec_<isa>.h; see names.h.
+ *
+ * Cost of a register tile per step of depth: NR_VECTORS loads + MR broadcasts for NR_VECTORS * MR
+ * fused multiply-adds; with 6 x 2 vectors 8 loads per 12, where the ports allow 2 of each per cycle.
+ * Each element is one chain of multiply-adds in order of depth, so its bits depend on no blocking.
+ */
+
+/* c[MR][NR] (+)= a[MR][depth] b[depth][NR]
+ * Live: MR * NR_VECTORS accumulators, NR_VECTORS columns, one broadcast.
+ * Assumes: depth a multiple of FA_DEPTH_UNROLL; b and c aligned to a vector. */
+static inline void FN(matmul_tile)(size_t depth, const REAL *restrict a, size_t lda,
+                                   const REAL *restrict b, REAL *restrict c, size_t ldc,
+                                   bool accumulate)
+{
+    const REAL *row[MR];
+    VEC acc[MR][NR_VECTORS];
+    FA_UNROLL
+    for (size_t i = 0; i < MR; i++) {
+        row[i] = a + i * lda;
+        FA_UNROLL
+        for (size_t j = 0; j < NR_VECTORS; j++) {
+            acc[i][j] = accumulate ? V(load)(c + i * ldc + j * VL) : V(zero)();
+        }
+    }
+    for (size_t k = 0; k < depth; k += FA_DEPTH_UNROLL) {
+        FA_UNROLL
+        for (size_t u = 0; u < FA_DEPTH_UNROLL; u++) {
+            VEC column[NR_VECTORS];
+            FA_UNROLL
+            for (size_t j = 0; j < NR_VECTORS; j++) {
+                column[j] = V(load)(b + u * NR + j * VL);
+            }
+            FA_UNROLL
+            for (size_t i = 0; i < MR; i++) {
+                VEC x = V(broadcast)(row[i] + k + u);
+                FA_UNROLL
+                for (size_t j = 0; j < NR_VECTORS; j++) {
+                    acc[i][j] = V(fma)(x, column[j], acc[i][j]);
+                }
+            }
+        }
+        b += FA_DEPTH_UNROLL * NR;
+    }
+    FA_UNROLL
+    for (size_t i = 0; i < MR; i++) {
+        FA_UNROLL
+        for (size_t j = 0; j < NR_VECTORS; j++) {
+            V(store)(c + i * ldc + j * VL, acc[i][j]);
+        }
+    }
+}
+
+/* Panel outer, row group inner: one panel (depth x NR) stays in L1 for all FA_TILE_Q rows, so B
+ * crosses from L2 once per tile: NR elements per FA_TILE_Q * NR multiply-adds. */
+static void FN(matmul)(size_t rows, size_t depth, size_t panels, const void *a, size_t lda,
+                       const void *b, size_t panel_stride, void *c, size_t ldc, bool accumulate)
+{
+    for (size_t p = 0; p < panels; p++) {
+        const REAL *panel = (const REAL *)b + p * panel_stride;
+        for (size_t r = 0; r < rows; r += MR) {
+            const REAL *tile_a = (const REAL *)a + r * lda;
+            REAL *tile_c = (REAL *)c + r * ldc + p * NR;
+            if (accumulate) {
+                FN(matmul_tile)(depth, tile_a, lda, panel, tile_c, ldc, true);
+            } else {
+                FN(matmul_tile)(depth, tile_a, lda, panel, tile_c, ldc, false);
+            }
+        }
+    }
+}
+
+static void FN(matmul_skip_zeros)(size_t rows, size_t depth, size_t panels, const void *a, size_t lda,
+                                  const void *b, size_t panel_stride, void *c, size_t ldc)
+{
+    for (size_t p = 0; p < panels; p++) {
+        const REAL *panel = (const REAL *)b + p * panel_stride;
+        for (size_t r = 0; r < rows; r++) {
+            const REAL *row_a = (const REAL *)a + r * lda;
+            REAL *row_c = (REAL *)c + r * ldc + p * NR;
+            VEC acc[NR_VECTORS];
+            for (size_t j = 0; j < NR_VECTORS; j++) {
+                acc[j] = V(load)(row_c + j * VL);
+            }
+            for (size_t k = 0; k < depth; k++) {
+                if (row_a[k] == 0) {
+                    continue;
+                }
+                for (size_t j = 0; j < NR_VECTORS; j++) {
+                    acc[j] = V(fma)(V(set)(row_a[k]), V(load)(panel + k * NR + j * VL), acc[j]);
+                }
+            }
+            for (size_t j = 0; j < NR_VECTORS; j++) {
+                V(store)(row_c + j * VL, acc[j]);
+            }
+        }
+    }
+}

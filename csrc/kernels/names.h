@@ -1,0 +1,45 @@
+/* Names for a template being instantiated: before including one, a kernel file defines DT as f32 or
+ * f64 and includes a vec_<isa>.h.  The bodies are then ordinary static functions, FN(matmul) being
+ * matmul_f32, which compilers, debuggers and disassemblers see as such. */
+#ifndef FA_NAMES_H
+#define FA_NAMES_H
+
+#define FA_PASTE_(a, b) a##b
+#define FA_PASTE(a, b) FA_PASTE_(a, b)
+
+typedef float real_f32;
+typedef double real_f64;
+
+#define FN(name) FA_PASTE(FA_PASTE(name, _), DT)
+#define REAL FN(real)
+#define VEC FN(vec)
+#define V(op) FN(FA_PASTE(v_, op))
+#define VL FN(VL)
+#define MR FN(MR)
+/* Columns of the register tile, in vectors and in elements. */
+#define NR_VECTORS 2
+#define NR (NR_VECTORS * VL)
+
+/* Unroll the next loop fully, early: arrays of vectors indexed by it then live in registers.  GCC 12
+ * unrolls such loops by itself only after it has given the arrays stack slots. */
+#if defined(__clang__)
+#define FA_UNROLL _Pragma("clang loop unroll(full)")
+#elif defined(__GNUC__)
+#define FA_UNROLL _Pragma("GCC unroll 16")
+#else
+#define FA_UNROLL
+#endif
+
+/* Largest finite values, for telling infinities apart without a call. */
+#define MAX_f32 3.402823466e+38f
+#define MAX_f64 1.7976931348623157e+308
+#define REAL_MAX FN(MAX)
+
+/* The fa_dtype of the element type. */
+#define FA_DTYPE_f32 FA_F32
+#define FA_DTYPE_f64 FA_F64
+
+#define LOG2_E 1.4426950408889634074
+#define LN_2 0.69314718055994530942
+
+#endif

@@ -1,0 +1,49 @@
+/* Every inner loop of one element type, and the table of them.  A kernel file includes its
+ * vec_<isa>.h, then this once per DT; all that it defines is static. */
+#include <math.h>
+#include <stdbool.h>
+#include <string.h>
+
+#include "constants.h"
+#include "kernels.h"
+#include "memory.h"
+#include "names.h"
+
+#include "exp2_template.h"
+
+#include "tanh_template.h"
+
+#include "matmul_template.h"
+
+#include "pack_template.h"
+
+#include "scores_template.h"
+
+#include "softmax_template.h"
+
+#include "column_template.h"
+
+static const struct fa_ops FN(ops) = {
+    .size = sizeof(REAL),
+    .mr = MR,
+    .nr = NR,
+    .vl = VL,
+    .load_rows = FN(load_rows),
+    .pack_keys = FN(pack_keys),
+    .pack_values = FN(pack_values),
+    .matmul = FN(matmul),
+    .matmul_skip_zeros = FN(matmul_skip_zeros),
+    .softcap = FN(softcap),
+    .add_bias = FN(add_bias),
+    .add_alibi = FN(add_alibi),
+    .mask_bytes = FN(mask_bytes),
+    .mask_range = FN(mask_range),
+    .softmax_begin = FN(softmax_begin),
+    .softmax_update = FN(softmax_update),
+    .softmax_store = FN(softmax_store),
+    .column_begin = FN(column_begin),
+    .column_update = FN(column_update),
+    .column_finish = FN(column_finish),
+    .column_weights = FN(column_weights),
+    .store = FN(store),
+};

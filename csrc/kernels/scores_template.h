@@ -1,0 +1,74 @@
+/* Edits of a score tile between Q K^T and the softmax: softcap, bias, ALiBi, masks.  Scores are base-2
+ * logarithms.  Needs tanh_template.h and pack_template.h. */
+
+static void FN(softcap)(void *s, size_t ld, size_t rows, size_t n, double cap2)
+{
+    for (size_t r = 0; r < rows; r++) {
+        REAL *row = (REAL *)s + r * ld;
+        for (size_t l = 0; l < n; l += VL) {
+            V(store)(row + l, V(mul)(V(set)((REAL)cap2), FN(tanh)(V(load)(row + l))));
+        }
+    }
+}
+
+/* bias * log2(e), where a finite bias stays finite: finfo.min is a common "masked" value, and a row
+ * of nothing else is a uniform average, not a row without keys. */
+static inline VEC FN(bias_to_base2)(VEC bias)
+{
+    const VEC max = V(set)(REAL_MAX), min = V(set)(-REAL_MAX);
+    VEC b2 = V(mul)(bias, V(set)((REAL)LOG2_E));
+    b2 = V(select_lt)(b2, min, min, b2);
+    b2 = V(select_lt)(max, b2, max, b2);
+    return V(select_lt)(max, V(abs)(bias), bias, b2);
+}
+
+static void FN(add_bias)(void *s, size_t n, const void *bias, int64_t stride, enum fa_dtype bias_dtype)
+{
+    const char *from = bias;
+    REAL *row = s;
+    size_t l = 0;
+    if (bias_dtype == FN(FA_DTYPE) && stride == (int64_t)sizeof(REAL)) {
+        for (; l + VL <= n; l += VL) {
+            VEC b = V(load)(from + l * sizeof(REAL));
+            V(store)(row + l, V(add)(V(load)(row + l), FN(bias_to_base2)(b)));
+        }
+    }
+    for (; l < n; l += VL) {
+        REAL lanes[VL] = {0};
+        for (size_t i = 0; i < VL && l + i < n; i++) {
+            const char *p = from + (int64_t)(l + i) * stride;
+            lanes[i] = bias_dtype == FA_F32 ? (REAL)read_f32(p) : (REAL)read_f64(p);
+        }
+        V(store)(row + l, V(add)(V(load)(row + l), FN(bias_to_base2)(V(load)(lanes))));
+    }
+}
+
+static void FN(add_alibi)(void *s, size_t n, double slope2, int64_t distance)
+{
+    REAL *row = s;
+    for (size_t l = 0; l < n; l += VL) {
+        VEC d = V(sub)(V(set)((REAL)(distance - (int64_t)l)), V(iota)());
+        VEC x = V(load)(row + l);
+        V(store)(row + l, V(fma)(V(set)((REAL)-slope2), V(abs)(d), x));
+    }
+}
+
+static void FN(mask_bytes)(void *s, size_t n, const uint8_t *mask)
+{
+    REAL *row = s;
+    const VEC out = V(set)((REAL)-INFINITY);
+    for (size_t l = 0; l < n; l += VL) {
+        V(store)(row + l, V(select_bytes)(mask + l, V(load)(row + l), out));
+    }
+}
+
+static void FN(mask_range)(void *s, size_t n, size_t lo, size_t hi)
+{
+    REAL *row = s;
+    for (size_t l = 0; l < lo; l++) {
+        row[l] = (REAL)-INFINITY;
+    }
+    for (size_t l = hi; l < n; l++) {
+        row[l] = (REAL)-INFINITY;
+    }
+}

@@ -1,0 +1,151 @@
+/* Vectors of the avx2 level (x86-64-v3: AVX2, FMA, F16C, BMI): the only AVX2 intrinsics.
+ *
+ * v_<op>_<type>.  Loads and stores take any alignment.  v_max returns its second operand when either
+ * is NaN, as vmaxps does.  v_keep_ge(x, limit, y) is y where !(x < limit), NaN included, else +0.
+ */
+#ifndef FA_VEC_AVX2_H
+#define FA_VEC_AVX2_H
+
+#include <immintrin.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+typedef __m256 vec_f32;
+typedef __m256d vec_f64;
+
+#define VL_f32 8
+#define VL_f64 4
+/* 6 x 2 vectors: 12 accumulators + 2 columns + 1 broadcast of 16 registers. 12 independent chains
+ * cover 2 FMA pipes x 4 to 5 cycles of latency. */
+#define MR_f32 6
+#define MR_f64 6
+
+static inline vec_f32 v_zero_f32(void) { return _mm256_setzero_ps(); }
+static inline vec_f64 v_zero_f64(void) { return _mm256_setzero_pd(); }
+static inline vec_f32 v_set_f32(float x) { return _mm256_set1_ps(x); }
+static inline vec_f64 v_set_f64(double x) { return _mm256_set1_pd(x); }
+static inline vec_f32 v_broadcast_f32(const float *p) { return _mm256_broadcast_ss(p); }
+static inline vec_f64 v_broadcast_f64(const double *p) { return _mm256_broadcast_sd(p); }
+static inline vec_f32 v_load_f32(const void *p) { return _mm256_loadu_ps(p); }
+static inline vec_f64 v_load_f64(const void *p) { return _mm256_loadu_pd(p); }
+static inline void v_store_f32(void *p, vec_f32 x) { _mm256_storeu_ps(p, x); }
+static inline void v_store_f64(void *p, vec_f64 x) { _mm256_storeu_pd(p, x); }
+static inline vec_f32 v_add_f32(vec_f32 a, vec_f32 b) { return _mm256_add_ps(a, b); }
+static inline vec_f64 v_add_f64(vec_f64 a, vec_f64 b) { return _mm256_add_pd(a, b); }
+static inline vec_f32 v_sub_f32(vec_f32 a, vec_f32 b) { return _mm256_sub_ps(a, b); }
+static inline vec_f64 v_sub_f64(vec_f64 a, vec_f64 b) { return _mm256_sub_pd(a, b); }
+static inline vec_f32 v_mul_f32(vec_f32 a, vec_f32 b) { return _mm256_mul_ps(a, b); }
+static inline vec_f64 v_mul_f64(vec_f64 a, vec_f64 b) { return _mm256_mul_pd(a, b); }
+static inline vec_f32 v_div_f32(vec_f32 a, vec_f32 b) { return _mm256_div_ps(a, b); }
+static inline vec_f64 v_div_f64(vec_f64 a, vec_f64 b) { return _mm256_div_pd(a, b); }
+static inline vec_f32 v_max_f32(vec_f32 a, vec_f32 b) { return _mm256_max_ps(a, b); }
+static inline vec_f64 v_max_f64(vec_f64 a, vec_f64 b) { return _mm256_max_pd(a, b); }
+/* a * b + c, one rounding */
+static inline vec_f32 v_fma_f32(vec_f32 a, vec_f32 b, vec_f32 c) { return _mm256_fmadd_ps(a, b, c); }
+static inline vec_f64 v_fma_f64(vec_f64 a, vec_f64 b, vec_f64 c) { return _mm256_fmadd_pd(a, b, c); }
+
+static inline vec_f32 v_abs_f32(vec_f32 x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
+static inline vec_f64 v_abs_f64(vec_f64 x) { return _mm256_andnot_pd(_mm256_set1_pd(-0.0), x); }
+
+/* |x| with the sign of s; x >= 0 */
+static inline vec_f32 v_copysign_f32(vec_f32 x, vec_f32 s)
+{
+    return _mm256_or_ps(x, _mm256_and_ps(_mm256_set1_ps(-0.0f), s));
+}
+static inline vec_f64 v_copysign_f64(vec_f64 x, vec_f64 s)
+{
+    return _mm256_or_pd(x, _mm256_and_pd(_mm256_set1_pd(-0.0), s));
+}
+
+static inline vec_f32 v_keep_ge_f32(vec_f32 x, vec_f32 limit, vec_f32 y)
+{
+    return _mm256_and_ps(_mm256_cmp_ps(x, limit, _CMP_NLT_UQ), y);
+}
+static inline vec_f64 v_keep_ge_f64(vec_f64 x, vec_f64 limit, vec_f64 y)
+{
+    return _mm256_and_pd(_mm256_cmp_pd(x, limit, _CMP_NLT_UQ), y);
+}
+
+/* x < limit ? a : b */
+static inline vec_f32 v_select_lt_f32(vec_f32 x, vec_f32 limit, vec_f32 a, vec_f32 b)
+{
+    return _mm256_blendv_ps(b, a, _mm256_cmp_ps(x, limit, _CMP_LT_OQ));
+}
+static inline vec_f64 v_select_lt_f64(vec_f64 x, vec_f64 limit, vec_f64 a, vec_f64 b)
+{
+    return _mm256_blendv_pd(b, a, _mm256_cmp_pd(x, limit, _CMP_LT_OQ));
+}
+
+/* Whether any lane of x is greater than the same lane of limit. */
+static inline int v_any_gt_f32(vec_f32 x, vec_f32 limit)
+{
+    return _mm256_movemask_ps(_mm256_cmp_ps(x, limit, _CMP_GT_OQ));
+}
+static inline int v_any_gt_f64(vec_f64 x, vec_f64 limit)
+{
+    return _mm256_movemask_pd(_mm256_cmp_pd(x, limit, _CMP_GT_OQ));
+}
+
+/* p * 2^n where t = 1.5 * 2^(mantissa bits) + n: n sits in t's low bits and is added to p's exponent. */
+static inline vec_f32 v_scale_f32(vec_f32 p, vec_f32 t)
+{
+    __m256i n = _mm256_slli_epi32(_mm256_castps_si256(t), 23);
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), n));
+}
+static inline vec_f64 v_scale_f64(vec_f64 p, vec_f64 t)
+{
+    __m256i n = _mm256_slli_epi64(_mm256_castpd_si256(t), 52);
+    return _mm256_castsi256_pd(_mm256_add_epi64(_mm256_castpd_si256(p), n));
+}
+
+/* mask[lane] != 0 ? x : other.  Reads VL bytes. */
+static inline vec_f32 v_select_bytes_f32(const uint8_t *mask, vec_f32 x, vec_f32 other)
+{
+    __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)mask));
+    __m256i zero = _mm256_cmpeq_epi32(wide, _mm256_setzero_si256());
+    return _mm256_blendv_ps(x, other, _mm256_castsi256_ps(zero));
+}
+static inline vec_f64 v_select_bytes_f64(const uint8_t *mask, vec_f64 x, vec_f64 other)
+{
+    int32_t bytes;
+    memcpy(&bytes, mask, sizeof bytes);
+    __m256i wide = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(bytes));
+    __m256i zero = _mm256_cmpeq_epi64(wide, _mm256_setzero_si256());
+    return _mm256_blendv_pd(x, other, _mm256_castsi256_pd(zero));
+}
+
+/* 0, 1, 2, ... */
+static inline vec_f32 v_iota_f32(void) { return _mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7); }
+static inline vec_f64 v_iota_f64(void) { return _mm256_setr_pd(0, 1, 2, 3); }
+
+/* Transpose VL rows of VL elements in place: 24 shuffles for 8 x 8. */
+static inline void v_transpose_f32(vec_f32 r[VL_f32])
+{
+    vec_f32 a[8], b[8];
+    for (int i = 0; i < 8; i += 2) {
+        a[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+        a[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        b[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
+        b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xee);
+        b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+        b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; i++) {
+        r[i] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
+        r[i + 4] = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
+    }
+}
+static inline void v_transpose_f64(vec_f64 r[VL_f64])
+{
+    vec_f64 a0 = _mm256_unpacklo_pd(r[0], r[1]), a1 = _mm256_unpackhi_pd(r[0], r[1]);
+    vec_f64 a2 = _mm256_unpacklo_pd(r[2], r[3]), a3 = _mm256_unpackhi_pd(r[2], r[3]);
+    r[0] = _mm256_permute2f128_pd(a0, a2, 0x20);
+    r[1] = _mm256_permute2f128_pd(a1, a3, 0x20);
+    r[2] = _mm256_permute2f128_pd(a0, a2, 0x31);
+    r[3] = _mm256_permute2f128_pd(a1, a3, 0x31);
+}
+
+#endif

@@ -1,0 +1,105 @@
+/* Vectors of one element: the portable baseline, plain C that any compiler takes.
+ *
+ * Same operations and the same meaning as vec_avx2.h, with one difference that is part of this set's
+ * definition: v_fma rounds twice.  The baseline has no fused multiply-add, and a library call per
+ * term would cost tens of cycles; each set promises bitwise repeatability within itself.
+ */
+#ifndef FA_VEC_SCALAR_H
+#define FA_VEC_SCALAR_H
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+typedef float vec_f32;
+typedef double vec_f64;
+
+#define VL_f32 1
+#define VL_f64 1
+/* 4 x 2 elements: 8 accumulators + 2 columns + 1 broadcast fit the 16 registers of SSE2. */
+#define MR_f32 4
+#define MR_f64 4
+
+static inline float v_zero_f32(void) { return 0.0f; }
+static inline double v_zero_f64(void) { return 0.0; }
+static inline float v_set_f32(float x) { return x; }
+static inline double v_set_f64(double x) { return x; }
+static inline float v_broadcast_f32(const float *p) { return *p; }
+static inline double v_broadcast_f64(const double *p) { return *p; }
+static inline float v_load_f32(const void *p)
+{
+    float x;
+    memcpy(&x, p, sizeof x);
+    return x;
+}
+static inline double v_load_f64(const void *p)
+{
+    double x;
+    memcpy(&x, p, sizeof x);
+    return x;
+}
+static inline void v_store_f32(void *p, float x) { memcpy(p, &x, sizeof x); }
+static inline void v_store_f64(void *p, double x) { memcpy(p, &x, sizeof x); }
+static inline float v_add_f32(float a, float b) { return a + b; }
+static inline double v_add_f64(double a, double b) { return a + b; }
+static inline float v_sub_f32(float a, float b) { return a - b; }
+static inline double v_sub_f64(double a, double b) { return a - b; }
+static inline float v_mul_f32(float a, float b) { return a * b; }
+static inline double v_mul_f64(double a, double b) { return a * b; }
+static inline float v_div_f32(float a, float b) { return a / b; }
+static inline double v_div_f64(double a, double b) { return a / b; }
+static inline float v_max_f32(float a, float b) { return a > b ? a : b; }
+static inline double v_max_f64(double a, double b) { return a > b ? a : b; }
+static inline float v_fma_f32(float a, float b, float c) { return a * b + c; }
+static inline double v_fma_f64(double a, double b, double c) { return a * b + c; }
+static inline float v_abs_f32(float x) { return fabsf(x); }
+static inline double v_abs_f64(double x) { return fabs(x); }
+static inline float v_copysign_f32(float x, float s) { return copysignf(x, s); }
+static inline double v_copysign_f64(double x, double s) { return copysign(x, s); }
+static inline float v_keep_ge_f32(float x, float limit, float y) { return x < limit ? 0.0f : y; }
+static inline double v_keep_ge_f64(double x, double limit, double y) { return x < limit ? 0.0 : y; }
+static inline float v_select_lt_f32(float x, float limit, float a, float b)
+{
+    return x < limit ? a : b;
+}
+static inline double v_select_lt_f64(double x, double limit, double a, double b)
+{
+    return x < limit ? a : b;
+}
+static inline int v_any_gt_f32(float x, float limit) { return x > limit; }
+static inline int v_any_gt_f64(double x, double limit) { return x > limit; }
+
+static inline float v_scale_f32(float p, float t)
+{
+    uint32_t bits, n;
+    memcpy(&bits, &p, sizeof bits);
+    memcpy(&n, &t, sizeof n);
+    bits += n << 23;
+    memcpy(&p, &bits, sizeof p);
+    return p;
+}
+static inline double v_scale_f64(double p, double t)
+{
+    uint64_t bits, n;
+    memcpy(&bits, &p, sizeof bits);
+    memcpy(&n, &t, sizeof n);
+    bits += n << 52;
+    memcpy(&p, &bits, sizeof p);
+    return p;
+}
+
+static inline float v_select_bytes_f32(const uint8_t *mask, float x, float other)
+{
+    return *mask ? x : other;
+}
+static inline double v_select_bytes_f64(const uint8_t *mask, double x, double other)
+{
+    return *mask ? x : other;
+}
+static inline float v_iota_f32(void) { return 0.0f; }
+static inline double v_iota_f64(void) { return 0.0; }
+static inline void v_transpose_f32(float r[VL_f32]) { (void)r; }
+static inline void v_transpose_f64(double r[VL_f64]) { (void)r; }
+
+#endif

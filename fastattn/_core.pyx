@@ -1,0 +1,304 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+# cython: freethreading_compatible=True
+"""The one door to C: arrays to pointers and strides, one call without the GIL, status to exception.
+
+Arguments arrive validated, broadcast and allocated (attention.py).  Arrays are read through the
+buffer protocol, so that neither NumPy's headers nor its ABI are needed.
+"""
+import os
+
+from cpython.buffer cimport (
+    PyBUF_STRIDED,
+    PyBUF_STRIDES,
+    PyBuffer_Release,
+    PyObject_GetBuffer,
+)
+from cpython.exc cimport PyErr_CheckSignals
+from libc.stdint cimport int64_t
+from libc.string cimport memset
+
+from fastattn._csrc cimport *
+
+
+cdef extern from *:
+    const char *FA_BUILD_COMPILER
+    const char *FA_BUILD_FLAGS
+    const char *FA_BUILD_SWITCHES
+
+
+# Arrays of one call: q k v out lse residual bias alibi_slopes sinks mask kv_lengths q_offset and two
+# of segment ids.
+cdef enum:
+    MAX_VIEWS = 14
+
+
+cdef struct views:
+    Py_buffer view[MAX_VIEWS]
+    int count
+
+
+cdef Py_buffer *acquire(views *held, object array, int flags) except NULL:
+    cdef Py_buffer *view = &held.view[held.count]
+    PyObject_GetBuffer(array, view, flags)
+    held.count += 1
+    return view
+
+
+cdef void release(views *held) noexcept:
+    for i in range(held.count):
+        PyBuffer_Release(&held.view[i])
+
+
+cdef inline int64_t next_stride(const Py_buffer *view, int *axis) noexcept:
+    axis[0] += 1
+    return view.strides[axis[0] - 1]
+
+
+cdef int read_input(
+    fa_input *to, views *held, object array, int64_t batch_ndim, bint head, bint row, bint col
+) except -1:
+    """Point `to` at an array with axes (batch..., head, row, col), those of the last three that it
+    has."""
+    cdef Py_buffer *view
+    cdef int axis = 0
+    if array is None:
+        return 0
+    view = acquire(held, array, PyBUF_STRIDES)
+    to.data = view.buf
+    for i in range(batch_ndim):
+        to.batch[i] = next_stride(view, &axis)
+    to.head = next_stride(view, &axis) if head else 0
+    to.row = next_stride(view, &axis) if row else 0
+    to.col = next_stride(view, &axis) if col else 0
+    return 0
+
+
+cdef int read_output(
+    fa_output *to, views *held, object array, int64_t batch_ndim, bint col
+) except -1:
+    cdef Py_buffer *view
+    cdef int axis = 0
+    if array is None:
+        return 0
+    view = acquire(held, array, PyBUF_STRIDED)
+    to.data = view.buf
+    for i in range(batch_ndim):
+        to.batch[i] = next_stride(view, &axis)
+    to.head = next_stride(view, &axis)
+    to.row = next_stride(view, &axis)
+    to.col = next_stride(view, &axis) if col else 0
+    return 0
+
+
+cdef inline fa_dtype dtype_of(const Py_buffer *view) noexcept:
+    return FA_F32 if view.itemsize == 4 else FA_F64
+
+
+cdef int fill(
+    fa_attention_params *p, views *held, object q, object k, object v, object out, object lse,
+    object residual, double scale, double softcap, object bias, object alibi_slopes, object sinks,
+    object mask, object kv_lengths, object q_offset, object q_segment_ids, object k_segment_ids,
+    bint causal, int64_t window_left, int64_t window_right, bint softmax_over_queries,
+    int num_threads,
+) except -1:
+    cdef Py_buffer *view
+    cdef int64_t nb
+    memset(p, 0, sizeof(fa_attention_params))
+    held.count = 0
+
+    view = acquire(held, q, PyBUF_STRIDES)
+    nb = view.ndim - 3
+    p.dtype = dtype_of(view)
+    p.batch_ndim = nb
+    for i in range(nb):
+        p.batch_shape[i] = view.shape[i]
+        p.q.batch[i] = view.strides[i]
+    p.num_heads = view.shape[nb]
+    p.seqlen_q = view.shape[nb + 1]
+    p.head_dim = view.shape[nb + 2]
+    p.q.data = view.buf
+    p.q.head = view.strides[nb]
+    p.q.row = view.strides[nb + 1]
+    p.q.col = view.strides[nb + 2]
+
+    read_input(&p.k, held, k, nb, True, True, True)
+    p.num_kv_heads = held.view[1].shape[nb]
+    p.seqlen_k = held.view[1].shape[nb + 1]
+    read_input(&p.v, held, v, nb, True, True, True)
+    p.head_dim_v = held.view[2].shape[nb + 2]
+    read_output(&p.out, held, out, nb, True)
+    read_output(&p.lse, held, lse, nb, False)
+    read_input(&p.residual, held, residual, nb, True, True, True)
+
+    p.scale = scale
+    p.softcap = softcap
+    if bias is not None:
+        read_input(&p.bias, held, bias, nb, True, True, True)
+        p.bias_dtype = dtype_of(&held.view[held.count - 1])
+    read_input(&p.alibi_slopes, held, alibi_slopes, nb, True, False, False)
+    read_input(&p.sinks, held, sinks, 0, True, False, False)
+    read_input(&p.mask, held, mask, nb, True, True, True)
+    read_input(&p.kv_lengths, held, kv_lengths, nb, False, False, False)
+    read_input(&p.q_offset, held, q_offset, nb, False, False, False)
+    read_input(&p.q_segment_ids, held, q_segment_ids, nb, False, True, False)
+    read_input(&p.k_segment_ids, held, k_segment_ids, nb, False, True, False)
+    p.causal = causal
+    p.window_left = window_left
+    p.window_right = window_right
+    p.softmax_axis = FA_SOFTMAX_QUERIES if softmax_over_queries else FA_SOFTMAX_KEYS
+    p.num_threads = num_threads
+    return 0
+
+
+cdef int poll_signals(void *raised) noexcept with gil:
+    """Run pending signal handlers; keep what one raises for the caller to raise."""
+    try:
+        PyErr_CheckSignals()
+    except BaseException as error:
+        (<list>raised).append(error)
+        return 1
+    return 0
+
+
+cdef int check(fa_status status, list raised) except -1:
+    if status == FA_OK:
+        return 0
+    if status == FA_NO_MEMORY:
+        raise MemoryError("not enough memory for the workspace of attention")
+    if status == FA_INTERRUPTED:
+        raise raised[0]
+    if status == FA_NO_THREAD:
+        raise RuntimeError("cannot start a thread for attention in this forked process")
+    raise OverflowError("the problem is too large: its sizes do not fit in 64 bits")
+
+
+cdef const fa_kernels *find_kernels(str isa) except NULL:
+    cdef bytes name = isa.encode()
+    cdef const fa_kernels *kernels = fa_kernels_by_name(name)
+    if kernels is NULL:
+        raise ValueError(f"kernel set {isa!r} cannot run here")
+    return kernels
+
+
+def attention(
+    str isa, q, k, v, out, lse, residual, double scale, double softcap, bias, alibi_slopes, sinks,
+    mask, kv_lengths, q_offset, q_segment_ids, k_segment_ids, bint causal, int64_t window_left,
+    int64_t window_right, bint softmax_over_queries, int num_threads,
+):
+    cdef fa_attention_params params
+    cdef views held
+    cdef fa_status status
+    cdef const fa_kernels *kernels = find_kernels(isa)
+    cdef list raised = []
+    try:
+        fill(
+            &params, &held, q, k, v, out, lse, residual, scale, softcap, bias, alibi_slopes, sinks,
+            mask, kv_lengths, q_offset, q_segment_ids, k_segment_ids, causal, window_left,
+            window_right, softmax_over_queries, num_threads,
+        )
+        params.poll = poll_signals
+        params.poll_arg = <void *>raised
+        with nogil:
+            status = fa_attention(&params, kernels)
+    finally:
+        release(&held)
+    check(status, raised)
+
+
+def describe(
+    str isa, q, k, v, out, lse, residual, double scale, double softcap, bias, alibi_slopes, sinks,
+    mask, kv_lengths, q_offset, q_segment_ids, k_segment_ids, bint causal, int64_t window_left,
+    int64_t window_right, bint softmax_over_queries, int num_threads,
+):
+    cdef fa_attention_params params
+    cdef fa_attention_plan plan
+    cdef views held
+    cdef fa_status status
+    cdef const fa_kernels *kernels = find_kernels(isa)
+    try:
+        fill(
+            &params, &held, q, k, v, out, lse, residual, scale, softcap, bias, alibi_slopes, sinks,
+            mask, kv_lengths, q_offset, q_segment_ids, k_segment_ids, causal, window_left,
+            window_right, softmax_over_queries, num_threads,
+        )
+        with nogil:
+            status = fa_attention_describe(&params, kernels, &plan)
+    finally:
+        release(&held)
+    check(status, [])
+    return {
+        "block_q": plan.block_q,
+        "block_k": plan.block_k,
+        "tile_q": plan.tile_q,
+        "mr": plan.mr,
+        "nr": plan.nr,
+        "vl": plan.vl,
+        "num_tasks": plan.num_tasks,
+        "num_threads": plan.num_threads,
+        "workspace_bytes": plan.workspace_bytes,
+        "tiles_total": plan.tiles_total,
+        "tiles_computed": plan.tiles_computed,
+    }
+
+
+def available_isas():
+    names = []
+    cdef int i = 0
+    while fa_kernels_available(i) is not NULL:
+        names.append((<bytes>fa_kernels_name(fa_kernels_available(i))).decode())
+        i += 1
+    return tuple(names)
+
+
+def known_isas():
+    names = []
+    cdef int i = 0
+    while fa_kernels_known_name(i) is not NULL:
+        names.append((<bytes>fa_kernels_known_name(i)).decode())
+        i += 1
+    return tuple(names)
+
+
+def has_openmp():
+    return bool(fa_has_openmp())
+
+
+def openmp_max_threads():
+    return fa_openmp_max_threads()
+
+
+def build_info():
+    return {
+        "compiler": (<bytes>FA_BUILD_COMPILER).decode(),
+        "flags": (<bytes>FA_BUILD_FLAGS).decode(),
+        "switches": (<bytes>FA_BUILD_SWITCHES).decode(),
+        "openmp": "yes" if fa_has_openmp() else "no",
+    }
+
+
+def _select_isa():
+    """The kernel set of this process: FASTATTN_ISA, else the best that runs here."""
+    name = os.environ.get("FASTATTN_ISA")
+    available = available_isas()
+    if name is None or name == "":
+        return available[0]
+    if name not in known_isas():
+        raise ImportError(
+            f"FASTATTN_ISA must be one of {', '.join(known_isas())}, got {name!r}"
+        )
+    if name not in available:
+        raise ImportError(
+            f"FASTATTN_ISA={name} cannot be used here: this CPU, its operating system or this build "
+            f"of fastattn does not support it (supported: {', '.join(available)})"
+        )
+    return name
+
+
+_selected_isa = _select_isa()
+
+if fa_watch_fork() != FA_OK:
+    raise MemoryError("cannot register fastattn's fork handler")
+
+
+def selected_isa():
+    return _selected_isa

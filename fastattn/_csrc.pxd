@@ -1,0 +1,77 @@
+"""Mirror of csrc/fastattn.h, where every field and function is described."""
+from libc.stdint cimport int64_t
+
+
+cdef extern from "fastattn.h" nogil:
+    enum:
+        FA_MAX_BATCH_DIMS
+
+    enum fa_status:
+        FA_OK
+        FA_NO_MEMORY
+        FA_OVERFLOW
+        FA_INTERRUPTED
+        FA_NO_THREAD
+
+    enum fa_dtype:
+        FA_F32
+        FA_F64
+
+    enum fa_softmax_axis:
+        FA_SOFTMAX_KEYS
+        FA_SOFTMAX_QUERIES
+
+    struct fa_input:
+        const void *data
+        int64_t batch[FA_MAX_BATCH_DIMS]
+        int64_t head, row, col
+
+    struct fa_output:
+        void *data
+        int64_t batch[FA_MAX_BATCH_DIMS]
+        int64_t head, row, col
+
+    struct fa_attention_params:
+        fa_dtype dtype
+        fa_dtype bias_dtype
+        fa_softmax_axis softmax_axis
+        int64_t batch_ndim
+        int64_t batch_shape[FA_MAX_BATCH_DIMS]
+        int64_t num_heads, num_kv_heads
+        int64_t seqlen_q, seqlen_k
+        int64_t head_dim, head_dim_v
+        fa_input q, k, v
+        fa_output out, lse
+        fa_input residual
+        double scale, softcap
+        fa_input bias, alibi_slopes, sinks
+        fa_input mask, kv_lengths, q_offset, q_segment_ids, k_segment_ids
+        bint causal
+        int64_t window_left, window_right
+        int num_threads
+        int (*poll)(void *) noexcept
+        void *poll_arg
+
+    struct fa_attention_plan:
+        int64_t block_q, block_k, tile_q
+        int64_t mr, nr, vl
+        int64_t num_tasks, num_threads
+        int64_t workspace_bytes
+        int64_t tiles_total, tiles_computed
+
+    struct fa_kernels:
+        pass
+
+    const fa_kernels *fa_kernels_available(int index) noexcept
+    const fa_kernels *fa_kernels_by_name(const char *name) noexcept
+    const char *fa_kernels_known_name(int index) noexcept
+    const char *fa_kernels_name(const fa_kernels *kernels) noexcept
+
+    fa_status fa_attention(const fa_attention_params *params, const fa_kernels *kernels) noexcept
+    fa_status fa_attention_describe(
+        const fa_attention_params *params, const fa_kernels *kernels, fa_attention_plan *plan
+    ) noexcept
+
+    fa_status fa_watch_fork() noexcept
+    bint fa_has_openmp() noexcept
+    int fa_openmp_max_threads() noexcept
