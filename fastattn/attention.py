@@ -1,0 +1,671 @@
+"""The functions that compute attention, with their documentation.
+
+Arguments are validated in ``_validate.py``; the work is done in C, behind ``_core``.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal, TypedDict, Unpack, overload
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fastattn import _core, _validate, config
+
+Array = NDArray[Any]
+
+
+class Options(TypedDict, total=False):
+    """Options that `attention` and `self_attention` share, for type checkers."""
+
+    scale: float | None
+    softcap: float | None
+    bias: ArrayLike | None
+    alibi_slopes: ArrayLike | None
+    mask: ArrayLike | None
+    causal: bool
+    window: Sequence[int | None] | None
+    q_offset: ArrayLike | None
+    kv_lengths: ArrayLike | None
+    segment_ids: Sequence[ArrayLike] | None
+    sinks: ArrayLike | None
+    softmax_axis: Literal["keys", "queries"]
+    out: Array | None
+    num_threads: int | None
+
+
+class AttentionOptions(Options, total=False):
+    """Options of `attention` other than `return_lse`, which decides the type of the result."""
+
+    residual: ArrayLike | None
+
+
+@overload
+def attention(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    *,
+    return_lse: Literal[False] = ...,
+    **options: Unpack[AttentionOptions],
+) -> Array: ...
+@overload
+def attention(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[AttentionOptions],
+) -> tuple[Array, Array]: ...
+@overload
+def attention(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    *,
+    return_lse: bool,
+    **options: Unpack[AttentionOptions],
+) -> Array | tuple[Array, Array]: ...
+def attention(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    bias: ArrayLike | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    causal: bool = False,
+    window: Sequence[int | None] | None = None,
+    q_offset: ArrayLike | None = None,
+    kv_lengths: ArrayLike | None = None,
+    segment_ids: Sequence[ArrayLike] | None = None,
+    sinks: ArrayLike | None = None,
+    softmax_axis: Literal["keys", "queries"] = "keys",
+    residual: ArrayLike | None = None,
+    return_lse: bool = False,
+    out: Array | None = None,
+    num_threads: int | None = None,
+) -> Array | tuple[Array, Array]:
+    """Exact attention, ``softmax(scale * q @ k.T) @ v (+ residual)``, in linear memory.
+
+    The scores are computed block by block and never stored; blocks that no query may look at are
+    not computed.  The result has the same bits for any `num_threads`, any batch composition, and
+    strided views or their copies.
+
+    Parameters
+    ----------
+    q : array_like, (..., num_heads, seqlen_q, head_dim)
+        Queries, float32 or float64.
+    k : array_like, (..., num_kv_heads, seqlen_k, head_dim)
+        Keys, of q's dtype.  ``num_kv_heads`` divides ``num_heads``: query head ``h`` reads key
+        head ``h // (num_heads // num_kv_heads)`` (grouped-query attention, nothing is repeated).
+    v : array_like, (..., num_kv_heads, seqlen_k, head_dim_v)
+        Values, of q's dtype.
+    scale : float, optional
+        Factor of the products ``q @ k.T``, any finite number.  Default: ``1 / sqrt(head_dim)``.
+    softcap : float, optional
+        Bound on the scores, greater than 0: ``softcap * tanh(score / softcap)``.
+    bias : array_like, broadcastable to (..., num_heads, seqlen_q, seqlen_k), optional
+        Added to the scores, after `softcap`; float32 or float64, whatever q's dtype is.  Where it
+        is -inf, the weight is exactly 0.
+    alibi_slopes : array_like, (num_heads,) or broadcastable to (..., num_heads), optional
+        Adds ``-slope * abs(i + q_offset - j)`` to the score of query ``i`` and key ``j``.
+    mask : array_like of bool, broadcastable to (..., num_heads, seqlen_q, seqlen_k), optional
+        True = this key takes part for this query.
+    causal : bool, optional
+        Query ``i`` sees keys ``j <= i + q_offset`` only (drawn below).
+    window : pair of int or None, optional
+        ``(left, right)``: query ``i`` sees keys
+        ``i + q_offset - left <= j <= i + q_offset + right`` only.  None is an open side.
+    q_offset : int or array_like of int, broadcastable to the leading dimensions, optional
+        Position of query 0 among the keys, any integer.  Default: the last query stands at the
+        last valid key, ``seqlen_k - seqlen_q`` or ``kv_lengths - seqlen_q``.
+    kv_lengths : int or array_like of int, broadcastable to the leading dimensions, optional
+        Number of valid keys, 0 to seqlen_k; the keys after them do not take part.
+    segment_ids : pair of array_like of int, optional
+        ``(q_ids, k_ids)``, broadcastable to (..., seqlen_q) and (..., seqlen_k): a query sees the
+        keys with its own id only.
+    sinks : array_like, (num_heads,), optional
+        One more score per head, which joins the sum of each softmax and has no value.  With
+        ``softmax_axis="keys"`` only.
+    softmax_axis : {"keys", "queries"}, optional
+        The weights of each query sum to one over the keys, or the weights of each key sum to one
+        over the queries.
+    residual : array_like of q's dtype and the result's shape, optional
+        Added to the result; may be the same array as `out`.
+    return_lse : bool, optional
+        Whether to return `lse` too.
+    out : ndarray of q's dtype and the result's shape, optional
+        Where to write the result, with any strides.  It may not overlap the inputs, unless it is
+        the same array as `residual`.
+    num_threads : int, optional
+        The most threads to work with, at least 1.  Default: the environment's
+        FASTATTN_NUM_THREADS or OMP_NUM_THREADS, else the CPUs that this process may use.
+
+    Returns
+    -------
+    out : ndarray, (..., num_heads, seqlen_q, head_dim_v)
+        In q's dtype, its axes in memory in the order of q's; `out` itself if it was given.
+    lse : ndarray, (..., num_heads, seqlen_q), or (..., num_heads, seqlen_k) over the queries
+        Natural logarithm of the sum that the softmax divides by, in q's dtype; with `return_lse`.
+
+    Raises
+    ------
+    TypeError
+        An argument has the wrong dtype or kind; the message names it.
+    ValueError
+        An argument has the wrong shape or value; the message names it.
+    MemoryError
+        The result or the workspace cannot be allocated.
+
+    See Also
+    --------
+    self_attention : ``x + attention(x, x, x)``, fused.
+    merge_attention : One result from several over parts of the keys.
+    explain : What a call would run.
+
+    Notes
+    -----
+    **Shapes.**  A 2-D array is one head.  Leading dimensions broadcast as in NumPy, without copies.
+
+    =============================  ============================  =====================
+    q                              k (and v)                     result
+    =============================  ============================  =====================
+    (seqlen_q, head_dim)           (seqlen_k, head_dim)          (seqlen_q, head_dim_v)
+    (heads, seqlen_q, head_dim)    (seqlen_k, head_dim)          (heads, seqlen_q, ..)
+    (batch, 8, seqlen_q, ..)       (batch, 8, seqlen_k, ..)      (batch, 8, seqlen_q, ..)
+    (batch, 8, seqlen_q, ..)       (batch, 2, seqlen_k, ..)      (batch, 8, seqlen_q, ..)
+    (batch, 8, seqlen_q, ..)       (8, seqlen_k, ..)             (batch, 8, seqlen_q, ..)
+    =============================  ============================  =====================
+
+    Any strides do, also zero and negative ones: ``x.reshape(batch, seqlen, heads, head_dim)
+    .swapaxes(1, 2)`` is read in place, and gives a result that is laid out the same way.
+
+    **Order.**  The score of query i and key j is ``scale * q_i @ k_j``, then `softcap`, then plus
+    `bias` and ALiBi.  Then `mask`, `causal`, `window`, `kv_lengths` and `segment_ids` take keys out
+    of the softmax altogether: whatever those keys and values hold, NaN included, changes nothing.
+    A query (over the queries: a key) with no key left, or with every score -inf, gets 0 (plus
+    `residual`) and lse -inf.  A score of NaN or +inf makes NaN of its own softmax alone.
+
+    **Causal.**  ``x`` marks what takes part.  By default the last query sees the last key
+    ("bottom-right", what decoding needs); ``q_offset=0`` is "top-left"::
+
+        seqlen_q 3, seqlen_k 5        seqlen_q 5, seqlen_k 3
+
+        default     q_offset=0        default     q_offset=0
+        x x x . .   x . . . .         . . .       x . .
+        x x x x .   x x . . .         . . .       x x .
+        x x x x x   x x x . .         x . .       x x x
+                                      x x .       x x x
+                                      x x x       x x x
+
+    With ``window=(1, 0)`` instead of `causal`, each query sees one key back and its own::
+
+        . x x . .   x . . . .         . . .       x . .
+        . . x x .   x x . . .         . . .       x x .
+        . . . x x   . x x . .         x . .       . x x
+                                      x x .       . . x
+                                      . x x       . . .
+
+    References
+    ----------
+    Softmax in blocks: M. Milakov, N. Gimelshein, "Online normalizer calculation for softmax", 2018,
+    https://arxiv.org/abs/1805.02867; T. Dao et al., "FlashAttention", 2022,
+    https://arxiv.org/abs/2205.14135.  Grouped heads: J. Ainslie et al., 2023,
+    https://arxiv.org/abs/2305.13245.  ALiBi: O. Press et al., 2022,
+    https://arxiv.org/abs/2108.12409.  Sinks: G. Xiao et al., 2023,
+    https://arxiv.org/abs/2309.17453.  Softmax over the queries: F. Locatello et al., "Slot
+    Attention", 2020, https://arxiv.org/abs/2006.15055.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn as fa
+    >>> rng = np.random.default_rng(0)
+    >>> q, k, v = rng.standard_normal((3, 2, 4, 16, 8), dtype=np.float32)
+    >>> out = fa.attention(q, k, v)
+    >>> out.shape
+    (2, 4, 16, 8)
+    >>> bool(np.allclose(out, fa.reference.attention(q, k, v), atol=1e-5))
+    True
+
+    The last query sees every key, with or without `causal`:
+
+    >>> out_causal, lse = fa.attention(q, k, v, causal=True, return_lse=True)
+    >>> bool(np.allclose(out_causal[..., -1, :], out[..., -1, :], atol=1e-5)), lse.shape
+    (True, (2, 4, 16))
+
+    With every key masked out there is nothing to average:
+
+    >>> fa.attention(q, k, v, mask=False, return_lse=True)[1][0, 0, 0]
+    np.float32(-inf)
+    """
+    arguments, result, lse = _validate.core_arguments(
+        q,
+        k,
+        v,
+        scale,
+        softcap,
+        bias,
+        alibi_slopes,
+        mask,
+        causal,
+        window,
+        q_offset,
+        kv_lengths,
+        segment_ids,
+        sinks,
+        softmax_axis,
+        residual,
+        return_lse,
+        out,
+        num_threads,
+    )
+    _core.attention(*arguments)
+    return result if lse is None else (result, lse)
+
+
+@overload
+def self_attention(
+    x: ArrayLike,
+    *,
+    num_heads: int = ...,
+    residual: bool = ...,
+    return_lse: Literal[False] = ...,
+    **options: Unpack[Options],
+) -> Array: ...
+@overload
+def self_attention(
+    x: ArrayLike,
+    *,
+    num_heads: int = ...,
+    residual: bool = ...,
+    return_lse: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[Array, Array]: ...
+@overload
+def self_attention(
+    x: ArrayLike,
+    *,
+    num_heads: int = ...,
+    residual: bool = ...,
+    return_lse: bool,
+    **options: Unpack[Options],
+) -> Array | tuple[Array, Array]: ...
+def self_attention(
+    x: ArrayLike,
+    *,
+    num_heads: int = 1,
+    residual: bool = True,
+    return_lse: bool = False,
+    **options: Unpack[Options],
+) -> Array | tuple[Array, Array]:
+    """``y = x + attention(x, x, x)``: every position looks at every other, head by head.
+
+    Each head takes its slice of x's last axis as its queries, keys and values; scores, softmax,
+    weighted sum and residual are one pass, without a copy of `x`.
+
+    Parameters
+    ----------
+    x : array_like, (..., seqlen, embed_dim)
+        float32 or float64.
+    num_heads : int, optional
+        Number of heads, a divisor of embed_dim; head h is ``x[..., h * head_dim : (h + 1) *
+        head_dim]`` with ``head_dim = embed_dim // num_heads``.
+    residual : bool, optional
+        Whether to add `x`.
+    return_lse : bool, optional
+        Whether to return `lse` too.
+    **options
+        As in `attention`: `scale`, `softcap`, `bias`, `alibi_slopes`, `mask`, `causal`, `window`,
+        `q_offset`, `kv_lengths`, `segment_ids`, `sinks`, `softmax_axis`, `out` and `num_threads`.
+        The scores have shape (..., num_heads, seqlen, seqlen), `out` has the shape and dtype of `x`
+        and may not overlap it.
+
+    Returns
+    -------
+    out : ndarray, (..., seqlen, embed_dim)
+        In the dtype and memory order of `x`; `out` itself if it was given.
+    lse : ndarray, (..., num_heads, seqlen)
+        With `return_lse`; see `attention`.
+
+    Raises
+    ------
+    TypeError
+        An argument has the wrong dtype or kind; the message names it.
+    ValueError
+        An argument has the wrong shape or value; the message names it.
+    MemoryError
+        The result or the workspace cannot be allocated.
+
+    References
+    ----------
+    A. Vaswani et al., "Attention Is All You Need", 2017, https://arxiv.org/abs/1706.03762, without
+    the projections.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn as fa
+    >>> x = np.array([[1.0, 0.0], [0.0, 1.0]], dtype=np.float32)
+    >>> y = fa.self_attention(x)
+    >>> bool(np.allclose(y, x + fa.attention(x, x, x), atol=1e-6))
+    True
+
+    A position that sees only itself gets its own value:
+
+    >>> fa.self_attention(x, mask=np.eye(2, dtype=bool))
+    array([[2., 0.],
+           [0., 2.]], dtype=float32)
+    """
+    _refuse_unknown("self_attention", options, Options)
+    x = _validate.float_array("x", x)
+    if x.ndim < 2:
+        raise ValueError(
+            f"`x` must have at least 2 dimensions, (..., seqlen, embed_dim), got shape {x.shape}"
+        )
+    num_heads = _validate.count("num_heads", num_heads)
+    if x.shape[-1] % num_heads:
+        raise ValueError(f"`num_heads` must divide embed_dim {x.shape[-1]} of `x`, got {num_heads}")
+    shared: dict[str, Any] = {**options}
+    out = shared.pop("out", None)
+    if out is None:
+        result = _validate.empty_result(x, x.shape)
+    else:
+        result = _validate.check_out(out, x.shape, x.dtype, "x")
+        _validate.refuse_overlap(result, x=x)
+    heads = _split_heads(x, num_heads)
+    attended = attention(
+        heads,
+        heads,
+        heads,
+        residual=heads if _validate.flag("residual", residual) else None,
+        return_lse=return_lse,
+        out=_split_heads(result, num_heads),
+        **shared,
+    )
+    y = result if out is None else out
+    return (y, attended[1]) if isinstance(attended, tuple) else y
+
+
+def _split_heads(x: Array, num_heads: int) -> Array:
+    """A view of (..., seqlen, embed_dim) as (..., num_heads, seqlen, head_dim)."""
+    # Splitting one axis never copies, whatever the strides.
+    heads = x.reshape(*x.shape[:-1], num_heads, x.shape[-1] // num_heads)
+    return heads.swapaxes(-2, -3)
+
+
+def merge_attention(
+    outs: Sequence[ArrayLike] | Array, lses: Sequence[ArrayLike] | Array
+) -> tuple[Array, Array]:
+    """Attention over all keys, from the results of `attention` over parts of the keys.
+
+    The merge is exact: ``out = sum_p exp(lse_p - lse) * out_p`` with
+    ``lse = log(sum_p exp(lse_p))``, summed in float64 in the order of the parts and rounded once.
+    One part, or one with a finite lse among empty ones, comes back with the same bits.
+
+    Parameters
+    ----------
+    outs : sequence of array_like or ndarray, each (..., seqlen_q, head_dim_v)
+        The results, all of one shape and dtype, float32 or float64; or one array of them stacked
+        along its first axis.  They hold no residual.
+    lses : sequence of array_like or ndarray, each (..., seqlen_q)
+        Their lse (``return_lse=True``), of the same dtype.  -inf is a part without keys; its `out`
+        is not used.  At most one part may have had `sinks`.
+
+    Returns
+    -------
+    out : ndarray, (..., seqlen_q, head_dim_v)
+        In the parts' dtype; 0 where every part is without keys.
+    lse : ndarray, (..., seqlen_q)
+        In the parts' dtype; -inf where every part is without keys.
+
+    Raises
+    ------
+    TypeError
+        A part is not float32 or float64, or not of the first part's dtype.
+    ValueError
+        There is no part, or the shapes do not match.
+
+    Notes
+    -----
+    Besides the parts and the result, memory is two float64 arrays of the result's shape, however
+    many parts there are.  This merge is for the softmax over the keys.  With
+    ``softmax_axis="queries"`` each key has its own softmax, and the results over parts of the keys
+    simply add up.
+
+    References
+    ----------
+    J. Juravsky et al., "Hydragen", 2024, https://arxiv.org/abs/2402.05099, section 3.1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn as fa
+    >>> rng = np.random.default_rng(0)
+    >>> q, k, v = rng.standard_normal((3, 2, 6, 8))
+    >>> near = fa.attention(q, k[:, :2], v[:, :2], return_lse=True)
+    >>> far = fa.attention(q, k[:, 2:], v[:, 2:], return_lse=True)
+    >>> out, lse = fa.merge_attention(*zip(near, far))
+    >>> bool(np.allclose(out, fa.attention(q, k, v)))
+    True
+    """
+    parts = [_validate.float_array(f"outs[{p}]", out) for p, out in enumerate(outs)]
+    part_lses = [_validate.float_array(f"lses[{p}]", lse) for p, lse in enumerate(lses)]
+    if not parts:
+        raise ValueError("`outs` must have at least one part, got none")
+    if len(part_lses) != len(parts):
+        raise ValueError(f"`lses` must have {len(parts)} parts like `outs`, got {len(part_lses)}")
+    shape, dtype = parts[0].shape, parts[0].dtype
+    if len(shape) < 2:
+        raise ValueError(
+            f"`outs[0]` must have at least 2 dimensions, (..., seqlen_q, head_dim_v), "
+            f"got shape {shape}"
+        )
+    for name, arrays, rule in (("outs", parts, shape), ("lses", part_lses, shape[:-1])):
+        for p, array in enumerate(arrays):
+            if array.dtype != dtype:
+                raise TypeError(
+                    f"`{name}[{p}]` must have dtype {dtype} like `outs[0]`, got {array.dtype}"
+                )
+            if array.shape != rule:
+                raise ValueError(
+                    f"`{name}[{p}]` must have shape {rule} to match `outs[0]`, "
+                    f"got shape {array.shape}"
+                )
+
+    # NaN and +inf are carried through, not warned about.
+    with np.errstate(all="ignore"):
+        top = part_lses[0].astype(np.float64)
+        for part_lse in part_lses[1:]:
+            np.maximum(top, part_lse, out=top)
+        # -inf - -inf would be NaN where every part is empty.
+        shift = np.where(top == -np.inf, 0.0, top)
+        total = np.zeros(shape[:-1], np.float64)
+        for part_lse in part_lses:
+            total += np.exp(part_lse - shift)
+        merged = np.zeros(shape, np.float64)
+        contribution = np.empty(shape, np.float64)
+        for part, part_lse in zip(parts, part_lses, strict=True):
+            exps = np.exp(part_lse - shift)
+            np.multiply(part, (exps / total)[..., np.newaxis], out=contribution)
+            # Selected, not multiplied: a part of weight 0 adds nothing, whatever it holds.
+            np.add(merged, contribution, out=merged, where=(exps != 0.0)[..., np.newaxis])
+        lse = shift + np.log(total)
+        return merged.astype(dtype, copy=False), lse.astype(dtype, copy=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What a call of `attention` would run; ``print`` shows it as text.
+
+    Sizes are in elements unless their name says otherwise.
+    """
+
+    isa: str  #: name of the kernel set
+    dtype: str
+    softmax: str  #: the algorithm
+    batch_shape: tuple[int, ...]
+    num_heads: int
+    num_kv_heads: int
+    seqlen_q: int
+    seqlen_k: int
+    head_dim: int
+    head_dim_v: int
+    block_q: int  #: rows (queries, of each head that shares a key head) in a task
+    block_k: int  #: keys in a block
+    tile_q: int  #: rows in a score tile
+    mr: int  #: rows of a register tile
+    nr: int  #: columns of a register tile
+    vl: int  #: lanes of a vector
+    num_tasks: int
+    num_threads: int  #: that would work
+    num_threads_allowed: int  #: that may work
+    num_threads_reason: str  #: why that many
+    workspace_bytes: int  #: beyond inputs and outputs, all threads together
+    tiles_total: int  #: score tiles (tile_q rows, block_k keys) of the problem
+    tiles_computed: int  #: of these, the ones that are computed
+    skipped_by: dict[str, int]  #: score tiles that each option alone rules out
+
+    @property
+    def tiles_skipped(self) -> int:
+        """Score tiles that no query looks at, and that are not computed."""
+        return self.tiles_total - self.tiles_computed
+
+    def __str__(self) -> str:
+        percent = 100.0 * self.tiles_skipped / self.tiles_total if self.tiles_total else 0.0
+        skipped = f"{self.tiles_skipped:,} ({percent:.0f} %)"
+        if self.skipped_by:
+            alone = ", ".join(f"{name} {tiles:,}" for name, tiles in self.skipped_by.items())
+            skipped += f"; each option alone: {alone}"
+        else:
+            skipped += "; no option rules keys out"
+        rows = {
+            "problem": f"{self.dtype}, batch {self.batch_shape}, num_heads {self.num_heads}, "
+            f"num_kv_heads {self.num_kv_heads}, seqlen_q {self.seqlen_q:,}, "
+            f"seqlen_k {self.seqlen_k:,}, head_dim {self.head_dim}, head_dim_v {self.head_dim_v}",
+            "kernel set": f"{self.isa}, vectors of {self.vl}, register tile {self.mr} x {self.nr}",
+            "softmax": self.softmax,
+            "blocks": f"{self.num_tasks:,} tasks of up to {self.block_q} rows, score tiles of "
+            f"{self.tile_q} rows x {self.block_k} keys",
+            "threads": f"{self.num_threads} ({self.num_threads_reason})",
+            "workspace": f"{self.workspace_bytes / 1024:,.1f} KiB",
+            "score tiles": f"{self.tiles_total:,}, computed {self.tiles_computed:,}, "
+            f"skipped {skipped}",
+        }
+        return "\n".join(f"{name:12}{text}" for name, text in rows.items())
+
+
+# The options that rule keys out, and the core's arguments that carry each.
+_RULING_OUT: dict[str, dict[str, Any]] = {
+    "mask": {"mask": None},
+    "causal": {"causal": False},
+    "window": {"window_left": -1, "window_right": -1},
+    "kv_lengths": {"kv_lengths": None},
+    "segment_ids": {"q_segment_ids": None, "k_segment_ids": None},
+}
+
+
+def explain(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    *,
+    return_lse: bool = False,
+    **options: Unpack[AttentionOptions],
+) -> Explanation:
+    """Say what `attention` would run with the same arguments, without running it.
+
+    Parameters
+    ----------
+    q, k, v, **options
+        As in `attention`, and validated the same way.  `out` is not written.
+
+    Returns
+    -------
+    Explanation
+        Fields for programs, and text for ``print``: the kernel set, the algorithm, block sizes,
+        threads and why that many, workspace, and the score tiles that are skipped and why.
+
+    Raises
+    ------
+    TypeError, ValueError, MemoryError
+        As `attention` would.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn as fa
+    >>> x = np.zeros((1, 2, 4096, 64), dtype=np.float32)
+    >>> plan = fa.explain(x, x, x, causal=True, num_threads=1)
+    >>> plan.num_threads, plan.tiles_skipped > 0, list(plan.skipped_by)
+    (1, True, ['causal'])
+    """
+    _refuse_unknown("explain", options, AttentionOptions)
+    all_options: dict[str, Any] = {
+        **(attention.__kwdefaults__ or {}),
+        **options,
+        "return_lse": return_lse,
+    }
+    arguments, _, _ = _validate.core_arguments(q, k, v, **all_options)
+    call = dict(zip(_validate.CORE_ARGUMENTS, arguments, strict=True))
+    plan = _core.describe(**call)
+    *batch_shape, num_heads, seqlen_q, head_dim = call["q"].shape
+    num_kv_heads, seqlen_k, head_dim_v = call["v"].shape[-3:]
+
+    if call["kv_lengths"] is not None and call["q_offset"] is None:
+        # The default that `causal` and `window` keep when each is looked at alone.
+        call["q_offset"] = call["kv_lengths"] - seqlen_q
+    without = call | {key: off for carried in _RULING_OUT.values() for key, off in carried.items()}
+    skipped_by = {}
+    for name, carried in _RULING_OUT.items():
+        given = {key: call[key] for key in carried}
+        # Arrays are absent or not; they are not compared.
+        if any(
+            given[key] is not None if off is None else given[key] != off
+            for key, off in carried.items()
+        ):
+            alone = _core.describe(**(without | given))
+            skipped_by[name] = alone["tiles_total"] - alone["tiles_computed"]
+
+    return Explanation(
+        isa=call["isa"],
+        dtype=str(call["q"].dtype),
+        softmax=(
+            "over the queries: log-sum-exp of each key first, then weights times values"
+            if call["softmax_over_queries"]
+            else "over the keys: online, in one pass over keys and values"
+        ),
+        batch_shape=tuple(batch_shape),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        seqlen_q=seqlen_q,
+        seqlen_k=seqlen_k,
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
+        num_threads_allowed=call["num_threads"],
+        num_threads_reason=_threads_reason(
+            options.get("num_threads"), call["num_threads"], plan["num_threads"]
+        ),
+        skipped_by=skipped_by,
+        **plan,
+    )
+
+
+def _threads_reason(asked: int | None, allowed: int, used: int) -> str:
+    source = f"{allowed} allowed by "
+    source += config._thread_rule()[1] if asked is None else "num_threads"
+    if used == allowed:
+        return source
+    if not _core.has_openmp():
+        return f"{source}, but this build has no OpenMP"
+    return f"{source}, but there is no work for more"
+
+
+def _refuse_unknown(function: str, options: Any, known: Any) -> None:
+    unknown = options.keys() - known.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"{function}() got an unexpected keyword argument {min(unknown)!r}")

@@ -1,0 +1,656 @@
+"""Multi-head attention as a layer on NumPy arrays.
+
+The projections are matrix products by NumPy's BLAS; the attention between them is
+`fastattn.attention` on strided views of their results.  Weights come from arrays, from a PyTorch
+state dict or from Keras weights; neither library is imported.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fastattn._validate import as_array, check_out, count, float_array
+from fastattn.attention import attention, merge_attention
+
+Array = NDArray[Any]
+
+
+class MultiHeadAttention:
+    """Multi-head attention with its projections: ``softmax(scale * q @ k.T) @ v @ w_o``.
+
+    ``q = query @ w_q + b_q``, ``k = key @ w_k + b_k``, ``v = value @ w_v + b_v``, each split into
+    heads along its last axis, and the heads' results, side by side, times ``w_o`` plus ``b_o``.
+
+    Parameters
+    ----------
+    w_q : array_like, (embed_dim, num_heads * head_dim)
+        Projection of `query`; float32 or float64.  Every other weight has this dtype.
+    w_k : array_like, (key_dim, num_kv_heads * head_dim)
+        Projection of `key`.
+    w_v : array_like, (value_dim, num_kv_heads * head_dim_v)
+        Projection of `value`.
+    w_o : array_like, (num_heads * head_dim_v, out_dim), optional
+        Output projection.  None: the heads' results side by side are the result, and out_dim is
+        ``num_heads * head_dim_v``.
+    num_heads : int
+        Heads of the queries.
+    num_kv_heads : int, optional
+        Heads of the keys and values, a divisor of `num_heads`.  Default: read from the shape of
+        `w_k` (``num_heads`` where head_dim is 0).
+    b_q, b_k, b_v, b_o : array_like, optional
+        Biases of the four projections, one number for each of their columns.
+    bias_k : array_like, (num_kv_heads * head_dim,), optional
+        One more key, learned, that every query sees whatever the options say, with `bias_v` as its
+        value.  `scale` and `softcap` apply to its score, no other option does.
+    bias_v : array_like, (num_kv_heads * head_dim_v,), optional
+        The value of that key.
+
+    Raises
+    ------
+    TypeError
+        A weight is not float32 or float64, or not of the dtype of `w_q`.
+    ValueError
+        The shapes of the weights do not fit each other or the numbers of heads.
+
+    Notes
+    -----
+    The layer keeps the arrays that it is given, without copying or writing them.  It holds no other
+    state: calls from several threads are safe.
+
+    With ``num_kv_heads < num_heads`` consecutive query heads share a key head (grouped-query
+    attention); keys and values are not repeated.
+
+    PyTorch's ``add_zero_attn=True`` has no weights: a key and a value of zeros are what
+    ``sinks=np.zeros(num_heads)`` adds.
+
+    References
+    ----------
+    A. Vaswani et al., "Attention Is All You Need", 2017, https://arxiv.org/abs/1706.03762,
+    section 3.2.2.  Grouped heads: J. Ainslie et al., 2023, https://arxiv.org/abs/2305.13245.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn as fa
+    >>> rng = np.random.default_rng(0)
+    >>> w_q, w_k, w_v, w_o = rng.standard_normal((4, 8, 8), dtype=np.float32)
+    >>> layer = fa.MultiHeadAttention(w_q, w_k, w_v, w_o, num_heads=2)
+    >>> layer.head_dim
+    4
+    >>> x = rng.standard_normal((3, 5, 8), dtype=np.float32)
+    >>> y = layer(x, causal=True, residual=True)
+    >>> y.shape
+    (3, 5, 8)
+    >>> np.allclose(y, x + layer(x, causal=True), atol=1e-4)
+    True
+    """
+
+    def __init__(
+        self,
+        w_q: ArrayLike,
+        w_k: ArrayLike,
+        w_v: ArrayLike,
+        w_o: ArrayLike | None = None,
+        *,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        b_q: ArrayLike | None = None,
+        b_k: ArrayLike | None = None,
+        b_v: ArrayLike | None = None,
+        b_o: ArrayLike | None = None,
+        bias_k: ArrayLike | None = None,
+        bias_v: ArrayLike | None = None,
+    ) -> None:
+        self.w_q = _weight("w_q", w_q, ndim=2)
+        dtype = self.w_q.dtype
+        self.w_k = _weight("w_k", w_k, ndim=2, dtype=dtype)
+        self.w_v = _weight("w_v", w_v, ndim=2, dtype=dtype)
+        self.w_o = None if w_o is None else _weight("w_o", w_o, ndim=2, dtype=dtype)
+
+        self.num_heads = count("num_heads", num_heads)
+        self.head_dim = _divide("w_q", self.w_q.shape[1], "num_heads", self.num_heads)
+        if num_kv_heads is None:
+            num_kv_heads = self._infer_num_kv_heads()
+        self.num_kv_heads = count("num_kv_heads", num_kv_heads)
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"`num_kv_heads` must be a divisor of num_heads {self.num_heads}, "
+                f"got {self.num_kv_heads}"
+            )
+        if self.w_k.shape[1] != self.num_kv_heads * self.head_dim:
+            raise ValueError(
+                f"`w_k` must have {self.num_kv_heads * self.head_dim} columns "
+                f"(num_kv_heads {self.num_kv_heads} times head_dim {self.head_dim} of `w_q`), "
+                f"got {self.w_k.shape[1]}"
+            )
+        self.head_dim_v = _divide("w_v", self.w_v.shape[1], "num_kv_heads", self.num_kv_heads)
+        context_dim = self.num_heads * self.head_dim_v
+        if self.w_o is not None and self.w_o.shape[0] != context_dim:
+            raise ValueError(
+                f"`w_o` must have {context_dim} rows (num_heads {self.num_heads} times head_dim_v "
+                f"{self.head_dim_v}), got {self.w_o.shape[0]}"
+            )
+        self.embed_dim: int = self.w_q.shape[0]
+        self.out_dim: int = context_dim if self.w_o is None else self.w_o.shape[1]
+
+        self.b_q = _bias("b_q", b_q, self.w_q.shape[1], dtype)
+        self.b_k = _bias("b_k", b_k, self.w_k.shape[1], dtype)
+        self.b_v = _bias("b_v", b_v, self.w_v.shape[1], dtype)
+        if b_o is not None and self.w_o is None:
+            raise ValueError("`b_o` must be None where `w_o` is None, got an array")
+        self.b_o = _bias("b_o", b_o, self.out_dim, dtype)
+        if (bias_k is None) != (bias_v is None):
+            given = "bias_v" if bias_k is None else "bias_k"
+            raise ValueError(f"`bias_k` and `bias_v` must be given together, got only `{given}`")
+        self.bias_k = _bias("bias_k", bias_k, self.w_k.shape[1], dtype)
+        self.bias_v = _bias("bias_v", bias_v, self.w_v.shape[1], dtype)
+
+    def _infer_num_kv_heads(self) -> int:
+        if self.head_dim == 0:
+            return self.num_heads
+        return _divide("w_k", self.w_k.shape[1], "head_dim", self.head_dim)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Dtype of the weights, of every input and of the result."""
+        return self.w_q.dtype
+
+    def __repr__(self) -> str:
+        names = ("embed_dim", "num_heads", "num_kv_heads", "head_dim", "head_dim_v", "out_dim")
+        return f"MultiHeadAttention({', '.join(f'{n}={getattr(self, n)}' for n in names)})"
+
+    @classmethod
+    def from_torch_state_dict(
+        cls, state_dict: Mapping[str, Any], num_heads: int, prefix: str = ""
+    ) -> Self:
+        """Build the layer from the state dict of a ``torch.nn.MultiheadAttention``.
+
+        Parameters
+        ----------
+        state_dict : mapping of str to array_like
+            NumPy arrays or torch tensors (which must be float32 or float64).  torch itself is not
+            imported.  Keys: ``in_proj_weight``, or ``q_proj_weight``, ``k_proj_weight`` and
+            ``v_proj_weight``; ``out_proj.weight``; and, where the module has them,
+            ``in_proj_bias``, ``out_proj.bias``, ``bias_k`` and ``bias_v``.
+        num_heads : int
+            The module's ``num_heads``; a state dict does not hold it.
+        prefix : str, optional
+            Where the module lies in a larger model, for example ``"layers.0.self_attn"``.  Keys
+            elsewhere are left alone.
+
+        Returns
+        -------
+        MultiHeadAttention
+            On inputs of shape (..., seqlen, embed_dim): the module with ``batch_first=True``.
+
+        Raises
+        ------
+        TypeError
+            A value is not float32 or float64.
+        ValueError
+            A key is missing, or one under `prefix` is unexpected; it is named.
+
+        Notes
+        -----
+        PyTorch's masks are True where a key is left out; `mask` here is True where it takes part:
+        pass ``mask=~attn_mask`` and ``mask=~key_padding_mask[:, None, None, :]``.  A float
+        ``attn_mask`` is `bias`.  Dropout does not apply: the layer computes what the module does
+        after ``eval()``.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import fastattn as fa
+        >>> state_dict = {
+        ...     "attn.in_proj_weight": np.ones((12, 4), np.float32),
+        ...     "attn.out_proj.weight": np.eye(4, dtype=np.float32),
+        ... }
+        >>> layer = fa.MultiHeadAttention.from_torch_state_dict(state_dict, 2, prefix="attn")
+        >>> layer(np.eye(4, dtype=np.float32)[:2])
+        array([[1., 1., 1., 1.],
+               [1., 1., 1., 1.]], dtype=float32)
+        """
+        if prefix and not prefix.endswith("."):
+            prefix += "."
+        weights = {
+            name.removeprefix(prefix): _to_numpy(name, value)
+            for name, value in state_dict.items()
+            if name.startswith(prefix)
+        }
+
+        def take(name: str) -> Array:
+            if name not in weights:
+                raise ValueError(
+                    f"`state_dict` must hold {prefix + name!r}, got keys {_listed(state_dict)}"
+                )
+            return weights.pop(name)
+
+        def take_row(name: str) -> Array | None:
+            return take(name).reshape(-1) if name in weights else None
+
+        if "q_proj_weight" in weights:
+            parts = [take(f"{letter}_proj_weight") for letter in "qkv"]
+        else:
+            parts = _thirds(prefix + "in_proj_weight", take("in_proj_weight"))
+        w_q, w_k, w_v = (part.T for part in parts)
+        in_bias = take_row("in_proj_bias")
+        b_q, b_k, b_v = (
+            (None, None, None) if in_bias is None else _thirds(prefix + "in_proj_bias", in_bias)
+        )
+        w_o = take("out_proj.weight").T
+        b_o, bias_k, bias_v = take_row("out_proj.bias"), take_row("bias_k"), take_row("bias_v")
+        if weights:
+            unexpected = _listed(prefix + name for name in weights)
+            raise ValueError(
+                "`state_dict` must hold the keys of one torch.nn.MultiheadAttention, "
+                f"got also {unexpected}"
+            )
+        return cls(
+            w_q, w_k, w_v, w_o, num_heads=num_heads, num_kv_heads=num_heads,
+            b_q=b_q, b_k=b_k, b_v=b_v, b_o=b_o, bias_k=bias_k, bias_v=bias_v,
+        )  # fmt: skip
+
+    @classmethod
+    def from_keras_weights(cls, weights: Sequence[Any] | Mapping[str, Any]) -> Self:
+        """Build the layer from the weights of a Keras 3 attention layer.
+
+        Parameters
+        ----------
+        weights : sequence or mapping of str to array_like
+            Of a ``MultiHeadAttention`` or ``GroupQueryAttention``: the list that
+            ``layer.get_weights()`` returns (kernel and bias, or kernel alone, of query, key, value
+            and attention_output, in this order), or a mapping from their paths, as in
+            ``{w.path: w for w in layer.weights}``; of a path the last two names count
+            (``"query/kernel"``).  Kernels are (embed_dim, num_heads, head_dim) and, for
+            attention_output, (num_heads, head_dim_v, out_dim); the numbers of heads are read from
+            them.
+
+        Returns
+        -------
+        MultiHeadAttention
+            On inputs of shape (batch, seqlen, embed_dim): the Keras layer.
+
+        Raises
+        ------
+        TypeError
+            A value is not float32 or float64.
+        ValueError
+            A weight is missing, unexpected (it is named) or has another shape than these.
+
+        Notes
+        -----
+        Keras calls its layer as ``layer(query, value, key)``, this one is called as
+        ``layer(query, key, value)``.  Keras masks of shape (batch, seqlen_q, seqlen_k) are
+        ``mask[:, None]`` here.  Dropout does not apply: the layer computes what the Keras layer
+        computes with ``training=False``.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import fastattn as fa
+        >>> kernel = np.ones((6, 3, 2), np.float32)
+        >>> layer = fa.MultiHeadAttention.from_keras_weights(
+        ...     [kernel, kernel, kernel, np.ones((3, 2, 6), np.float32)]
+        ... )
+        >>> layer.num_heads, layer.head_dim
+        (3, 2)
+        """
+        named = weights if isinstance(weights, Mapping) else _keras_names(weights)
+        arrays: dict[str, Array] = {}
+        for path, value in named.items():
+            name = "/".join(path.split("/")[-2:]).removesuffix(":0")
+            if name not in _KERAS_NDIM:
+                raise ValueError(
+                    f"`weights` must hold only {_listed(_KERAS_NDIM)}, got also {path!r}"
+                )
+            if name in arrays:
+                raise ValueError(f"`weights` must hold one layer, got a second {name} at {path!r}")
+            array = arrays[name] = _to_numpy(path, value)
+            if array.ndim != _KERAS_NDIM[name]:
+                raise ValueError(
+                    f"`{path}` must have {_KERAS_NDIM[name]} dimensions, got shape {array.shape}"
+                )
+        for layer in _KERAS_LAYERS:
+            if f"{layer}/kernel" not in arrays:
+                raise ValueError(f"`weights` must hold '{layer}/kernel', got {_listed(named)}")
+
+        def kernel(layer: str) -> Array:
+            array = arrays[f"{layer}/kernel"]
+            return array.reshape(array.shape[0], array.shape[1] * array.shape[2])
+
+        def bias(layer: str) -> Array | None:
+            array = arrays.get(f"{layer}/bias")
+            return None if array is None else array.reshape(-1)
+
+        w_o = arrays["attention_output/kernel"]
+        return cls(
+            kernel("query"),
+            kernel("key"),
+            kernel("value"),
+            w_o.reshape(w_o.shape[0] * w_o.shape[1], w_o.shape[2]),
+            num_heads=arrays["query/kernel"].shape[1],
+            num_kv_heads=arrays["key/kernel"].shape[1],
+            b_q=bias("query"),
+            b_k=bias("key"),
+            b_v=bias("value"),
+            b_o=bias("attention_output"),
+        )
+
+    def __call__(
+        self,
+        query: ArrayLike,
+        key: ArrayLike | None = None,
+        value: ArrayLike | None = None,
+        *,
+        residual: bool | ArrayLike | None = None,
+        return_lse: bool = False,
+        out: Array | None = None,
+        **options: Any,
+    ) -> Array | tuple[Array, Array]:
+        """Attention of `query` over `key` and `value`, projections included.
+
+        Parameters
+        ----------
+        query : array_like, (..., seqlen_q, embed_dim)
+            Of the dtype of the weights, as are `key` and `value`.
+        key : array_like, (..., seqlen_k, key_dim), optional
+            Default: `query` (self-attention).  Leading dimensions broadcast.
+        value : array_like, (..., seqlen_k, value_dim), optional
+            Default: `key`.
+        residual : bool or array_like, (..., seqlen_q, out_dim), optional
+            What to add to the result; True: `query` itself.  See the notes for where it is added.
+        return_lse : bool, optional
+            Whether to return the log-sum-exp of the scores too.
+        out : ndarray, (..., seqlen_q, out_dim), optional
+            Where to write the result, in the dtype of the weights.  It may overlap the inputs; with
+            the residual it may be the very same array.
+        **options
+            Every other option of `fastattn.attention`, with its meaning and shape there: `causal`,
+            `window`, `mask`, `kv_lengths`, `bias`, `num_threads` and so on.  Padding at the end of
+            the keys is ``kv_lengths=lengths``; any other padding ``mask=keep[:, None, None, :]``.
+
+        Returns
+        -------
+        out : ndarray, (..., seqlen_q, out_dim)
+            In the dtype of the weights.
+        lse : ndarray, (..., num_heads, seqlen_q)
+            Only with ``return_lse=True``.
+
+        Raises
+        ------
+        TypeError
+            A wrong dtype, or an option that does not exist.
+        ValueError
+            A wrong shape or value.
+
+        Notes
+        -----
+        Without `w_o` and `bias_k` the kernel itself adds the residual as it writes each block of
+        the result, without a further pass over memory.  With `w_o` the residual belongs behind the
+        output projection, which is NumPy's: it is added in place to the projection's result.  With
+        `bias_k` alone it is added in place too.
+
+        `num_threads` governs the attention; the projections run on the threads of NumPy's BLAS.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import fastattn as fa
+        >>> eye = np.eye(2)
+        >>> layer = fa.MultiHeadAttention(eye, eye, eye, num_heads=1)
+        >>> memory = np.array([[0.0, 0.0], [0.0, 2.0]])
+        >>> layer(np.zeros((1, 2)), memory)
+        array([[0., 1.]])
+        >>> layer(np.zeros((1, 2)), memory, kv_lengths=1, residual=np.ones((1, 2)))
+        array([[1., 1.]])
+        """
+        if key is None and value is not None:
+            raise ValueError("`value` must come with `key`, got `value` alone")
+        query = self._input("query", query, self.embed_dim)
+        key = query if key is None else self._input("key", key, self.w_k.shape[0])
+        value = key if value is None else value
+        value = self._input("value", value, self.w_v.shape[0])
+        if value.shape[-2] != key.shape[-2]:
+            raise ValueError(
+                f"`value` must have seqlen_k {key.shape[-2]} like `key`, got {value.shape[-2]}"
+            )
+        try:
+            batch_shape = np.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
+        except ValueError:
+            raise ValueError(
+                "`query`, `key` and `value` must have leading dimensions that broadcast, got "
+                f"shapes {query.shape}, {key.shape} and {value.shape}"
+            ) from None
+        rows_shape = (*batch_shape, query.shape[-2])
+        shape = (*rows_shape, self.out_dim)
+        if out is not None:
+            out = check_out(out, shape, self.dtype, "w_q")
+        added = self._residual(residual, query, shape)
+
+        q = _split_heads(_project(query, self.w_q, self.b_q), self.num_heads)
+        k = _split_heads(_project(key, self.w_k, self.b_k), self.num_kv_heads)
+        v = _split_heads(_project(value, self.w_v, self.b_v), self.num_kv_heads)
+
+        fused = self.w_o is None and self.bias_k is None
+        context = out if out is not None and fused else None
+        if context is None:
+            context = np.empty((*rows_shape, self.num_heads * self.head_dim_v), self.dtype)
+        options["out"] = _split_heads(context, self.num_heads)
+        if fused and added is not None:
+            options["residual"] = _split_heads(added, self.num_heads)
+        if self.bias_k is None:
+            attended = self.attend(q, k, v, return_lse=return_lse, **options)
+            lse = attended[1] if return_lse else None
+        else:
+            lse = self._attend_with_learned_key(q, k, v, options)
+
+        if fused:
+            result = context
+        else:
+            result = self._finish(context, added, out)
+        if return_lse:
+            assert lse is not None
+            return result, lse
+        return result
+
+    def attend(self, q: Array, k: Array, v: Array, **options: Any) -> Any:
+        """The attention between the projections: `fastattn.attention`.
+
+        A subclass may compute it in another way, for example to compare.
+
+        Parameters
+        ----------
+        q, k, v : ndarray, (..., num_heads or num_kv_heads, seqlen, head_dim or head_dim_v)
+            Strided views of the projected inputs.
+        **options
+            Of `fastattn.attention`, always with `out`, where the result must be written.
+
+        Returns
+        -------
+        ndarray or tuple of ndarray
+            What `fastattn.attention` returns.
+
+        Examples
+        --------
+        >>> import fastattn as fa
+        >>> class Causal(fa.MultiHeadAttention):
+        ...     def attend(self, q, k, v, **options):
+        ...         return super().attend(q, k, v, causal=True, **options)
+        """
+        return attention(q, k, v, **options)
+
+    def _attend_with_learned_key(
+        self, q: Array, k: Array, v: Array, options: dict[str, Any]
+    ) -> Array:
+        """Attention over the keys and `bias_k`, written to ``options["out"]``; returns the lse.
+
+        The learned key is a part of its own, merged in exactly by log-sum-exp, so that no mask,
+        bias or window needs a column for it and k and v are not copied to make room.  The sinks go
+        with this part, which never lacks a key.
+        """
+        softmax_axis = options.pop("softmax_axis", "keys")
+        if softmax_axis != "keys":
+            raise ValueError(
+                "`softmax_axis` must be 'keys' in a layer with bias_k and bias_v, "
+                f"got {softmax_axis!r}"
+            )
+        assert self.bias_k is not None and self.bias_v is not None
+        learned_k = self.bias_k.reshape(self.num_kv_heads, 1, self.head_dim)
+        learned_v = self.bias_v.reshape(self.num_kv_heads, 1, self.head_dim_v)
+        shared = {name: options[name] for name in _LEARNED_KEY_OPTIONS if name in options}
+        sinks = options.pop("sinks", None)
+        out = options["out"]
+        outs = [out, np.empty((*q.shape[:-1], self.head_dim_v), self.dtype)]
+        lses = [
+            self.attend(q, k, v, return_lse=True, **options)[1],
+            self.attend(
+                q, learned_k, learned_v, sinks=sinks, return_lse=True, out=outs[1], **shared
+            )[1],
+        ]
+        merged, lse = merge_attention(
+            [np.broadcast_to(part, out.shape) for part in outs],
+            [np.broadcast_to(part, out.shape[:-1]) for part in lses],
+        )
+        out[...] = merged
+        return lse
+
+    def _finish(self, context: Array, added: Array | None, out: Array | None) -> Array:
+        """Output projection, its bias and the residual."""
+        # The projection may be written straight to `out` unless that destroys the residual first.
+        target = out
+        if out is not None and added is not None and np.may_share_memory(out, added):
+            target = None
+        if self.w_o is None:
+            result = context
+        else:
+            result = _project(context, self.w_o, self.b_o, target)
+        if added is not None:
+            result = np.add(result, added, out=result if out is None else out)
+        elif out is not None and result is not out:
+            out[...] = result
+            result = out
+        return result
+
+    def _input(self, name: str, value: ArrayLike, features: int) -> Array:
+        array = as_array(name, value)
+        if array.dtype != self.dtype:
+            raise TypeError(
+                f"`{name}` must have dtype {self.dtype} like the weights, got {array.dtype}"
+            )
+        if array.ndim < 2 or array.shape[-1] != features:
+            raise ValueError(
+                f"`{name}` must have shape (..., seqlen, {features}), got {array.shape}"
+            )
+        return array
+
+    def _residual(
+        self, residual: bool | ArrayLike | None, query: Array, shape: tuple[int, ...]
+    ) -> Array | None:
+        if residual is None or residual is False:
+            return None
+        if residual is True:
+            if self.out_dim != self.embed_dim:
+                raise ValueError(
+                    f"`residual` must be an array where out_dim {self.out_dim} is not embed_dim "
+                    f"{self.embed_dim}, got True"
+                )
+            return np.broadcast_to(query, shape) if query.shape != shape else query
+        array = as_array("residual", residual)
+        if array.dtype != self.dtype:
+            raise TypeError(
+                f"`residual` must have dtype {self.dtype} like the weights, got {array.dtype}"
+            )
+        if array.shape != shape:
+            raise ValueError(f"`residual` must have the result's shape {shape}, got {array.shape}")
+        return array
+
+
+# The options that the learned key shares with the others; `sinks` are counted with it.
+_LEARNED_KEY_OPTIONS = ("scale", "softcap", "num_threads")
+
+_KERAS_LAYERS = ("query", "key", "value", "attention_output")
+_KERAS_NDIM = {
+    **{f"{layer}/kernel": 3 for layer in _KERAS_LAYERS},
+    **{f"{layer}/bias": 2 for layer in _KERAS_LAYERS[:3]},
+    "attention_output/bias": 1,
+}
+
+
+def _keras_names(weights: Sequence[Any]) -> dict[str, Any]:
+    kinds = {8: ("kernel", "bias"), 4: ("kernel",)}.get(len(weights))
+    if kinds is None:
+        raise ValueError(
+            "`weights` must hold 8 arrays (kernel and bias of query, key, value and "
+            f"attention_output) or 4 (kernels alone), got {len(weights)}"
+        )
+    names = [f"{layer}/{kind}" for layer in _KERAS_LAYERS for kind in kinds]
+    return dict(zip(names, weights, strict=True))
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(repr(name) for name in names) or "none"
+
+
+def _thirds(name: str, array: Array) -> list[Array]:
+    if array.shape[0] % 3:
+        raise ValueError(f"`{name}` must have a multiple of 3 rows, got shape {array.shape}")
+    return np.split(array, 3)
+
+
+def _to_numpy(name: str, value: Any) -> Array:
+    """A NumPy array of an array, a torch tensor or a Keras variable, without their libraries."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        if str(value.dtype) not in ("torch.float32", "torch.float64"):
+            raise TypeError(f"`{name}` must be float32 or float64, got {value.dtype}")
+    return _weight(name, value)
+
+
+def _weight(
+    name: str, value: ArrayLike, ndim: int | None = None, dtype: np.dtype[Any] | None = None
+) -> Array:
+    array = float_array(name, value)
+    if dtype is not None and array.dtype != dtype:
+        raise TypeError(f"`{name}` must have dtype {dtype} like `w_q`, got {array.dtype}")
+    if ndim is not None and array.ndim != ndim:
+        raise ValueError(f"`{name}` must have {ndim} dimensions, got shape {array.shape}")
+    return array
+
+
+def _bias(name: str, value: ArrayLike | None, features: int, dtype: np.dtype[Any]) -> Array | None:
+    if value is None:
+        return None
+    array = _weight(name, value, dtype=dtype)
+    if array.shape != (features,):
+        raise ValueError(f"`{name}` must have shape ({features},), got {array.shape}")
+    return array
+
+
+def _divide(name: str, columns: int, divisor_name: str, divisor: int) -> int:
+    if columns % divisor:
+        raise ValueError(
+            f"`{name}` must have a multiple of {divisor_name} {divisor} columns, got {columns}"
+        )
+    return columns // divisor
+
+
+def _project(x: Array, w: Array, b: Array | None, out: Array | None = None) -> Array:
+    """``x @ w + b`` as one matrix product over all rows; the result is C-contiguous or `out`."""
+    shape = (*x.shape[:-1], w.shape[1])
+    if out is None:
+        rows = math.prod(x.shape[:-1])
+        result: Array = np.matmul(x.reshape(rows, x.shape[-1]), w).reshape(shape)
+    else:
+        result = np.matmul(x, w, out=out)
+    if b is not None:
+        result += b
+    return result
+
+
+def _split_heads(x: Array, num_heads: int) -> Array:
+    """(..., seqlen, num_heads * head_dim) as (..., num_heads, seqlen, head_dim), a view."""
+    head_dim = x.shape[-1] // num_heads
+    return x.reshape(*x.shape[:-1], num_heads, head_dim).swapaxes(-3, -2)

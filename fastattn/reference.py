@@ -1,0 +1,197 @@
+"""The specification of fastattn, in float64 NumPy: readable before fast.
+
+Each function has the name and the options of its counterpart in ``fastattn``, follows the
+definition step by step on the whole score matrix, and computes and returns float64 whatever it is
+given.  Arguments are not validated.  What the kernels compute is tested against this file.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Float64Array = NDArray[np.float64]
+
+# Positions are clipped to this magnitude: nothing in memory is farther away, and sums of a few such
+# numbers still fit in 64 bits.
+MAX_POSITION = 2**60
+
+
+@np.errstate(all="ignore")
+def attention(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    bias: ArrayLike | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    q_offset: ArrayLike | None = None,
+    kv_lengths: ArrayLike | None = None,
+    segment_ids: tuple[ArrayLike, ArrayLike] | None = None,
+    sinks: ArrayLike | None = None,
+    softmax_axis: str = "keys",
+    residual: ArrayLike | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """Attention by its definition; see `fastattn.attention` for the arguments.
+
+    Returns
+    -------
+    out : float64 array, (..., num_heads, seqlen_q, head_dim_v)
+    lse : float64 array, (..., num_heads, seqlen_q), or (..., num_heads, seqlen_k) with
+        ``softmax_axis="queries"``; only with `return_lse`.
+
+    Examples
+    --------
+    >>> from fastattn import reference
+    >>> print(reference.attention([[0.0]], [[1.0], [2.0]], [[10.0], [30.0]]))
+    [[20.]]
+    """
+    q, k, v = (np.asarray(x, dtype=np.float64) for x in (q, k, v))
+    single_head = q.ndim == k.ndim == v.ndim == 2
+    q, k, v = (x[np.newaxis] if x.ndim == 2 else x for x in (q, k, v))
+    num_heads, seqlen_q, head_dim = q.shape[-3:]
+    num_kv_heads, seqlen_k, _ = k.shape[-3:]
+    batch_shape = np.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
+    q = np.broadcast_to(q, batch_shape + q.shape[-3:])
+    # Grouped-query attention: query head h reads K and V head h // group_size.
+    group_size = num_heads // max(num_kv_heads, 1)
+    k, v = (np.repeat(x, group_size, axis=-3) for x in (k, v))
+
+    # 1. Scaled products.  An empty head_dim makes them all zero.
+    if scale is None:
+        scale = 1.0 / np.sqrt(max(head_dim, 1))
+    scores = scale * (q @ k.swapaxes(-1, -2))
+    # 2. Soft cap.
+    if softcap is not None:
+        scores = softcap * np.tanh(scores / softcap)
+    # 3. Terms added to the scores.  Query i stands at `position` on the key axis.
+    lengths = _per_batch_entry(seqlen_k if kv_lengths is None else kv_lengths, batch_shape)
+    offset = lengths - seqlen_q if q_offset is None else _per_batch_entry(q_offset, batch_shape)
+    position = np.arange(seqlen_q)[:, np.newaxis] + offset
+    key = np.arange(seqlen_k)
+    if bias is not None:
+        scores = scores + np.asarray(bias, dtype=np.float64)
+    if alibi_slopes is not None:
+        slopes = np.asarray(alibi_slopes, dtype=np.float64)[..., np.newaxis, np.newaxis]
+        scores = scores - slopes * np.abs(position - key)
+    # 4. Which keys take part.  The others are selected away: their scores, even NaN, are not read.
+    takes_part = key < lengths
+    if mask is not None:
+        takes_part = takes_part & np.asarray(mask)
+    if causal:
+        takes_part = takes_part & (key <= position)
+    if window is not None:
+        left, right = (None if side is None else min(side, MAX_POSITION) for side in window)
+        if left is not None:
+            takes_part = takes_part & (position - left <= key)
+        if right is not None:
+            takes_part = takes_part & (key <= position + right)
+    if segment_ids is not None:
+        q_ids, k_ids = (np.asarray(ids)[..., np.newaxis, :] for ids in segment_ids)
+        takes_part = takes_part & (q_ids[..., :, np.newaxis] == k_ids[..., np.newaxis, :])
+    scores = np.where(takes_part, scores, -np.inf)
+    # 5. Softmax.
+    if softmax_axis == "keys":
+        extra = None if sinks is None else np.asarray(sinks, dtype=np.float64)[:, None, None]
+        weights, lse = _softmax(scores, axis=-1, extra=extra)
+    elif sinks is None:
+        weights, lse = _softmax(scores, axis=-2)
+    else:
+        raise ValueError('`sinks` must be None with softmax_axis="queries"')
+    # 6. Weighted sum.
+    out = _weighted_sum(weights, v)
+
+    if single_head:
+        out, lse = out[0], lse[0]
+    if residual is not None:
+        out = out + np.asarray(residual, dtype=np.float64)
+    return (out, lse) if return_lse else out
+
+
+def self_attention(
+    x: ArrayLike, *, num_heads: int = 1, residual: bool = True, **options: Any
+) -> Any:
+    """``x + attention(x, x, x)``, head by head; see `fastattn.self_attention`.
+
+    Examples
+    --------
+    >>> from fastattn import reference
+    >>> print(reference.self_attention([[1.0, 2.0]]))
+    [[2. 4.]]
+    """
+    x = np.asarray(x, dtype=np.float64)
+    return_lse = options.pop("return_lse", False)
+    heads = x.reshape(*x.shape[:-1], num_heads, x.shape[-1] // num_heads).swapaxes(-2, -3)
+    out, lse = attention(heads, heads, heads, return_lse=True, **options)
+    out = out.swapaxes(-2, -3).reshape(x.shape)
+    if residual:
+        out = out + x
+    return (out, lse) if return_lse else out
+
+
+@np.errstate(all="ignore")
+def merge_attention(outs: ArrayLike, lses: ArrayLike) -> tuple[Float64Array, Float64Array]:
+    """Attention over all keys from the results over parts of them; see `fastattn.merge_attention`.
+
+    Examples
+    --------
+    >>> from fastattn import reference
+    >>> out, lse = reference.merge_attention([[[1.0]], [[3.0]]], [[0.0], [0.0]])
+    >>> print(out, lse)
+    [[2.]] [0.69314718]
+    """
+    outs, lses = np.asarray(outs, dtype=np.float64), np.asarray(lses, dtype=np.float64)
+    # The parts are to a query what keys are in step 5: their scores are the lses.
+    weights, lse = _softmax(np.moveaxis(lses, 0, -1), axis=-1)
+    out = _weighted_sum(weights[..., np.newaxis, :], np.moveaxis(outs, 0, -2))
+    return out[..., 0, :], lse
+
+
+def _per_batch_entry(values: ArrayLike, batch_shape: tuple[int, ...]) -> NDArray[np.int64]:
+    """Integers, one or one per batch entry, shaped to meet (..., num_heads, seqlen_q, seqlen_k)."""
+    # Through objects, because a Python int may be too large for 64 bits before it is clipped.
+    clipped = np.clip(np.asarray(values, dtype=object), -MAX_POSITION, MAX_POSITION)
+    per_entry = np.broadcast_to(np.asarray(clipped, dtype=np.int64), batch_shape)
+    return per_entry[..., np.newaxis, np.newaxis, np.newaxis]
+
+
+def _softmax(
+    scores: Float64Array, axis: int, extra: Float64Array | None = None
+) -> tuple[Float64Array, Float64Array]:
+    """Weights and log-sum-exp along `axis`; `extra` scores join the denominator only.
+
+    A score of -inf has weight 0; where every score is -inf, lse is -inf whatever `extra` is.  A
+    score of NaN or +inf makes every other weight along `axis`, and the lse there, NaN.
+    """
+    top = np.max(scores, axis=axis, keepdims=True, initial=-np.inf)
+    empty = top == -np.inf
+    if extra is not None:
+        top = np.maximum(top, extra)
+    shift = np.where(empty, 0.0, top)
+    exps = np.where(scores == -np.inf, 0.0, np.exp(scores - shift))
+    total = np.sum(exps, axis=axis, keepdims=True)
+    if extra is not None:
+        total = total + np.exp(extra - shift)
+    weights = np.where(scores == -np.inf, 0.0, exps / total)
+    lse = np.where(empty, -np.inf, shift + np.log(total))
+    return weights, np.squeeze(lse, axis=axis)
+
+
+def _weighted_sum(weights: Float64Array, v: Float64Array) -> Float64Array:
+    """``weights @ v``, where a weight of exactly 0 contributes nothing, even of inf or NaN."""
+    out: Float64Array = weights @ np.where(np.isfinite(v), v, 0.0)
+    counts = (weights != 0).astype(np.float64)
+    for special, is_special in (
+        (np.inf, v == np.inf),
+        (-np.inf, v == -np.inf),
+        (np.nan, np.isnan(v)),
+    ):
+        if is_special.any():
+            out = out + np.where(counts @ is_special.astype(np.float64) > 0, special, 0.0)
+    return out

@@ -1,0 +1,189 @@
+"""The accuracy gauge: attention written straight from the formulas, in any precision, beside the
+size of the rounding error that a backward-stable computation may show.
+
+`naive_attention` computes every option by materialising the scores, so it serves three ways:
+in float64 (float32 results) or longdouble (float64 results) it is the value to compare with; in
+float32 it is the naive computation whose error ours may not exceed twice; and its `out_unit` and
+`lse_unit` scale the errors.  It shares no code with fastattn.reference, which the tests compare
+with it.
+
+With u the unit roundoff of the result and P the softmax weights, an error is measured as
+
+    C_O = max |O - O64| / (u * K_i * (P|V|) + u * |residual|)
+    K_i = 1 + max_j (|scale| * sum_c |q_ic k_jc| + |bias_ij| + |alibi_ij|), |sink| included
+
+because a relative error of u in a score s changes its weight by a factor 1 + u |s|, and the sum
+that makes up a score may be wrong by u sum |q||k| however small it comes out.  For a softmax over
+the queries the weights of a column share the column's K.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+UNIT_ROUNDOFF = {np.dtype(np.float32): 2.0**-24, np.dtype(np.float64): 2.0**-53}
+
+# The kernels' exp2 is 0 below this (csrc/kernels/exp2_template.h): each weight may be wrong by it.
+WEIGHT_FLOOR = 2.0**-104
+
+# Positions past this are clipped, as in fastattn: sums of two then stay within int64.
+MAX_POSITION = 2**60
+
+# Section 4 of the design: the gauge of every result is at most this.
+MAX_GAUGE = 4.0
+
+
+class Naive(NamedTuple):
+    """Result of `naive_attention`; shapes as `fastattn.attention` returns them."""
+
+    out: Array
+    lse: Array
+    out_unit: Array  # K (P|V|) + |residual|, the shape of out
+    lse_unit: Array  # K + |lse|, the shape of lse
+    floor_unit: Array  # sum_j |v_j|, broadcastable to the shape of out
+
+
+def _with_heads(x: Array) -> Array:
+    return x[None] if x.ndim == 2 else x
+
+
+def _clipped(positions: Any) -> Array:
+    if isinstance(positions, int):  # of any size
+        positions = max(-MAX_POSITION, min(positions, MAX_POSITION))
+    return np.clip(np.asarray(positions, np.int64), -MAX_POSITION, MAX_POSITION)
+
+
+def naive_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    dtype: Any = np.float64,
+    scale: float | None = None,
+    softcap: float | None = None,
+    bias: Array | None = None,
+    alibi_slopes: Array | None = None,
+    mask: Array | None = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    q_offset: Any = None,
+    kv_lengths: Any = None,
+    segment_ids: tuple[Array, Array] | None = None,
+    sinks: Array | None = None,
+    softmax_axis: str = "keys",
+    residual: Array | None = None,
+) -> Naive:
+    """Attention by full score matrices, every step rounded to `dtype`."""
+    all_2d = q.ndim == k.ndim == v.ndim == 2
+    q, k, v = (_with_heads(np.asarray(x)).astype(dtype) for x in (q, k, v))
+    group_size = q.shape[-3] // k.shape[-3] if k.shape[-3] else 1
+    k, v = (np.repeat(x, group_size, axis=-3) for x in (k, v))
+    seqlen_q, head_dim = q.shape[-2:]
+    seqlen_k = k.shape[-2]
+    if scale is None:
+        scale = 1.0 / np.sqrt(head_dim) if head_dim else 0.0
+
+    kt = np.swapaxes(k, -1, -2)
+    with np.errstate(all="ignore"):
+        scores = np.matmul(q, kt) * dtype(scale)
+        magnitude = np.matmul(np.abs(q), np.abs(kt)) * dtype(abs(scale))
+        if softcap is not None:
+            scores = dtype(softcap) * np.tanh(scores / dtype(softcap))
+
+        valid = np.asarray(seqlen_k if kv_lengths is None else kv_lengths)[..., None, None, None]
+        offset = valid - seqlen_q if q_offset is None else _clipped(q_offset)[..., None, None, None]
+        i = np.arange(seqlen_q)[:, None] + offset
+        j = np.arange(seqlen_k)
+        if bias is not None:
+            scores = scores + np.asarray(bias).astype(dtype)
+            magnitude = magnitude + np.abs(bias)
+        if alibi_slopes is not None:
+            slopes = np.asarray(alibi_slopes).astype(dtype)[..., None, None]
+            distance = np.abs(i - j).astype(dtype)
+            scores = scores - slopes * distance
+            magnitude = magnitude + np.abs(slopes) * distance
+
+        keep = np.broadcast_to(j < valid, scores.shape)
+        if mask is not None:
+            keep = keep & mask
+        if causal:
+            keep = keep & (j <= i)
+        if window is not None:
+            left, right = window
+            if left is not None:
+                keep = keep & (j >= i - _clipped(left))
+            if right is not None:
+                keep = keep & (j <= i + _clipped(right))
+        if segment_ids is not None:
+            q_ids, k_ids = (np.asarray(ids) for ids in segment_ids)
+            keep = keep & (q_ids[..., None, :, None] == k_ids[..., None, None, :])
+        scores = np.where(keep, scores, dtype(-np.inf))
+        magnitude = np.where(scores > -np.inf, magnitude, dtype(0))
+
+        axis = -1 if softmax_axis == "keys" else -2
+        top = np.max(scores, axis=axis, keepdims=True, initial=-np.inf)
+        gain = 1 + np.max(magnitude, axis=axis, keepdims=True, initial=0)
+        empty = top == -np.inf
+        if sinks is not None:
+            sink = np.asarray(sinks).astype(dtype)[:, None, None]
+            top = np.maximum(top, sink)
+            gain = np.maximum(gain, 1 + np.abs(sink))
+        top = np.where(empty, dtype(0), top)
+        weights = np.exp(scores - top)
+        total = np.sum(weights, axis=axis, keepdims=True)
+        if sinks is not None:
+            total = total + np.exp(sink - top)
+        lse = np.where(empty, dtype(-np.inf), top + np.log(total))
+        weights = np.where(empty, dtype(0), weights / total)
+
+        out = np.matmul(weights, v)
+        out_unit = np.matmul(weights * gain, np.abs(v))
+        if residual is not None:
+            residual = residual[None] if all_2d else residual
+            out = out + residual.astype(dtype)
+            out_unit = out_unit + np.abs(residual)
+        lse_unit = gain + np.where(empty, 0, np.abs(lse))
+        floor_unit = np.sum(np.abs(v), axis=-2, keepdims=True)
+
+    lse, lse_unit = np.squeeze(lse, axis), np.squeeze(lse_unit, axis)
+    result = Naive(out, lse, out_unit, lse_unit, floor_unit)
+    return Naive(*(x[0] for x in result)) if all_2d else result
+
+
+def out_gauge(out: Array, exact: Naive) -> float:
+    """C_O of `out`, a float32 or float64 result, against the value in higher precision."""
+    error = np.abs(out - exact.out) - WEIGHT_FLOOR * exact.floor_unit
+    return _largest(error, UNIT_ROUNDOFF[out.dtype] * exact.out_unit)
+
+
+def lse_gauge(lse: Array, exact: Naive) -> float:
+    """The same for lse: |lse - lse64| / (u (K + |lse64|)).  -inf must meet -inf."""
+    assert np.array_equal(np.isneginf(lse), np.isneginf(exact.lse)), "lse -inf in other rows"
+    finite = np.isfinite(exact.lse)
+    error = np.abs(np.where(finite, lse, 0) - np.where(finite, exact.lse, 0))
+    return _largest(error, UNIT_ROUNDOFF[lse.dtype] * exact.lse_unit)
+
+
+def _largest(error: Array, unit: Array) -> float:
+    """The largest error / unit; a NaN error and an error where none is allowed are infinite."""
+    if error.size == 0:
+        return 0.0
+    with np.errstate(all="ignore"):
+        ratio = np.where(error <= 0, 0, error / unit)
+    return float(np.max(np.where(np.isnan(ratio), np.inf, ratio)))
+
+
+def assert_close(out: Array, lse: Array | None, expected: tuple[Array, Array], exact: Naive,
+                 max_gauge: float = MAX_GAUGE) -> None:
+    """Assert that out and lse lie within the gauge of `expected`, with the units of `exact`."""
+    expected_out, expected_lse = expected
+    assert out.shape == expected_out.shape
+    value = out_gauge(out, exact._replace(out=expected_out))
+    assert value <= max_gauge, f"out: gauge {value:.3g} > {max_gauge}"
+    if lse is not None:
+        assert lse.shape == expected_lse.shape
+        value = lse_gauge(lse, exact._replace(lse=expected_lse))
+        assert value <= max_gauge, f"lse: gauge {value:.3g} > {max_gauge}"

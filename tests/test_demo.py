@@ -1,0 +1,345 @@
+"""The demo on arrays it makes, its encoder against a float64 one, its reading of weights."""
+
+import argparse
+import importlib.util
+import json
+import math
+import re
+import struct
+
+import numpy as np
+import pytest
+
+from fastattn import _minilm, demo
+
+SIZES = {"vocabulary": 60, "hidden": 64, "intermediate": 96, "num_layers": 2, "max_positions": 32}
+
+
+def arguments(*argv):
+    parser = argparse.ArgumentParser()
+    demo.add_arguments(parser)
+    return parser.parse_args([str(x) for x in argv])
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(
+        "A man is eating food. The girl is carrying a baby.\n\n"
+        "A man is riding a horse. A cheetah is running behind its prey. Too short."
+    )
+    return path
+
+
+# --- the whole demo ---------------------------------------------------------------------------
+
+
+def test_demo_on_made_arrays(text, capsys):
+    args = arguments("--made", "--text", text, "--query", "Who carries the baby?", "--long", 40)
+    assert demo.run(args) == 0
+    report = capsys.readouterr().out
+    assert "random weights made here, as --made asks" in report
+    assert "text.txt: 4 sentences, " in report
+    nearest = report.split("Nearest to: Who carries the baby?\n")[1].split("\n\n")[0]
+    assert len(nearest.splitlines()) == 4
+    assert "The girl is carrying a baby." in nearest.splitlines()[0]
+    differences = [float(x) for x in re.findall(r" (\d\.\de[-+]\d\d)", report)]
+    assert len(differences) == 4
+    assert max(differences) < 1e-5
+    assert len(re.findall(r"^    fastattn +[\d.]+ m?s", report, re.MULTILINE)) == 2
+    assert len(re.findall(r"^    plain NumPy +[\d.]+ m?s", report, re.MULTILINE)) == 2
+
+
+@pytest.mark.any_kernel_set
+def test_missing_weights_are_said(monkeypatch, capsys):
+    monkeypatch.setattr(_minilm, "find_model", lambda: None)
+    demo._model(arguments())
+    assert f"the weights are not installed: {demo.INSTALL_MODEL}" in capsys.readouterr().out
+
+
+@pytest.mark.any_kernel_set
+def test_missing_libraries_are_said(monkeypatch, capsys, tmp_path):
+    find_spec = importlib.util.find_spec
+    missing = {"tokenizers", "matplotlib", "tqdm"}
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name in missing else find_spec(name)
+    )
+    demo._model(arguments("--model", tmp_path))
+    assert f"tokenizers is not installed: {demo.INSTALL_EXTRAS}" in capsys.readouterr().out
+    assert demo.run(arguments("--plot", tmp_path / "x.png")) == 1
+    assert capsys.readouterr().err == (
+        f"fastattn demo: --plot needs matplotlib: {demo.INSTALL_EXTRAS}\n"
+    )
+    assert demo._progress([1, 2], "label") == [1, 2]
+
+
+@pytest.mark.any_kernel_set
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--text", "absent.txt"], "--text absent.txt: No such file or directory"),
+        (["--text", "empty.txt"], "--text empty.txt: no sentence of 4 words or more"),
+        (["--made", "--layer", "7"], "--layer must be at most 6 and --head at most 12, got 7 and"),
+        (["--model", "absent"], "--model absent: "),
+    ],
+)
+def test_errors_are_one_line(argv, message, tmp_path, monkeypatch, capsys):
+    if "--model" in argv:
+        pytest.importorskip("tokenizers")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("No.")
+    assert demo.run(arguments(*argv)) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"fastattn demo: {message}")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.any_kernel_set
+@pytest.mark.parametrize("option", ["--top", "--long", "--threads", "--layer", "--head"])
+def test_counts_must_be_positive(option, capsys):
+    with pytest.raises(SystemExit):
+        arguments(option, "0")
+    assert "must be at least 1, got 0" in capsys.readouterr().err
+
+
+@pytest.mark.any_kernel_set
+def test_plot(tmp_path):
+    pytest.importorskip("matplotlib")
+    encoder = _minilm.Encoder(_minilm.made_tensors(**SIZES))
+    path = tmp_path / "weights.png"
+    demo._plot(path, encoder, demo.Tokens([1, 2, 3], ["a", "b"], [0, 1, 1]), 2, 1)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(demo.DemoError, match="--plot"):
+        demo._plot(tmp_path / "absent" / "x.png", encoder, demo.Tokens([1], ["a"], [0]), 1, 1)
+
+
+# --- text -------------------------------------------------------------------------------------
+
+
+@pytest.mark.any_kernel_set
+def test_markdown_becomes_sentences():
+    markdown = (
+        "# A title of some words.\n\nIt reads `q`, *e.g.* from [the docs](x.md), as\nit is. "
+        "Then it computes the result.\n\n```python\nnot a sentence of prose at all.\n```\n"
+        "| a | table | of | words |\n- An item of the list.\n- Another item of the list.\n"
+    )
+    assert list(demo._split_sentences(demo._markdown_prose(markdown))) == [
+        "It reads q, *e.g.* from the docs, as it is.",
+        "Then it computes the result.",
+        "An item of the list.",
+        "Another item of the list.",
+    ]
+
+
+@pytest.mark.any_kernel_set
+def test_docstring_becomes_sentences():
+    docstring = (
+        "Compute `this` from that thing.\n\nParameters\n----------\nq : ndarray, (m, n)\n"
+        "    The queries of the call.\n\nExamples\n--------\n>>> q = 1\n>>> print(q, 'of it.')\n1\n"
+    )
+    assert list(demo._split_sentences(demo._docstring_prose(docstring))) == [
+        "Compute this from that thing.",
+        "The queries of the call.",
+    ]
+
+
+@pytest.mark.any_kernel_set
+def test_project_text_holds_the_docstrings():
+    source, sentences = demo._sentences(None)
+    assert source == "fastattn's docs and docstrings"
+    assert "Multi-head attention as a layer on NumPy arrays." in sentences
+    assert len(sentences) == len(set(sentences)) > 50
+
+
+@pytest.mark.any_kernel_set
+def test_made_tokens():
+    tokens = demo._made_tokenizer("The cat, the CAT")
+    assert tokens.words == ["The", "cat", ",", "the", "CAT"]
+    assert tokens.ids[0] == tokens.ids[3] and tokens.ids[1] == tokens.ids[4]
+    assert tokens.word_of == [0, 1, 2, 3, 4]
+
+
+# --- encoder ----------------------------------------------------------------------------------
+
+
+def embed_float64(tensors, token_ids, length):
+    """One sentence through BERT by the book, in float64, with the exact erf."""
+    t = {name: array.astype(np.float64) for name, array in tensors.items()}
+
+    def dense(x, name):
+        return x @ t[f"{name}.weight"].T + t[f"{name}.bias"]
+
+    def norm(x, name):
+        x = x - x.mean(axis=-1, keepdims=True)
+        x = x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + 1e-12)
+        return x * t[f"{name}.weight"] + t[f"{name}.bias"]
+
+    x = t["embeddings.word_embeddings.weight"][token_ids[:length]]
+    x = x + t["embeddings.position_embeddings.weight"][:length]
+    x = norm(x + t["embeddings.token_type_embeddings.weight"][0], "embeddings.LayerNorm")
+    for i in range(SIZES["num_layers"]):
+        prefix = f"encoder.layer.{i}"
+        q, k, v = (dense(x, f"{prefix}.attention.self.{n}") for n in ("query", "key", "value"))
+        heads = []
+        for start in range(0, x.shape[1], 32):
+            columns = slice(start, start + 32)
+            weights = np.exp(q[:, columns] @ k[:, columns].T / math.sqrt(32))
+            weights /= weights.sum(axis=1, keepdims=True)
+            heads.append(weights @ v[:, columns])
+        attended = dense(np.concatenate(heads, axis=1), f"{prefix}.attention.output.dense")
+        x = norm(attended + x, f"{prefix}.attention.output.LayerNorm")
+        hidden = dense(x, f"{prefix}.intermediate.dense")
+        hidden = hidden * (1 + np.vectorize(math.erf)(hidden / math.sqrt(2))) / 2
+        x = norm(dense(hidden, f"{prefix}.output.dense") + x, f"{prefix}.output.LayerNorm")
+    mean = x.mean(axis=0)
+    return mean / np.linalg.norm(mean)
+
+
+@pytest.mark.parametrize(
+    "attention_class",
+    [
+        _minilm.MultiHeadAttention,
+        _minilm.FoldedAttention,
+        _minilm.PlainAttention,
+        _minilm.ReferenceAttention,
+    ],
+)
+def test_encoder_against_float64(attention_class, rng):
+    tensors = _minilm.made_tensors(**SIZES)
+    token_ids = rng.integers(0, SIZES["vocabulary"], (4, 21))
+    lengths = np.array([21, 1, 8, 17])
+    actual = _minilm.Encoder(tensors, attention_class).embed(token_ids, lengths)
+    assert actual.dtype == np.float32
+    for row, ids, length in zip(actual, token_ids, lengths, strict=True):
+        np.testing.assert_allclose(row, embed_float64(tensors, ids, length), rtol=0, atol=2e-6)
+
+
+def test_head_weights_are_those_of_the_softmax():
+    encoder = _minilm.Encoder(_minilm.made_tensors(**SIZES))
+    ids = [3, 1, 4, 1]
+    weights = demo._head_weights(encoder, demo.Tokens(ids, list("abcd"), [0, 1, 2, 3]), 2, 2)
+    x = encoder.states(np.array([ids]), np.array([4]), num_layers=1)[0].astype(np.float64)
+    layer = encoder.layers[1].attention
+    q, k = (x @ layer.w_q + layer.b_q)[:, 32:], (x @ layer.w_k + layer.b_k)[:, 32:]
+    expected = np.exp(q @ k.T / math.sqrt(32))
+    expected /= expected.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(weights, expected, atol=2e-6)
+
+    # The last two tokens are pieces of one word.
+    by_word = demo._head_weights(encoder, demo.Tokens(ids, list("abc"), [0, 1, 2, 2]), 2, 2)
+    merged = np.column_stack([expected[:, :2], expected[:, 2:].sum(axis=1)])
+    merged = np.vstack([merged[:2], merged[2:].mean(axis=0)])
+    np.testing.assert_allclose(by_word, merged, atol=2e-6)
+
+
+@pytest.mark.any_kernel_set
+def test_gelu():
+    x = np.linspace(-9, 9, 20001)
+    expected = x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2
+    # The formula's error in erf, 1.5e-7, times |x| / 2.
+    assert np.all(np.abs(_minilm.gelu(x) - expected) <= 0.75e-7 * np.abs(x) + 1e-15)
+    x32 = x.astype(np.float32)
+    assert np.all(np.abs(_minilm.gelu(x32) - expected) <= 3e-7 * np.abs(x) + 1e-12)
+
+
+@pytest.mark.any_kernel_set
+def test_positions_start_again_past_the_last():
+    encoder = _minilm.Encoder(_minilm.made_tensors(**SIZES))
+    vectors = encoder.token_vectors(np.full(70, 5))
+    np.testing.assert_array_equal(vectors[:32], vectors[32:64])
+
+
+def test_real_weights_know_what_sentences_mean():
+    directory = _minilm.find_model()
+    if directory is None:
+        pytest.skip(f"needs the weights: {demo.INSTALL_MODEL}")
+    pytest.importorskip("tokenizers")
+    tokenize, tensors, name = demo._model(arguments())
+    assert name == "all-MiniLM-L6-v2"
+    sentences = (
+        "A man is eating food.",
+        "A man is eating a piece of bread.",
+        "The girl is carrying a baby.",
+    )
+    a, b, c = demo._embed(_minilm.Encoder(tensors), [tokenize(s) for s in sentences])
+    # As sentence-transformers gives them for this model.
+    assert float(a @ b) == pytest.approx(0.7553, abs=1e-3)
+    assert float(a @ c) == pytest.approx(-0.1050, abs=1e-3)
+    tokens = tokenize("Unbelievable tokens!")
+    assert tokens.words == ["[CLS]", "Unbelievable", "tokens", "!", "[SEP]"]
+    assert len(tokens.word_of) == len(tokens.ids) > 5
+
+
+# --- safetensors ------------------------------------------------------------------------------
+
+
+def write_safetensors(path, arrays):
+    kinds = {"<f4": "F32", "<f8": "F64", "<i8": "I64", "<f2": "F16"}
+    header, data = {"__metadata__": {"format": "np"}}, b""
+    for name, array in arrays.items():
+        offsets = [len(data), len(data) + array.nbytes]
+        header[name] = {
+            "dtype": kinds[array.dtype.str],
+            "shape": list(array.shape),
+            "data_offsets": offsets,
+        }
+        data += array.tobytes()
+    encoded = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + data)
+
+
+@pytest.mark.any_kernel_set
+def test_safetensors_round_trip(tmp_path, rng):
+    arrays = {
+        "half": rng.standard_normal(3).astype(np.float16),  # what follows is not aligned
+        "matrix": rng.standard_normal((3, 5)).astype(np.float32),
+        "double": rng.standard_normal((2, 1, 2)),
+        "ids": np.arange(4),
+        "scalar": np.array(2.5),
+        "empty": np.empty((0, 3), np.float32),
+    }
+    path = tmp_path / "x.safetensors"
+    write_safetensors(path, arrays)
+    read = _minilm.read_safetensors(path)
+    assert list(read) == list(arrays)
+    for name, array in arrays.items():
+        assert type(read[name]) is np.ndarray
+        assert read[name].dtype == array.dtype
+        assert not read[name].flags.writeable
+        np.testing.assert_array_equal(read[name], array)
+
+
+@pytest.mark.any_kernel_set
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"abc", "got 3 bytes"),
+        (struct.pack("<Q", 999) + b"{}", "got a header length past the end of the file"),
+        (struct.pack("<Q", 2) + b"{]", "must be a safetensors file, got "),
+        (struct.pack("<Q", 8) + b'{"x": 1}', "must be a safetensors file, got "),
+    ],
+)
+def test_broken_safetensors(content, message, tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        _minilm.read_safetensors(path)
+
+
+@pytest.mark.any_kernel_set
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}, "dtype F8_E4M3, not one of"),
+        ({"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "outside the data of 4 bytes"),
+        ({"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}, "reshape"),
+        ({"dtype": "F32", "shape": [0], "data_offsets": [4, 0]}, "outside the data"),
+        ({"dtype": "F32", "shape": [1]}, "data_offsets"),
+    ],
+)
+def test_broken_safetensors_entry(entry, message, tmp_path):
+    encoded = json.dumps({"x": entry}).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + bytes(4))
+    with pytest.raises(ValueError, match=message):
+        _minilm.read_safetensors(path)

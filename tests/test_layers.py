@@ -1,0 +1,520 @@
+"""MultiHeadAttention against its definition in float64, and its constructors."""
+
+import sys
+
+import numpy as np
+import pytest
+
+import fastattn as fa
+
+EMBED_DIM, KEY_DIM, VALUE_DIM, OUT_DIM = 12, 10, 14, 12
+TOLERANCE = {np.float32: 2e-5, np.float64: 1e-12}
+
+
+def make_layer(
+    dtype=np.float32,
+    *,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=3,
+    head_dim_v=3,
+    biases=True,
+    w_o=True,
+    learned_key=False,
+    self_attention=False,
+    layer_class=fa.MultiHeadAttention,
+):
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return rng.standard_normal(shape).astype(dtype)
+
+    key_dim, value_dim = (EMBED_DIM, EMBED_DIM) if self_attention else (KEY_DIM, VALUE_DIM)
+    columns = (num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim_v)
+    weights = [normal(EMBED_DIM, columns[0]), normal(key_dim, columns[1])]
+    weights += [normal(value_dim, columns[2])]
+    options = {}
+    if w_o:
+        weights.append(normal(num_heads * head_dim_v, OUT_DIM))
+    if biases:
+        options = {"b_q": normal(columns[0]), "b_k": normal(columns[1]), "b_v": normal(columns[2])}
+        if w_o:
+            options["b_o"] = normal(OUT_DIM)
+    if learned_key:
+        options.update(bias_k=normal(columns[1]), bias_v=normal(columns[2]))
+    return layer_class(*weights, num_heads=num_heads, num_kv_heads=num_kv_heads, **options)
+
+
+def make_inputs(dtype=np.float32, batch_shape=(2,), seqlen_q=5, seqlen_k=7):
+    rng = np.random.default_rng(1)
+    return tuple(
+        rng.standard_normal((*batch_shape, *shape)).astype(dtype)
+        for shape in ((seqlen_q, EMBED_DIM), (seqlen_k, KEY_DIM), (seqlen_k, VALUE_DIM))
+    )
+
+
+def expected(layer, query, key, value, residual=0.0, return_lse=False, **options):
+    """The layer by its definition, in float64; a learned key is one more row of k and v."""
+    batch_shape = np.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
+
+    def heads(x, w, b, num_heads, learned=None):
+        y = x.astype(np.float64) @ w + (0 if b is None else b)
+        if learned is not None:
+            row = np.broadcast_to(learned, (*y.shape[:-2], 1, y.shape[-1]))
+            y = np.concatenate([y, row], axis=-2)
+        return y.reshape(*y.shape[:-1], num_heads, y.shape[-1] // num_heads).swapaxes(-2, -3)
+
+    out, lse = fa.reference.attention(
+        heads(query, layer.w_q, layer.b_q, layer.num_heads),
+        heads(key, layer.w_k, layer.b_k, layer.num_kv_heads, layer.bias_k),
+        heads(value, layer.w_v, layer.b_v, layer.num_kv_heads, layer.bias_v),
+        return_lse=True,
+        **options,
+    )
+    out = out.swapaxes(-2, -3).reshape(
+        *batch_shape, query.shape[-2], layer.num_heads * layer.head_dim_v
+    )
+    if layer.w_o is not None:
+        out = out @ layer.w_o.astype(np.float64) + (0 if layer.b_o is None else layer.b_o)
+    return (out + residual, lse) if return_lse else out + residual
+
+
+def assert_close(actual, desired, dtype=np.float32):
+    assert actual.dtype == dtype
+    assert actual.shape == desired.shape
+    scale = 1 + np.abs(desired[np.isfinite(desired)]).max(initial=0)
+    np.testing.assert_allclose(actual, desired, rtol=0, atol=TOLERANCE[dtype] * scale)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("batch_shape", [(), (2,), (2, 3)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"biases": False},
+        {"w_o": False},
+        {"num_kv_heads": 2},
+        {"num_kv_heads": 1, "head_dim": 5, "head_dim_v": 2},
+        {"head_dim_v": 9, "w_o": False},
+        {"num_heads": 1, "num_kv_heads": 1},
+        {"learned_key": True},
+        {"learned_key": True, "num_kv_heads": 2, "w_o": False},
+    ],
+)
+def test_cross_attention(dtype, batch_shape, shape):
+    layer = make_layer(dtype, **shape)
+    inputs = make_inputs(dtype, batch_shape)
+    copies = [x.copy() for x in inputs]
+    out, lse = layer(*inputs, return_lse=True)
+    expected_out, expected_lse = expected(layer, *inputs, return_lse=True)
+    assert_close(out, expected_out, dtype)
+    assert_close(lse, expected_lse, dtype)
+    assert_close(layer(*inputs), expected_out, dtype)
+    for x, copy in zip(inputs, copies, strict=True):
+        np.testing.assert_array_equal(x, copy)
+
+
+KEEP = np.random.default_rng(2).random((2, 1, 1, 7)) < 0.6
+
+
+@pytest.mark.parametrize("w_o", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"causal": True},
+        {"causal": True, "q_offset": 0},
+        {"mask": KEEP},
+        {"kv_lengths": np.array([3, 7])},
+        {"kv_lengths": np.array([0, 7])},
+        {"window": (2, 1), "scale": 0.3, "softcap": 2.0},
+        {"bias": np.linspace(-1, 1, 4 * 5 * 7).reshape(4, 5, 7), "sinks": np.arange(4.0)},
+        {"alibi_slopes": np.array([0.5, 0.25, 0.125, 0.0625])},
+        {"segment_ids": (np.array([0, 0, 1, 1, 2]), np.array([0, 0, 0, 1, 1, 1, 1]))},
+        {"softmax_axis": "queries"},
+        {"num_threads": 2},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_options_reach_the_attention(w_o, options):
+    layer, inputs = make_layer(w_o=w_o), make_inputs()
+    known = {name: options[name] for name in options if name != "num_threads"}
+    assert_close(layer(*inputs, **options), expected(layer, *inputs, **known))
+
+
+def test_key_and_value_default_to_query_and_key():
+    layer = make_layer(self_attention=True)
+    x, memory = make_inputs()[0], make_inputs()[0][:, :3]
+    assert_close(layer(x), expected(layer, x, x, x))
+    np.testing.assert_array_equal(layer(x, memory), layer(x, memory, memory))
+    assert_close(layer(x, memory), expected(layer, x, memory, memory))
+
+
+def test_leading_dimensions_broadcast():
+    layer = make_layer()
+    query, _, _ = make_inputs(batch_shape=(3, 1))
+    _, key, value = make_inputs(batch_shape=(2,))
+    assert_close(layer(query, key, value), expected(layer, query, key, value))
+    y = layer(query, key, value, residual=True)
+    assert_close(y, expected(layer, query, key, value, residual=query))
+
+
+def test_strided_inputs_give_what_copies_give():
+    layer, inputs = make_layer(), make_inputs()
+    strided = [np.repeat(x[:, ::-1], 2, axis=-1)[:, ::-1, ::2] for x in inputs]
+    np.testing.assert_array_equal(layer(*strided), layer(*inputs))
+
+
+@pytest.mark.parametrize("empty", ["batch", "queries", "keys"])
+def test_empty(empty):
+    layer = make_layer()
+    query, key, value = make_inputs()
+    if empty == "batch":
+        query, key, value = query[:0], key[:0], value[:0]
+    elif empty == "queries":
+        query = query[:, :0]
+    else:
+        key, value = key[:, :0], value[:, :0]
+    y = layer(query, key, value, residual=True)
+    assert_close(y, expected(layer, query, key, value, residual=query))
+
+
+class Spy(fa.MultiHeadAttention):
+    """Records what the attention is given."""
+
+    def attend(self, q, k, v, **options):
+        self.seen = {"q": q, "k": k, "v": v, **options}
+        return super().attend(q, k, v, **options)
+
+
+def test_heads_are_views_of_the_projections():
+    layer = make_layer(layer_class=Spy)
+    layer(*make_inputs())
+    row = 4 * 3 * 4
+    for name, seqlen in (("q", 5), ("k", 7), ("v", 7), ("out", 5)):
+        assert layer.seen[name].strides == (seqlen * row, 3 * 4, row, 4), name
+
+
+def test_residual_is_fused_where_there_is_no_output_projection():
+    layer = make_layer(w_o=False, layer_class=Spy)
+    query, key, value = make_inputs()
+    y = layer(query, key, value, residual=True)
+    assert np.shares_memory(layer.seen["residual"], query)
+    assert np.shares_memory(layer.seen["out"], y)
+    assert_close(y, expected(layer, query, key, value, residual=query))
+
+
+@pytest.mark.parametrize("shape", [{}, {"learned_key": True}, {"learned_key": True, "w_o": False}])
+def test_residual_is_added_behind_an_output_projection(shape):
+    layer = make_layer(layer_class=Spy, **shape)
+    query, key, value = make_inputs()
+    y = layer(query, key, value, residual=True)
+    assert "residual" not in layer.seen
+    assert_close(y, expected(layer, query, key, value, residual=query))
+
+
+@pytest.mark.parametrize("w_o", [True, False])
+def test_residual_values(w_o):
+    layer = make_layer(w_o=w_o)
+    inputs = make_inputs()
+    residual = np.random.default_rng(3).standard_normal((2, 5, OUT_DIM)).astype(np.float32)
+    desired = expected(layer, *inputs, residual=residual)
+    assert_close(layer(*inputs, residual=residual), desired)
+    np.testing.assert_array_equal(layer(*inputs, residual=False), layer(*inputs))
+    np.testing.assert_array_equal(layer(*inputs, residual=None), layer(*inputs))
+
+
+@pytest.mark.parametrize("shape", [{}, {"w_o": False}, {"learned_key": True, "w_o": False}])
+@pytest.mark.parametrize("residual", [False, True])
+def test_out(shape, residual):
+    layer, inputs = make_layer(**shape), make_inputs()
+    desired = layer(*inputs, residual=residual)
+    wide = np.full((2, 5, 2 * OUT_DIM), np.nan, np.float32)
+    out = wide[..., ::2]
+    result = layer(*inputs, residual=residual, out=out)
+    assert result is out
+    assert_close(out, desired.astype(np.float64))
+    assert np.isnan(wide[..., 1::2]).all()
+
+
+@pytest.mark.parametrize("shape", [{}, {"w_o": False}, {"learned_key": True, "w_o": False}])
+@pytest.mark.parametrize("residual", [False, True])
+def test_out_may_be_the_query(shape, residual):
+    layer = make_layer(self_attention=True, **shape)
+    x = make_inputs()[0]
+    desired = layer(x, residual=residual)
+    assert layer(x, residual=residual, out=x) is x
+    np.testing.assert_array_equal(x, desired)
+
+
+def test_learned_key_is_seen_whatever_is_masked():
+    layer, inputs = make_layer(learned_key=True, w_o=False), make_inputs()
+    out, lse = layer(*inputs, mask=np.zeros((5, 7), bool), sinks=np.ones(4), return_lse=True)
+    assert np.isfinite(lse).all()
+    options = {"mask": np.arange(8) == 7, "sinks": np.ones(4)}
+    expected_out, expected_lse = expected(layer, *inputs, return_lse=True, **options)
+    assert_close(out, expected_out)
+    assert_close(lse, expected_lse)
+
+
+@pytest.mark.any_kernel_set
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"w_q": np.ones((12, 12), int)}, TypeError, "`w_q` must be float32 or float64"),
+        ({"w_k": np.ones((10, 12))}, TypeError, "`w_k` must have dtype float32 like `w_q`"),
+        ({"w_v": np.ones(3, np.float32)}, ValueError, "`w_v` must have 2 dimensions"),
+        ({"num_heads": 5}, ValueError, "`w_q` must have a multiple of num_heads 5 columns, got 12"),
+        ({"num_heads": 0}, ValueError, "`num_heads` must be at least 1, got 0"),
+        ({"num_heads": True}, TypeError, "`num_heads` must be an int"),
+        ({"num_kv_heads": 3}, ValueError, "`num_kv_heads` must be a divisor of num_heads 4, got 3"),
+        ({"num_kv_heads": 2}, ValueError, "`w_k` must have 6 columns"),
+        ({"w_k": np.ones((10, 13), np.float32)}, ValueError, "`w_k` must have a multiple of head"),
+        ({"w_o": np.ones((5, 12), np.float32)}, ValueError, "`w_o` must have 12 rows"),
+        ({"b_k": np.ones(5, np.float32)}, ValueError, r"`b_k` must have shape \(12,\), got \(5,\)"),
+        ({"b_o": np.ones(12, np.float32)}, ValueError, "`b_o` must be None where `w_o` is None"),
+        ({"bias_k": np.ones(12, np.float32)}, ValueError, "together, got only `bias_k`"),
+        ({"w_q": np.ma.ones((12, 12), np.float32)}, TypeError, "`w_q` must be a plain array"),
+    ],
+)
+def test_constructor_errors(change, error, message):
+    ones = np.ones
+    arguments = {
+        "w_q": ones((12, 12), np.float32),
+        "w_k": ones((10, 12), np.float32),
+        "w_v": ones((14, 12), np.float32),
+        "num_heads": 4,
+        **change,
+    }
+    with pytest.raises(error, match=message):
+        fa.MultiHeadAttention(**arguments)
+
+
+@pytest.mark.any_kernel_set
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            {"query": np.ones((5, 12))},
+            TypeError,
+            "`query` must have dtype float32 like the weights",
+        ),
+        ({"key": np.ones((7, 9), np.float32)}, ValueError, r"`key` must have shape \(..., seqlen"),
+        ({"value": np.ones(14, np.float32)}, ValueError, "`value` must have shape"),
+        ({"value": np.ones((6, 14), np.float32)}, ValueError, "must have seqlen_k 7 like `key`"),
+        ({"key": None}, ValueError, "`value` must come with `key`"),
+        ({"key": np.ones((3, 7, 10), np.float32)}, ValueError, "dimensions that broadcast"),
+        ({"residual": np.ones((2, 5, 12))}, TypeError, "`residual` must have dtype float32"),
+        ({"residual": np.ones((5, 12), np.float32)}, ValueError, "`residual` must have the result"),
+        ({"out": np.ones((2, 5, 12))}, TypeError, "`out` must have dtype float32"),
+        ({"out": np.ones((5, 12), np.float32)}, ValueError, "`out` must have the result's shape"),
+        ({"out": [1.0]}, TypeError, "`out` must be a NumPy array"),
+        ({"casual": True}, TypeError, "casual"),
+        ({"mask": np.ones((5, 7))}, TypeError, "`mask` must be bool"),
+    ],
+)
+def test_call_errors(change, error, message):
+    layer = make_layer()
+    arguments = dict(zip(("query", "key", "value"), make_inputs(), strict=True)) | change
+    with pytest.raises(error, match=message):
+        layer(**arguments)
+
+
+@pytest.mark.any_kernel_set
+def test_other_call_errors():
+    query, key, value = make_inputs()
+    with pytest.raises(ValueError, match=r"`residual` must be an array where out_dim 36"):
+        make_layer(head_dim_v=9, w_o=False)(query, key, value, residual=True)
+    with pytest.raises(ValueError, match=r"`softmax_axis` must be 'keys' in a layer with bias_k"):
+        make_layer(learned_key=True)(query, key, value, softmax_axis="queries")
+    out = np.ones((2, 5, 12), np.float32)
+    out.flags.writeable = False
+    with pytest.raises(ValueError, match=r"`out` must be writeable"):
+        make_layer()(query, key, value, out=out)
+
+
+@pytest.mark.any_kernel_set
+def test_repr_and_shapes():
+    layer = make_layer(num_kv_heads=2, head_dim_v=5)
+    assert repr(layer) == (
+        "MultiHeadAttention(embed_dim=12, num_heads=4, num_kv_heads=2, head_dim=3, "
+        "head_dim_v=5, out_dim=12)"
+    )
+    assert layer.dtype == np.float32
+    inferred = fa.MultiHeadAttention(layer.w_q, layer.w_k, layer.w_v, num_heads=4)
+    assert (inferred.num_kv_heads, inferred.out_dim) == (2, 20)
+
+
+# --- PyTorch ----------------------------------------------------------------------------------
+
+
+class FakeTensor:
+    """What a torch tensor offers, without torch."""
+
+    def __init__(self, array, dtype="torch.float32"):
+        self.array, self.dtype = array, dtype
+
+    def detach(self):
+        return self
+
+    def cpu(self):
+        return self
+
+    def __array__(self, dtype=None, copy=None):
+        return self.array
+
+
+def state_dict(make=lambda array: array, prefix="", same_dims=True, bias=True):
+    rng = np.random.default_rng(4)
+
+    def normal(*shape):
+        return make(rng.standard_normal(shape).astype(np.float32))
+
+    weights = {"out_proj.weight": normal(12, 12)}
+    if same_dims:
+        weights["in_proj_weight"] = normal(36, 12)
+    else:
+        weights["q_proj_weight"] = normal(12, 12)
+        weights["k_proj_weight"] = normal(12, KEY_DIM)
+        weights["v_proj_weight"] = normal(12, VALUE_DIM)
+    if bias:
+        weights |= {"in_proj_bias": normal(36), "out_proj.bias": normal(12)}
+    return {prefix + name: value for name, value in weights.items()}
+
+
+@pytest.mark.any_kernel_set
+@pytest.mark.parametrize("prefix", ["", "a.self_attn", "a.self_attn."])
+def test_torch_state_dict_weights(prefix):
+    weights = state_dict(prefix="a.self_attn." if prefix else "")
+    others = {"a.norm.weight": np.ones(3), "b": None} if prefix else {}
+    layer = fa.MultiHeadAttention.from_torch_state_dict({**weights, **others}, 4, prefix)
+    plain = state_dict()
+    np.testing.assert_array_equal(layer.w_q, plain["in_proj_weight"][:12].T)
+    np.testing.assert_array_equal(layer.w_k, plain["in_proj_weight"][12:24].T)
+    np.testing.assert_array_equal(layer.w_v, plain["in_proj_weight"][24:].T)
+    np.testing.assert_array_equal(layer.b_k, plain["in_proj_bias"][12:24])
+    np.testing.assert_array_equal(layer.w_o, plain["out_proj.weight"].T)
+    np.testing.assert_array_equal(layer.b_o, plain["out_proj.bias"])
+    assert (layer.num_heads, layer.num_kv_heads) == (4, 4)
+
+
+@pytest.mark.any_kernel_set
+def test_torch_tensors_are_converted():
+    layer = fa.MultiHeadAttention.from_torch_state_dict(state_dict(FakeTensor, bias=False), 4)
+    np.testing.assert_array_equal(layer.w_q, state_dict()["in_proj_weight"][:12].T)
+    assert layer.b_q is None and layer.b_o is None
+    weights = state_dict(lambda array: FakeTensor(array, "torch.bfloat16"))
+    with pytest.raises(TypeError, match=r"must be float32 or float64, got torch\.bfloat16"):
+        fa.MultiHeadAttention.from_torch_state_dict(weights, 4)
+
+
+@pytest.mark.any_kernel_set
+def test_torch_state_dict_errors():
+    build = fa.MultiHeadAttention.from_torch_state_dict
+    with pytest.raises(ValueError, match=r"got also 'attn\.extra'"):
+        build({**state_dict(prefix="attn."), "attn.extra": np.ones(1)}, 4, "attn")
+    weights = state_dict()
+    del weights["out_proj.weight"]
+    with pytest.raises(ValueError, match=r"`state_dict` must hold 'out_proj\.weight'"):
+        build(weights, 4)
+    with pytest.raises(ValueError, match=r"`state_dict` must hold 'in_proj_weight', got keys none"):
+        build({}, 4)
+    with pytest.raises(ValueError, match=r"`in_proj_weight` must have a multiple of 3 rows"):
+        build({**state_dict(), "in_proj_weight": np.ones((35, 12), np.float32)}, 4)
+    with pytest.raises(ValueError, match="`bias_k` and `bias_v` must be given together"):
+        build({**state_dict(), "bias_k": np.ones((1, 1, 12), np.float32)}, 4)
+
+
+@pytest.mark.parametrize("options", [{}, {"kdim": KEY_DIM, "vdim": VALUE_DIM}, {"bias": False}])
+@pytest.mark.parametrize("add_bias_kv", [False, True])
+def test_against_torch(options, add_bias_kv):
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    module = torch.nn.MultiheadAttention(
+        12, 4, batch_first=True, add_bias_kv=add_bias_kv, **options
+    ).eval()
+    query, key, value = make_inputs()
+    key, value = (key, value) if "kdim" in options else (np.repeat(key, 2, axis=-1)[..., :12],) * 2
+    padding = np.array([[False] * 7, [False] * 4 + [True] * 3])
+    masked = np.triu(np.ones((5, 7), bool), 3)
+    with torch.no_grad():
+        tensors = [torch.from_numpy(x) for x in (query, key, value, padding, masked)]
+        desired, _ = module(
+            *tensors[:3], key_padding_mask=tensors[3], attn_mask=tensors[4], need_weights=False
+        )
+    layer = fa.MultiHeadAttention.from_torch_state_dict(module.state_dict(), 4)
+    actual = layer(query, key, value, mask=~padding[:, None, None, :] & ~masked)
+    assert_close(actual, desired.numpy().astype(np.float64))
+
+
+# --- Keras ------------------------------------------------------------------------------------
+
+
+def keras_weights(num_kv_heads=4, bias=True):
+    rng = np.random.default_rng(5)
+    shapes = {
+        "query/kernel": (12, 4, 3),
+        "query/bias": (4, 3),
+        "key/kernel": (KEY_DIM, num_kv_heads, 3),
+        "key/bias": (num_kv_heads, 3),
+        "value/kernel": (VALUE_DIM, num_kv_heads, 5),
+        "value/bias": (num_kv_heads, 5),
+        "attention_output/kernel": (4, 5, 12),
+        "attention_output/bias": (12,),
+    }
+    return {
+        name: rng.standard_normal(shape).astype(np.float32)
+        for name, shape in shapes.items()
+        if bias or name.endswith("kernel")
+    }
+
+
+@pytest.mark.parametrize("num_kv_heads", [4, 2])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", ["list", "paths", "legacy paths"])
+def test_keras_weights(num_kv_heads, bias, kind):
+    weights = keras_weights(num_kv_heads, bias)
+    given = {
+        "list": list(weights.values()),
+        "paths": {f"model/attention/{name}": value for name, value in weights.items()},
+        "legacy paths": {f"{name}:0": value for name, value in weights.items()},
+    }[kind]
+    layer = fa.MultiHeadAttention.from_keras_weights(given)
+    assert (layer.num_heads, layer.num_kv_heads) == (4, num_kv_heads)
+    assert (layer.head_dim, layer.head_dim_v) == (3, 5)
+    query, key, value = make_inputs()
+
+    # As Keras computes it: one einsum for each projection.
+    def dense(equation, x, name):
+        return np.einsum(equation, x, weights[f"{name}/kernel"]) + weights.get(f"{name}/bias", 0)
+
+    q, k, v = (
+        dense("abc,cde->abde", x, name).swapaxes(1, 2)
+        for x, name in ((query, "query"), (key, "key"), (value, "value"))
+    )
+    attended = fa.reference.attention(q, k, v).swapaxes(1, 2)
+    assert_close(layer(query, key, value), dense("abcd,cde->abe", attended, "attention_output"))
+
+
+@pytest.mark.any_kernel_set
+def test_keras_errors():
+    build = fa.MultiHeadAttention.from_keras_weights
+    weights = keras_weights()
+    with pytest.raises(ValueError, match=r"must hold 8 arrays .* or 4 .*, got 7"):
+        build(list(weights.values())[:7])
+    with pytest.raises(ValueError, match="got also 'layer/query/scale'"):
+        build({**weights, "layer/query/scale": np.ones(1)})
+    with pytest.raises(ValueError, match="got a second query/kernel at 'b/query/kernel'"):
+        build({**weights, "b/query/kernel": weights["query/kernel"]})
+    with pytest.raises(ValueError, match="`weights` must hold 'value/kernel'"):
+        build({name: x for name, x in weights.items() if name != "value/kernel"})
+    with pytest.raises(ValueError, match=r"`query/kernel` must have 3 dimensions, got shape \(2,"):
+        build({**weights, "query/kernel": np.ones((2, 2), np.float32)})
+
+
+@pytest.mark.any_kernel_set
+def test_neither_library_is_imported():
+    before = set(sys.modules)
+    fa.MultiHeadAttention.from_torch_state_dict(state_dict(FakeTensor), 4)
+    fa.MultiHeadAttention.from_keras_weights(keras_weights())
+    assert not {"torch", "keras"} & (set(sys.modules) - before)
