@@ -156,7 +156,7 @@ def _run(args: argparse.Namespace) -> None:
     )
     print(
         "Attention  fastattn.MultiHeadAttention in every layer, kernel set "
-        f"{config.ISA}, {args.threads or config.default_num_threads()} threads.\n"
+        f"{config.ISA}, num_threads {args.threads or config.default_num_threads()}.\n"
         "           Padding is skipped by kv_lengths.  The residual is added in place to the\n"
         "           output projection, which BERT has between the attention and the residual."
     )
@@ -179,7 +179,7 @@ def _run(args: argparse.Namespace) -> None:
     print(f"\nTime and memory beside plain NumPy attention (difference {_max(plain - embeddings)})")
     print(
         f"  whole encoder, {len(sentences)} sentences of {num_tokens / len(sentences):.0f} tokens "
-        f"on average:\n"
+        "on average (in both nearly all of it outside the attention):\n"
         f"    fastattn    {_duration(fastattn_seconds)}\n    plain NumPy {_duration(plain_seconds)}"
     )
     _report_long_document(encoder, tokens, args)
@@ -278,8 +278,8 @@ def _model(args: argparse.Namespace) -> tuple[Any, dict[str, Array], str]:
         except (OSError, ValueError) as error:
             raise DemoError(f"--model {directory}: {error}") from error
     print(
-        f"This run is on random weights made here, {reason}.\nThey are "
-        "of the real sizes; nearness then only means shared words."
+        f"This run is on random weights made here, {reason}.\n"
+        "The layers have the real sizes; nearness only means shared words."
     )
     return _made_tokenizer, _minilm.made_tensors(vocabulary=MADE_VOCABULARY), "random weights"
 
@@ -404,7 +404,9 @@ def _report_long_document(
     )
     print(
         f"  attention of the first layer, the text as one document of {args.long} tokens "
-        f"({layer.num_heads} heads of {layer.head_dim}):"
+        f"({layer.num_heads} heads of {layer.head_dim}),\n"
+        f"  memory beyond q, k and v (to about 0.2 MiB), the result's {x.nbytes / 2**20:.1f} MiB "
+        "included:"
     )
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "qkv.npy"
@@ -414,7 +416,7 @@ def _report_long_document(
             if figures["bytes"] is None:
                 memory = "peak memory not measured: it is read from Linux's /proc"
             else:
-                memory = f"peak memory {figures['bytes'] / 2**20:7.1f} MiB beyond q, k and v"
+                memory = f"peak memory {figures['bytes'] / 2**20:7.1f} MiB"
             print(f"    {contender:<11} {_duration(figures['seconds'])}   {memory}")
 
 
@@ -473,7 +475,7 @@ def measure(contender: str, path: str, num_heads: int, num_threads: int | None) 
 
     # NumPy's BLAS allocates buffers at its first product and keeps them; they are not counted.
     square = np.ones((512, 512), q.dtype)
-    square @ square
+    np.matmul(square, square)
     before = _resident_bytes("VmRSS", reset_peak=True)
     seconds = [seconds_of_call()]
     peak = _resident_bytes("VmHWM")
@@ -484,7 +486,11 @@ def measure(contender: str, path: str, num_heads: int, num_threads: int | None) 
 
 
 def _resident_bytes(field: str, reset_peak: bool = False) -> int | None:
-    """Memory of this process now (VmRSS) or at its highest (VmHWM); None outside Linux."""
+    """Memory of this process now (VmRSS) or at its highest (VmHWM); None outside Linux.
+
+    Linux counts pages per CPU and adds the counts up in batches of at least 32 pages, so that
+    either figure is off by some 128 KiB for each CPU (lib/percpu_counter.c).
+    """
     try:
         if reset_peak:
             # Sets VmHWM to VmRSS: proc_pid_clear_refs(5).
