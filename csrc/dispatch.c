@@ -2,7 +2,6 @@
  * down; nothing here remembers it. */
 #include <stdbool.h>
 #include <stddef.h>
-#include <string.h>
 
 #include "cpu_features.h"
 #include "kernels.h"
@@ -28,27 +27,11 @@ static const struct entry {
 
 #define TABLE_LENGTH (sizeof table / sizeof table[0])
 
-static const struct fa_kernels *usable(const struct entry *entry)
-{
-    return entry->kernels != NULL && entry->runs_here() ? entry->kernels : NULL;
-}
-
 const struct fa_kernels *fa_kernels_available(int index)
 {
     for (size_t i = 0; i < TABLE_LENGTH; i++) {
-        const struct fa_kernels *kernels = usable(&table[i]);
-        if (kernels != NULL && index-- == 0) {
-            return kernels;
-        }
-    }
-    return NULL;
-}
-
-const struct fa_kernels *fa_kernels_by_name(const char *name)
-{
-    for (size_t i = 0; i < TABLE_LENGTH; i++) {
-        if (strcmp(table[i].name, name) == 0) {
-            return usable(&table[i]);
+        if (table[i].kernels != NULL && table[i].runs_here() && index-- == 0) {
+            return table[i].kernels;
         }
     }
     return NULL;

@@ -109,8 +109,6 @@ struct fa_kernels; /* kernels.h */
 
 /* The kernel sets that this build holds and this CPU and OS run, best first; NULL past the end. */
 const struct fa_kernels *fa_kernels_available(int index);
-/* The set with that name, or NULL if it is not built in or cannot run here. */
-const struct fa_kernels *fa_kernels_by_name(const char *name);
 /* Every name this library knows, built in or not, in dispatch order; NULL past the end. */
 const char *fa_kernels_known_name(int index);
 const char *fa_kernels_name(const struct fa_kernels *kernels);

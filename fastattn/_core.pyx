@@ -172,12 +172,21 @@ cdef int check(fa_status status, list raised) except -1:
     raise OverflowError("the problem is too large: its sizes do not fit in 64 bits")
 
 
+# The kernel sets that run here, best first, asked for once: CPUID is slow, and slower in a virtual
+# machine, where it traps.
+cdef enum:
+    MAX_KERNEL_SETS = 8
+cdef const fa_kernels *kernel_sets[MAX_KERNEL_SETS]
+_index_of_isa = {}
+while len(_index_of_isa) < MAX_KERNEL_SETS and fa_kernels_available(len(_index_of_isa)) is not NULL:
+    kernel_sets[len(_index_of_isa)] = fa_kernels_available(len(_index_of_isa))
+    _index_of_isa[fa_kernels_name(kernel_sets[len(_index_of_isa)]).decode()] = len(_index_of_isa)
+
+
 cdef const fa_kernels *find_kernels(str isa) except NULL:
-    cdef bytes name = isa.encode()
-    cdef const fa_kernels *kernels = fa_kernels_by_name(name)
-    if kernels is NULL:
+    if isa not in _index_of_isa:
         raise ValueError(f"kernel set {isa!r} cannot run here")
-    return kernels
+    return kernel_sets[<int>_index_of_isa[isa]]
 
 
 def attention(
@@ -242,12 +251,7 @@ def describe(
 
 
 def available_isas():
-    names = []
-    cdef int i = 0
-    while fa_kernels_available(i) is not NULL:
-        names.append((<bytes>fa_kernels_name(fa_kernels_available(i))).decode())
-        i += 1
-    return tuple(names)
+    return tuple(_index_of_isa)
 
 
 def known_isas():

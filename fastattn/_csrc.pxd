@@ -63,7 +63,6 @@ cdef extern from "fastattn.h" nogil:
         pass
 
     const fa_kernels *fa_kernels_available(int index) noexcept
-    const fa_kernels *fa_kernels_by_name(const char *name) noexcept
     const char *fa_kernels_known_name(int index) noexcept
     const char *fa_kernels_name(const fa_kernels *kernels) noexcept
 

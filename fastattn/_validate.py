@@ -6,6 +6,8 @@ can change a length after its check.  Errors read "`name` must <rule>, got <what
 TypeError for a wrong dtype or kind, ValueError for a wrong shape or value.
 """
 
+from __future__ import annotations
+
 import math
 import numbers
 import operator

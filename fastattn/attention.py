@@ -3,6 +3,8 @@
 Arguments are validated in ``_validate.py``; the work is done in C, behind ``_core``.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal, TypedDict, Unpack, overload
@@ -171,15 +173,15 @@ def attention(
     -----
     **Shapes.**  A 2-D array is one head.  Leading dimensions broadcast as in NumPy, without copies.
 
-    =============================  ============================  =====================
-    q                              k (and v)                     result
-    =============================  ============================  =====================
-    (seqlen_q, head_dim)           (seqlen_k, head_dim)          (seqlen_q, head_dim_v)
-    (heads, seqlen_q, head_dim)    (seqlen_k, head_dim)          (heads, seqlen_q, ..)
-    (batch, 8, seqlen_q, ..)       (batch, 8, seqlen_k, ..)      (batch, 8, seqlen_q, ..)
-    (batch, 8, seqlen_q, ..)       (batch, 2, seqlen_k, ..)      (batch, 8, seqlen_q, ..)
-    (batch, 8, seqlen_q, ..)       (8, seqlen_k, ..)             (batch, 8, seqlen_q, ..)
-    =============================  ============================  =====================
+    ===========================  ==========================  ===========================
+    q                            k (and v)                   result
+    ===========================  ==========================  ===========================
+    (seqlen_q, head_dim)         (seqlen_k, head_dim)        (seqlen_q, head_dim_v)
+    (heads, seqlen_q, head_dim)  (seqlen_k, head_dim)        (heads, seqlen_q, ..)
+    (batch, 8, seqlen_q, ..)     (batch, 8, seqlen_k, ..)    (batch, 8, seqlen_q, ..)
+    (batch, 8, seqlen_q, ..)     (batch, 2, seqlen_k, ..)    (batch, 8, seqlen_q, ..)
+    (batch, 8, seqlen_q, ..)     (8, seqlen_k, ..)           (batch, 8, seqlen_q, ..)
+    ===========================  ==========================  ===========================
 
     Any strides do, also zero and negative ones: ``x.reshape(batch, seqlen, heads, head_dim)
     .swapaxes(1, 2)`` is read in place, and gives a result that is laid out the same way.

@@ -5,6 +5,8 @@ definition step by step on the whole score matrix, and computes and returns floa
 given.  Arguments are not validated.  What the kernels compute is tested against this file.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 import numpy as np

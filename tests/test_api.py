@@ -104,7 +104,7 @@ REFUSED_OPERANDS = [
     (
         {"q": [[1.0, 2.0], [3.0]]},
         ValueError,
-        "`q` must be an array or a regular nested sequence of numbers, got a list: ",
+        "`q` must be an array or a regular nested sequence of numbers, got a list: ...",
     ),
     # shapes
     (
@@ -164,7 +164,7 @@ REFUSED_OPTIONS = [
     ({"scale": [0.5]}, TypeError, "`scale` must be a real number, got [0.5]"),
     ({"scale": nan}, ValueError, "`scale` must be finite, got nan"),
     ({"scale": -inf}, ValueError, "`scale` must be finite, got -inf"),
-    ({"scale": 10**400}, ValueError, "`scale` must be finite, got 1000"),
+    ({"scale": 10**400}, ValueError, "`scale` must be finite, got 1000..."),
     ({"softcap": "50"}, TypeError, "`softcap` must be a real number, got '50'"),
     ({"softcap": False}, TypeError, "`softcap` must be a real number, got False"),
     (
@@ -289,7 +289,7 @@ REFUSED_OPTIONS = [
     (
         {"window": (3, -(10**30))},
         ValueError,
-        "`window` must hold ints >= 0, or None for an open side, got -1000000000000000000000",
+        "`window` must hold ints >= 0, or None for an open side, got -1000...",
     ),
     (
         {"q_offset": 1.0},
@@ -421,17 +421,16 @@ REFUSED_OPTIONS = [
 
 
 def refuse(function, arguments, options, error, message):
-    """Expect the message in full: it ends there, or right after a comma or colon."""
+    """Expect the message, or its beginning where that ends in dots, and arrays left alone."""
     arrays = [x for x in [*arguments, *options.values()] if type(x) is np.ndarray]
     before = [array.tobytes() for array in arrays]
     with pytest.raises(error) as caught:
         function(*arguments, **options)
     text = str(caught.value)
-    if message.startswith("`"):
-        assert text.startswith(message)
-        assert text == message or message.endswith((": ", "0"))
-    else:
-        assert text.endswith(message)
+    # Python's own messages begin with the function's name.
+    text = text.removeprefix(f"{function.__name__}() ")
+    beginning = message.removesuffix("...")
+    assert (text if beginning == message else text[: len(beginning)]) == beginning
     assert [array.tobytes() for array in arrays] == before
 
 
