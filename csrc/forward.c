@@ -51,7 +51,7 @@ static void add_weighted_values(const struct fa_tile *tile, struct fa_workspace 
     const struct fa_ops *ops = g->ops;
     const int64_t size = (int64_t)ops->size, nr = (int64_t)ops->nr, mr = (int64_t)ops->mr;
     const size_t rows = (size_t)(fa_ceil_div(tile->rows, mr) * mr);
-    const size_t depth = (size_t)(fa_ceil_div(tile->keys, FA_DEPTH_UNROLL) * FA_DEPTH_UNROLL);
+    const size_t depth = (size_t)tile->keys;
     const size_t panels = (size_t)fa_ceil_div(cols, nr);
     const char *v = ws->v + tile->begin * nr * size;
     char *acc = ws->acc + tile->row_offset * g->block_dv * size;

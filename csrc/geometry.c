@@ -36,7 +36,7 @@ static int64_t choose_block_k(const struct fa_geometry *g)
 {
     int64_t size = (int64_t)g->ops->size;
     int64_t block_k = SCORE_ROW_BYTES / size;
-    while (block_k > MIN_BLOCK_K && block_k * size > KEY_BLOCK_BYTES / fa_max(g->depth, 1)) {
+    while (block_k > MIN_BLOCK_K && block_k * size > KEY_BLOCK_BYTES / fa_max(g->params->head_dim, 1)) {
         block_k /= 2;
     }
     return block_k;
@@ -45,7 +45,7 @@ static int64_t choose_block_k(const struct fa_geometry *g)
 static int64_t choose_block_q(const struct fa_geometry *g)
 {
     int64_t size = (int64_t)g->ops->size;
-    int64_t width = fa_max(1, g->depth + fa_min(g->params->head_dim_v, g->block_dv));
+    int64_t width = fa_max(1, g->params->head_dim + fa_min(g->params->head_dim_v, g->block_dv));
     int64_t tiles = fa_max(1, fa_min(8, ROW_BLOCK_BYTES / size / width / FA_TILE_Q));
     int64_t heads = g->batch * g->heads * g->dv_blocks;
     while (tiles > 1 && g->num_threads > 1 &&
@@ -88,12 +88,11 @@ enum fa_status fa_geometry_init(struct fa_geometry *geometry, const struct fa_at
     if (!fa_multiply(g.batch, g.heads, &heads) ||
         !fa_multiply(params->seqlen_q, g.stacked, &g.rows) ||
         !fa_multiply(fa_max(heads, 1), fa_max(g.rows, params->seqlen_k), &tasks) ||
-        !fa_multiply(params->head_dim, 4 * FA_DEPTH_UNROLL, &padded) ||
+        !fa_multiply(params->head_dim, 4 * FA_TILE_Q, &padded) ||
         !fa_multiply(fa_max(tasks, 1), fa_ceil_div(params->head_dim_v, BLOCK_DV) + 1, &padded) ||
         !fa_multiply(fa_max(g.rows, params->seqlen_k), 4 * FA_TILE_Q, &padded)) {
         return FA_OVERFLOW;
     }
-    g.depth = round_up(params->head_dim, FA_DEPTH_UNROLL);
     g.block_k = choose_block_k(&g);
     g.block_dv = fa_min(BLOCK_DV, round_up(params->head_dim_v, (int64_t)ops->nr));
     /* head_dim_v 0 still has an lse to compute. */

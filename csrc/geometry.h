@@ -19,7 +19,6 @@ struct fa_geometry {
     int64_t stacked;     /* query heads stacked in a block of rows */
     int64_t rows;        /* per head: seqlen_q * stacked */
     int64_t batch;       /* product of batch_shape */
-    int64_t depth;       /* head_dim rounded up to FA_DEPTH_UNROLL */
     int64_t block_k;     /* keys per block: fixed by head_dim and dtype alone */
     int64_t block_q;     /* rows per task */
     int64_t block_dv;    /* columns of v per task */

@@ -17,10 +17,6 @@
 
 #include "fastattn.h"
 
-/* Depth of every packed operand is a multiple of this many elements: the unroll of the matmul loop.
- * Padding with zeros adds fma(0, 0, acc), which changes no bit. */
-#define FA_DEPTH_UNROLL 4
-
 /* Rows of a score tile.  A multiple of every set's MR; small enough that the score tile, its Q rows
  * and one packed panel share a 32 KiB L1 (24 x 128 float32 scores = 12 KiB). */
 #define FA_TILE_Q 24
@@ -43,24 +39,22 @@ struct fa_ops {
     size_t mr, nr;   /* rows and columns of the register tile; nr is a whole number of vectors */
     size_t vl;       /* lanes of a vector */
 
-    /* dst[r][0..cols) = factor * src[r][...], padded with zeros to `ld`; src[r] == NULL: a zero row. */
-    void (*load_rows)(void *dst, size_t ld, size_t rows, const void *const *src, int64_t col_stride,
-                      size_t cols, double factor);
+    /* dst[r][0..cols) = factor * src[r][...]; src[r] == NULL: a zero row. */
+    void (*load_rows)(void *dst, size_t rows, const void *const *src, int64_t col_stride, size_t cols,
+                      double factor);
 
-    /* Transpose keys into panels dst[key / nr][depth][key % nr], zero beyond `keys` up to whole panels
-     * and beyond `cols` up to `depth`. */
-    void (*pack_keys)(void *dst, size_t depth, size_t keys, size_t cols, const void *src,
-                      int64_t row_stride, int64_t col_stride);
+    /* Transpose keys into panels dst[key / nr][col][key % nr], zero beyond `keys` up to whole panels. */
+    void (*pack_keys)(void *dst, size_t keys, size_t cols, const void *src, int64_t row_stride,
+                      int64_t col_stride);
 
     /* Copy values into panels dst[col / nr][key][col % nr], panel_stride elements apart, zero beyond
-     * `cols` up to a whole panel and beyond `keys` up to a multiple of FA_DEPTH_UNROLL.  Returns
-     * whether every value is finite. */
+     * `cols` up to a whole panel.  Returns whether every value is finite. */
     bool (*pack_values)(void *dst, size_t panel_stride, size_t keys, size_t cols, const void *src,
                         int64_t row_stride, int64_t col_stride);
 
     /* c[rows][panels * nr] = (accumulate ? c : 0) + a[rows][depth] b[depth][panels * nr], each element
-     * one chain of fused multiply-adds in order of depth.  rows: multiple of mr; depth: multiple of
-     * FA_DEPTH_UNROLL, may be 0.  b: panels of [depth][nr], panel_stride elements apart. */
+     * one chain of fused multiply-adds in order of depth.  rows: multiple of mr; depth may be 0.
+     * b: panels of [depth][nr], panel_stride elements apart. */
     void (*matmul)(size_t rows, size_t depth, size_t panels, const void *a, size_t lda, const void *b,
                    size_t panel_stride, void *c, size_t ldc, bool accumulate);
 

@@ -82,7 +82,7 @@ bool fa_tile_init(struct fa_tile *tile, const struct fa_head *head, struct fa_wo
     const int64_t last_row = first_row + rows - 1;
     const struct fa_key_range keys = fa_rows_keys(head, first_row, last_row);
     const int64_t lo = fa_max(keys.lo, block_key), hi = fa_min(keys.hi, block_key + g->block_k);
-    const int64_t panel = fa_max((int64_t)g->ops->nr, FA_DEPTH_UNROLL);
+    const int64_t panel = (int64_t)g->ops->nr;
 
     FA_ASSERT(rows >= 1 && rows <= FA_TILE_Q);
     if (lo >= hi) {
@@ -128,8 +128,7 @@ void fa_load_rows(const struct fa_head *head, struct fa_workspace *ws, int64_t f
                                      fa_row_token(g, row) * p->q.row
                                : NULL;
         }
-        g->ops->load_rows(ws->q + r * g->depth * (int64_t)g->ops->size, (size_t)g->depth, (size_t)padded,
-                          src, p->q.col, (size_t)p->head_dim, scale);
+        g->ops->load_rows(ws->q + r * p->head_dim * (int64_t)g->ops->size, (size_t)padded, src, p->q.col, (size_t)p->head_dim, scale);
     }
 }
 
@@ -137,7 +136,7 @@ void fa_pack_keys(const struct fa_head *head, struct fa_workspace *ws, int64_t b
 {
     const struct fa_geometry *g = head->geometry;
     const struct fa_attention_params *p = g->params;
-    g->ops->pack_keys(ws->k, (size_t)g->depth, (size_t)keys, (size_t)p->head_dim,
+    g->ops->pack_keys(ws->k, (size_t)keys, (size_t)p->head_dim,
                       head->k + block_key * p->k.row, p->k.row, p->k.col);
 }
 
@@ -185,12 +184,13 @@ void fa_tile_scores(const struct fa_tile *tile, struct fa_workspace *ws)
     const struct fa_geometry *g = head->geometry;
     const struct fa_ops *ops = g->ops;
     const int64_t size = (int64_t)ops->size, mr = (int64_t)ops->mr;
+    const size_t depth = (size_t)g->params->head_dim;
     char *scores = fa_tile_score_data(tile, ws);
 
-    ops->matmul((size_t)(fa_ceil_div(tile->rows, mr) * mr), (size_t)g->depth,
-                (size_t)tile->columns / ops->nr, ws->q + tile->row_offset * g->depth * size,
-                (size_t)g->depth, ws->k + tile->begin * g->depth * size, (size_t)g->depth * ops->nr,
-                scores, (size_t)g->block_k, false);
+    ops->matmul((size_t)(fa_ceil_div(tile->rows, mr) * mr), depth, (size_t)tile->columns / ops->nr,
+                ws->q + tile->row_offset * g->params->head_dim * size, depth,
+                ws->k + tile->begin * g->params->head_dim * size, depth * ops->nr, scores,
+                (size_t)g->block_k, false);
     if (g->params->softcap > 0) {
         ops->softcap(scores, (size_t)g->block_k, (size_t)tile->rows, (size_t)tile->columns,
                      g->params->softcap * LOG2_E);

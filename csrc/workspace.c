@@ -19,11 +19,11 @@ static bool lay_out(const struct fa_geometry *g, struct layout *at)
     const int64_t size = (int64_t)g->ops->size;
     int64_t total = 0;
     *at = (struct layout){0};
-    bool ok = reserve(&total, &at->q, g->block_q, g->depth, size) &&
+    bool ok = reserve(&total, &at->q, g->block_q, g->params->head_dim, size) &&
               reserve(&total, &at->acc, g->block_q, g->block_dv, size) &&
               reserve(&total, &at->row_max, g->block_q, 1, size) &&
               reserve(&total, &at->row_sum, g->block_q, (int64_t)g->ops->vl, size) &&
-              reserve(&total, &at->k, g->block_k, g->depth, size) &&
+              reserve(&total, &at->k, g->block_k, g->params->head_dim, size) &&
               reserve(&total, &at->v, g->block_k, g->block_dv, size) &&
               reserve(&total, &at->scores, FA_TILE_Q, g->block_k, size) &&
               reserve(&total, &at->mask, FA_TILE_Q, g->block_k, 1) &&

@@ -6,11 +6,11 @@
 
 /* One thread's buffers, FA_ALIGNMENT-aligned.  `real` is the element type of the geometry's ops. */
 struct fa_workspace {
-    char *q;            /* real [block_q][depth]: scaled rows */
+    char *q;            /* real [block_q][head_dim]: scaled rows */
     char *acc;          /* real [block_q][block_dv]: unnormalised output */
     char *row_max;      /* real [block_q] */
     char *row_sum;      /* real [block_q][vl] */
-    char *k;            /* real [block_k / nr][depth][nr]: packed keys */
+    char *k;            /* real [block_k / nr][head_dim][nr]: packed keys */
     char *v;            /* real [block_dv / nr][block_k][nr]: packed values */
     char *scores;       /* real [FA_TILE_Q][block_k] */
     uint8_t *mask;      /* [FA_TILE_Q][block_k]: 1 where a key takes part */

@@ -5,33 +5,32 @@
  * vectors are read only where every lane is an element of the array: guard-page tests hold it to that.
  */
 
-static void FN(load_rows)(void *dst, size_t ld, size_t rows, const void *const *src,
-                          int64_t col_stride, size_t cols, double factor)
+static void FN(load_rows)(void *dst, size_t rows, const void *const *src, int64_t col_stride,
+                          size_t cols, double factor)
 {
     const REAL f = (REAL)factor;
     const size_t whole = col_stride == (int64_t)sizeof(REAL) ? cols - cols % VL : 0;
     for (size_t r = 0; r < rows; r++) {
-        REAL *row = (REAL *)dst + r * ld;
+        REAL *row = (REAL *)dst + r * cols;
         const char *from = src[r];
         size_t c = 0;
-        if (from != NULL) {
-            for (; c < whole; c += VL) {
-                V(store)(row + c, V(mul)(V(load)(from + c * sizeof(REAL)), V(set)(f)));
-            }
-            for (; c < cols; c++) {
-                row[c] = FN(read)(from + (int64_t)c * col_stride) * f;
-            }
+        if (from == NULL) {
+            memset(row, 0, cols * sizeof(REAL));
+            continue;
         }
-        for (; c < ld; c++) {
-            row[c] = 0;
+        for (; c < whole; c += VL) {
+            V(store)(row + c, V(mul)(V(load)(from + c * sizeof(REAL)), V(set)(f)));
+        }
+        for (; c < cols; c++) {
+            row[c] = FN(read)(from + (int64_t)c * col_stride) * f;
         }
     }
 }
 
 /* One panel of NR keys, of which `keys` are real.  Whole VL x VL squares go through registers (24
  * shuffles for 64 elements with AVX2), the edges element by element. */
-static inline void FN(pack_key_panel)(REAL *panel, size_t depth, size_t keys, size_t cols,
-                                      const char *src, int64_t row_stride, int64_t col_stride)
+static inline void FN(pack_key_panel)(REAL *panel, size_t keys, size_t cols, const char *src,
+                                      int64_t row_stride, int64_t col_stride)
 {
     const bool contiguous = col_stride == (int64_t)sizeof(REAL);
     for (size_t first = 0; first < NR; first += VL) {
@@ -48,22 +47,21 @@ static inline void FN(pack_key_panel)(REAL *panel, size_t depth, size_t keys, si
                 }
             }
         }
-        for (; c < depth; c++) {
+        for (; c < cols; c++) {
             for (size_t i = first; i < first + VL; i++) {
-                bool real = i < keys && c < cols;
-                panel[c * NR + i] =
-                    real ? FN(read)(src + (int64_t)i * row_stride + (int64_t)c * col_stride) : 0;
+                const char *from = src + (int64_t)i * row_stride + (int64_t)c * col_stride;
+                panel[c * NR + i] = i < keys ? FN(read)(from) : 0;
             }
         }
     }
 }
 
-static void FN(pack_keys)(void *dst, size_t depth, size_t keys, size_t cols, const void *src,
-                          int64_t row_stride, int64_t col_stride)
+static void FN(pack_keys)(void *dst, size_t keys, size_t cols, const void *src, int64_t row_stride,
+                          int64_t col_stride)
 {
     for (size_t key = 0; key < keys; key += NR) {
         size_t live = keys - key < NR ? keys - key : NR;
-        FN(pack_key_panel)((REAL *)dst + key * depth, depth, live, cols,
+        FN(pack_key_panel)((REAL *)dst + key * cols, live, cols,
                            (const char *)src + (int64_t)key * row_stride, row_stride, col_stride);
     }
 }
@@ -94,16 +92,13 @@ static bool FN(pack_values)(void *dst, size_t panel_stride, size_t keys, size_t 
                             int64_t row_stride, int64_t col_stride)
 {
     VEC probe = V(zero)();
-    size_t padded = (keys + FA_DEPTH_UNROLL - 1) / FA_DEPTH_UNROLL * FA_DEPTH_UNROLL;
-    for (size_t c = 0; c < cols; c += NR) {
-        REAL *panel = (REAL *)dst + c / NR * panel_stride;
-        for (size_t key = 0; key < keys; key++) {
-            const char *from = (const char *)src + (int64_t)key * row_stride + (int64_t)c * col_stride;
-            VEC found = FN(pack_value_row)(panel + key * NR, cols - c, from, col_stride);
+    for (size_t key = 0; key < keys; key++) {
+        const char *row = (const char *)src + (int64_t)key * row_stride;
+        REAL *first_panel = (REAL *)dst + key * NR;
+        for (size_t c = 0; c < cols; c += NR) {
+            VEC found = FN(pack_value_row)(first_panel + c / NR * panel_stride, cols - c,
+                                           row + (int64_t)c * col_stride, col_stride);
             probe = V(add)(probe, found);
-        }
-        for (size_t i = keys * NR; i < padded * NR; i++) {
-            panel[i] = 0;
         }
     }
     REAL lanes[VL], sum = 0;
