@@ -3,11 +3,11 @@
     python bench/compare_torch.py                            # (1,12,2048,64), full and causal
     python bench/compare_torch.py 1,8,4096,128 1,32/8,1024,128:causal --rounds 40
 
-A shape is batch,num_heads[/num_kv_heads],seqlen,head_dim with an optional ":causal".  Each contender
-lives in a process of its own; they take turns, one call each, so that all see the same machine.  The
-FMA peak is probed between the turns, one instance of fma_peak.c per thread.  GFLOP/s count useful
-operations: 4 per score and feature, half of the square for causal.  fastattn writes to a fresh array
-in every call, as torch does.
+A shape is batch,num_heads[/num_kv_heads],seqlen,head_dim with an optional ":causal".  Each
+contender lives in a process of its own; they take turns, one call each, so that all see the same
+machine.  The FMA peak is probed between the turns, one instance of fma_peak.c per thread.  GFLOP/s
+count useful operations: 4 per score and feature, half of the square for causal.  fastattn writes to
+a fresh array in every call, as torch does.
 """
 
 import argparse
@@ -166,8 +166,10 @@ def main() -> None:
                 shown = [f"{r:9.1f} ({100 * r / best_peak:3.0f}%)" for r in rates]
                 ratio = medians["torch"] / medians[name]
                 label = str(workload) if name == CONTENDERS[0] else ""
-                print(f"{label:<26}{name:<10}{shown[0]:>16}{shown[1]:>16}"
-                      f"{1e3 * medians[name]:>11.2f}  {ratio:.2f}x")
+                print(
+                    f"{label:<26}{name:<10}{shown[0]:>16}{shown[1]:>16}"
+                    f"{1e3 * medians[name]:>11.2f}  {ratio:.2f}x"
+                )
             print(f"{'':<26}{'FMA peak':<10}{best_peak:9.1f}")
 
 

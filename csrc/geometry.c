@@ -14,7 +14,7 @@
 /* Bytes of packed Q rows and accumulators per task: they pass through L1 once per key block, from L2,
  * beside K and V.  Larger blocks pack K and V less often: packing costs 2 to 3 cycles per 8 elements
  * against block_q * head_dim / 4 cycles of products. */
-#define ROW_BLOCK_BYTES (128 * 1024)
+#define ROW_BLOCK_BYTES (192 * 1024)
 
 /* Columns of V per task.  Beyond it the scores are computed again per block of columns, so that no
  * buffer grows with head_dim_v; at 1024 that costs at most head_dim / 1024 of the work. */

@@ -176,8 +176,13 @@ def _largest(error: Array, unit: Array) -> float:
     return float(np.max(np.where(np.isnan(ratio), np.inf, ratio)))
 
 
-def assert_close(out: Array, lse: Array | None, expected: tuple[Array, Array], exact: Naive,
-                 max_gauge: float = MAX_GAUGE) -> None:
+def assert_close(
+    out: Array,
+    lse: Array | None,
+    expected: tuple[Array, Array],
+    exact: Naive,
+    max_gauge: float = MAX_GAUGE,
+) -> None:
     """Assert that out and lse lie within the gauge of `expected`, with the units of `exact`."""
     expected_out, expected_lse = expected
     assert out.shape == expected_out.shape

@@ -203,9 +203,7 @@ def test_one_key_gives_its_value_bitwise(head_dim_v: int, dtype: Any) -> None:
         v = rng.standard_normal((2, 1, head_dim_v)).astype(dtype)
         out = fa.attention(q, k, v)
         assert out.tobytes() == np.broadcast_to(v, out.shape).tobytes()
-        masked = fa.attention(
-            q, np.repeat(k, 90, 1), np.repeat(v, 90, 1), mask=np.arange(90) == 77
-        )
+        masked = fa.attention(q, np.repeat(k, 90, 1), np.repeat(v, 90, 1), mask=np.arange(90) == 77)
         assert masked.tobytes() == out.tobytes()
 
 

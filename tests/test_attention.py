@@ -101,9 +101,7 @@ OPTIONS: dict[str, Callable[[np.random.Generator, int, int], Options]] = {
     },
     "bias-float64": lambda rng, lq, lk: {"bias": 3 * rng.standard_normal((NUM_HEADS, lq, lk))},
     "bias-per-key": lambda rng, lq, lk: {"bias": rng.standard_normal((BATCH, 1, 1, lk))},
-    "bias-per-query": lambda rng, lq, lk: {
-        "bias": rng.standard_normal((lq, 1)).astype(np.float32)
-    },
+    "bias-per-query": lambda rng, lq, lk: {"bias": rng.standard_normal((lq, 1)).astype(np.float32)},
     "bias-minus-inf": lambda rng, lq, lk: {"bias": _holed_bias(rng, np.float32, 1, lq, lk)},
     "bias-transposed": lambda rng, lq, lk: {"bias": rng.standard_normal((lk, lq)).T},
     "alibi": lambda rng, lq, lk: {"alibi_slopes": 2.0 ** -np.arange(1, NUM_HEADS + 1)},

@@ -76,9 +76,7 @@ def option_sets(q: np.ndarray, k: np.ndarray, axis: str = "keys") -> Iterator[di
 def test_threads_and_repeats(shape: Any, dtype: Any, axis: str) -> None:
     q, k, v = make(shape, dtype)
     for options in option_sets(q, k, axis):
-        once = fa.attention(
-            q, k, v, softmax_axis=axis, return_lse=True, num_threads=1, **options
-        )
+        once = fa.attention(q, k, v, softmax_axis=axis, return_lse=True, num_threads=1, **options)
         for num_threads in (1, 2, 3, 5, None):
             again = fa.attention(
                 q, k, v, softmax_axis=axis, return_lse=True, num_threads=num_threads, **options
@@ -104,8 +102,10 @@ def test_any_batch_composition(shape: Any, dtype: Any, axis: str) -> None:
         whole = fa.attention(q, k, v, softmax_axis=axis, return_lse=True, **options)
         b, h = 1, 2
         entry = {
-            name: tuple(ids[b] for ids in x) if name == "segment_ids"
-            else x[b] if name in ("mask", "bias", "kv_lengths", "alibi_slopes")
+            name: tuple(ids[b] for ids in x)
+            if name == "segment_ids"
+            else x[b]
+            if name in ("mask", "bias", "kv_lengths", "alibi_slopes")
             else x
             for name, x in options.items()
         }
@@ -113,8 +113,10 @@ def test_any_batch_composition(shape: Any, dtype: Any, axis: str) -> None:
         same(alone, tuple(x[b] for x in whole))
 
         head = {
-            name: x[h] if name in ("mask", "bias")
-            else x[h : h + 1] if name in ("alibi_slopes", "sinks")
+            name: x[h]
+            if name in ("mask", "bias")
+            else x[h : h + 1]
+            if name in ("alibi_slopes", "sinks")
             else x
             for name, x in entry.items()
         }
@@ -157,7 +159,6 @@ def test_grouped_heads_equal_repeated_heads(shape: Any, dtype: Any, axis: str) -
 @each_dtype
 @each_axis
 def test_views_equal_copies(shape: Any, dtype: Any, axis: str) -> None:
-    seqlen_q, seqlen_k, _, _ = shape
     plain = make(shape, dtype)
     for options in option_sets(*plain[:2], axis):
         whole = fa.attention(*plain, softmax_axis=axis, return_lse=True, **options)
@@ -237,9 +238,7 @@ def test_causal_prefix(t: int, poison: float, dtype: Any) -> None:
     q, k, v = make((130, 130, 64, 40), dtype)
     whole = fa.attention(q, k, v, causal=True, return_lse=True)
     prefix = tuple(np.ascontiguousarray(x) for x in (whole[0][..., :t, :], whole[1][..., :t]))
-    alone = fa.attention(
-        q[..., :t, :], k[..., :t, :], v[..., :t, :], causal=True, return_lse=True
-    )
+    alone = fa.attention(q[..., :t, :], k[..., :t, :], v[..., :t, :], causal=True, return_lse=True)
     same(alone, prefix)
     for bad in ([k], [v], [k, v]):
         dirty = [x.copy() if any(x is y for y in bad) else x for x in (k, v)]
@@ -291,9 +290,7 @@ def test_what_is_masked_out_changes_nothing(
             k_dirty[1, :, unseen] = poison
         if poisoned[1]:
             v_dirty[1, :, unseen] = poison
-        dirty = fa.attention(
-            q, k_dirty, v_dirty, softmax_axis=axis, return_lse=True, **options
-        )
+        dirty = fa.attention(q, k_dirty, v_dirty, softmax_axis=axis, return_lse=True, **options)
         same(dirty, clean)
 
 
@@ -328,8 +325,27 @@ def test_masked_out_bias_changes_nothing(axis: str, dtype: Any) -> None:
     clean = fa.attention(q, k, v, mask=mask, bias=bias, softmax_axis=axis, return_lse=True)
     for poison in (np.nan, np.inf):
         dirty = np.where(mask, bias, poison)
-        same(fa.attention(q, k, v, mask=mask, bias=dirty, softmax_axis=axis, return_lse=True),
-             clean)
+        same(
+            fa.attention(q, k, v, mask=mask, bias=dirty, softmax_axis=axis, return_lse=True), clean
+        )
+
+
+@each_dtype
+def test_nan_of_any_payload_gives_nan(dtype: Any) -> None:
+    """The bits below a NaN's quiet bit, and its sign, may be anything."""
+    q, k, v = make((30, 70, 16, 24), dtype)
+    bits = {np.float32: np.uint32, np.float64: np.uint64}[dtype]
+    quiet = np.array(np.nan, dtype).view(bits)
+    sign = np.array(-0.0, dtype).view(bits)
+    for payload in (0, 1, 0x5A5, 0x3FFFFF):
+        for pattern in (quiet | bits(payload), quiet | sign | bits(payload)):
+            for operand in range(3):
+                dirty = [x.copy() for x in (q, k, v)]
+                dirty[operand][:, :, 7] = pattern.view(dtype)
+                for axis in AXES:
+                    out = fa.attention(*dirty, softmax_axis=axis)
+                    rows = out[:, :, 7:8] if operand == 0 and axis == "keys" else out
+                    assert np.all(np.isnan(rows)), (payload, operand, axis)
 
 
 @each_dtype

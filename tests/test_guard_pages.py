@@ -59,7 +59,7 @@ class GuardedMemory:
         """A copy with the features of a row apart, ending on the last element or starting on the
         first: no room after it, none before it."""
         wide = np.zeros((*x.shape[:-1], 2 * x.shape[-1]), x.dtype)
-        wide[..., :: 2] = x
+        wide[..., ::2] = x
         flat = wide.reshape(-1)
         if self.end == "end":  # drop the filler behind the last element
             flat = flat[: max(flat.size - 1, 0)]
@@ -119,9 +119,12 @@ def check(
     plain_out, plain_lse = fa.attention(*qkv, return_lse=True, **options)
     out = place(memory, np.full_like(plain_out, np.nan))
     guarded = {
-        name: tuple(memory.copy(x) for x in value) if name == "segment_ids"
-        else memory.copy(value) if name in ("alibi_slopes", "sinks", "kv_lengths")
-        else place(memory, value) if isinstance(value, np.ndarray)
+        name: tuple(memory.copy(x) for x in value)
+        if name == "segment_ids"
+        else memory.copy(value)
+        if name in ("alibi_slopes", "sinks", "kv_lengths")
+        else place(memory, value)
+        if isinstance(value, np.ndarray)
         else value
         for name, value in options.items()
     }

@@ -15,9 +15,7 @@ LIMIT_MIB = 40
 # Name -> (keyword arguments as source, head_dim_v) of a call on (1, 1, 8192, 64).  One matrix of
 # scores would be 256 MiB.
 CALLS = {
-    "softcap, sinks and window": (
-        "softcap=30.0, sinks=np.zeros(1), window=(1000, 1000)", 64
-    ),
+    "softcap, sinks and window": ("softcap=30.0, sinks=np.zeros(1), window=(1000, 1000)", 64),
     "causal": ("causal=True", 64),
     "mask of one row": ("mask=np.arange(seqlen) % 3 > 0", 64),
     "mask of one column": ("mask=np.arange(seqlen)[:, None] % 3 > 0", 64),
@@ -25,7 +23,8 @@ CALLS = {
     "bias of one column": ("bias=np.linspace(0, 1, seqlen, dtype=np.float32)[:, None]", 64),
     "alibi, segments, lengths": (
         "alibi_slopes=np.ones(1), segment_ids=(np.arange(seqlen) // 3000,) * 2,"
-        " kv_lengths=seqlen - 9", 64,
+        " kv_lengths=seqlen - 9",
+        64,
     ),
     "softmax over queries": ("softmax_axis='queries', window=(1000, 1000)", 64),
     "residual": ("residual=v", 64),
@@ -82,8 +81,9 @@ def reserved(dtype: Any, *shape: int) -> np.ndarray:
 
 def small_qkv(seqlen_q: int, seqlen_k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     rng = np.random.default_rng(0)
-    q, k, v = (rng.standard_normal((n, 4)).astype(np.float32)
-               for n in (seqlen_q, seqlen_k, seqlen_k))
+    q, k, v = (
+        rng.standard_normal((n, 4)).astype(np.float32) for n in (seqlen_q, seqlen_k, seqlen_k)
+    )
     return q, k, v
 
 

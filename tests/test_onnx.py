@@ -28,12 +28,12 @@ def _cases() -> tuple[list[Any], list[Any]]:
     """The cases without and with the score matrix.  ONNX makes their data at import, unseeded."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        state = np.random.get_state()
-        np.random.seed(0)
+        state = np.random.get_state()  # noqa: NPY002
+        np.random.seed(0)  # noqa: NPY002
         from onnx.backend.test.case.node import collect_testcases
 
         cases = [c for c in collect_testcases("Attention") if not c.name.endswith("_expanded")]
-        np.random.set_state(state)
+        np.random.set_state(state)  # noqa: NPY002
     plain, with_scores = [], []
     for case in cases:
         outputs = list(case.model.graph.node[0].output)
@@ -127,6 +127,9 @@ def test_node(index: int) -> None:
     for result, right in zip(results, expected, strict=False):
         assert result.shape == right.shape and result.dtype == right.dtype
         np.testing.assert_allclose(
-            result.astype(np.float64), right.astype(np.float64), rtol=rtol, atol=1e-7,
+            result.astype(np.float64),
+            right.astype(np.float64),
+            rtol=rtol,
+            atol=1e-7,
             err_msg=case.name,
         )

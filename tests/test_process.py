@@ -1,7 +1,7 @@
 """fastattn as a guest of its process: fork, signals, the GIL, threads, memory that ends.
 
-Every script runs in a fresh interpreter on one kernel set.  No test asserts a speed: calls that must
-be under way for a while are sized by a measurement of their own.
+Every script runs in a fresh interpreter on one kernel set.  No test asserts a speed: calls that
+must be under way for a while are sized by a measurement of their own.
 """
 
 import sys
@@ -81,8 +81,9 @@ def wait_for(pid):
 
 
 def run(script: str, kernel_set: str, *args: str, **env: str) -> str:
-    return output_of("-X", "faulthandler", "-c", PRELUDE + script, *args,
-                     FASTATTN_ISA=kernel_set, **env)
+    return output_of(
+        "-X", "faulthandler", "-c", PRELUDE + script, *args, FASTATTN_ISA=kernel_set, **env
+    )
 
 
 def test_forked_child_computes_with_several_threads(kernel_set: str) -> None:
@@ -119,7 +120,9 @@ small = make(200, num_heads=4)
 expected = digest(fa.attention(*small, num_threads=2))
 whole = digest(fa.attention(q, k, v, num_threads=2))
 inside = []
-worker = threading.Thread(target=lambda: inside.append(digest(fa.attention(q, k, v, num_threads=2))))
+def work():
+    inside.append(digest(fa.attention(q, k, v, num_threads=2)))
+worker = threading.Thread(target=work)
 worker.start()
 time.sleep(0.1)
 pid = os.fork()
@@ -159,7 +162,9 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("options", ["{}", "{'softmax_axis': 'queries'}", "{'num_threads': 1}"])
 def test_ctrl_c_ends_a_long_call(options: str, kernel_set: str) -> None:
     """KeyboardInterrupt long before the call would have ended, and the next call is right."""
-    script = f"options = {options}" + """
+    script = (
+        f"options = {options}"
+        + """
 small = make(300, num_heads=2)
 expected = digest(fa.attention(*small))
 estimate = 240
@@ -182,6 +187,7 @@ else:
 assert latency < estimate / 8, latency
 assert digest(fa.attention(*small)) == expected
 """
+    )
     print(run(script, kernel_set))
 
 
@@ -313,8 +319,9 @@ print("ok")
 def test_failed_allocation(kernel_set: str, tmp_path: Path) -> None:
     """The k-th allocation fails, k = 1, 2, ... until none does, once and for good: MemoryError each
     time, inputs untouched, and the next call is right."""
-    shim = compile_c(ROOT / "c" / "failing_malloc.c", tmp_path / "failing_malloc.so",
-                     "-shared", "-fPIC")
+    shim = compile_c(
+        ROOT / "c" / "failing_malloc.c", tmp_path / "failing_malloc.so", "-shared", "-fPIC"
+    )
     script = """
 import ctypes
 shim = ctypes.CDLL(sys.argv[1])

@@ -40,8 +40,9 @@ def layouts(draw: st.DrawFn, values: np.ndarray, writable: bool = False) -> np.n
     read-only.
     """
     order = draw(st.permutations(range(values.ndim)))
-    steps = draw(st.lists(st.sampled_from([1, 1, -1, 2, -3]), min_size=values.ndim,
-                          max_size=values.ndim))
+    steps = draw(
+        st.lists(st.sampled_from([1, 1, -1, 2, -3]), min_size=values.ndim, max_size=values.ndim)
+    )
     padding = draw(st.lists(st.integers(0, 2), min_size=values.ndim, max_size=values.ndim))
     offset = draw(st.sampled_from([0, 0, 4, 1]))
 
@@ -107,10 +108,26 @@ def calls(draw: st.DrawFn) -> tuple[list[np.ndarray], dict[str, Any], tuple[int,
 
     scores_shape = (*batch, num_heads, seqlen_q, seqlen_k)
     out_shape = (*batch, num_heads, seqlen_q, head_dim_v)
-    kinds = st.sets(st.sampled_from([
-        "scale", "softcap", "bias", "alibi_slopes", "mask", "causal", "window", "q_offset",
-        "kv_lengths", "segment_ids", "sinks", "residual", "num_threads",
-    ]), max_size=6)
+    kinds = st.sets(
+        st.sampled_from(
+            [
+                "scale",
+                "softcap",
+                "bias",
+                "alibi_slopes",
+                "mask",
+                "causal",
+                "window",
+                "q_offset",
+                "kv_lengths",
+                "segment_ids",
+                "sinks",
+                "residual",
+                "num_threads",
+            ]
+        ),
+        max_size=6,
+    )
     options: dict[str, Any] = {"softmax_axis": axis}
     for kind in sorted(draw(kinds)):
         if kind == "scale":
@@ -132,11 +149,13 @@ def calls(draw: st.DrawFn) -> tuple[list[np.ndarray], dict[str, Any], tuple[int,
             side = st.sampled_from([None, 0, 1, 5, 40, 2**70])
             options[kind] = (draw(side), draw(side))
         elif kind == "q_offset":
-            options[kind] = draw(st.one_of(
-                st.integers(-10, 70),
-                st.sampled_from([2**80, -(2**80)]),
-                st.just(rng.integers(-10, 70, dropped(batch))),
-            ))
+            options[kind] = draw(
+                st.one_of(
+                    st.integers(-10, 70),
+                    st.sampled_from([2**80, -(2**80)]),
+                    st.just(rng.integers(-10, 70, dropped(batch))),
+                )
+            )
         elif kind == "kv_lengths":
             options[kind] = rng.integers(0, seqlen_k + 1, dropped(batch))
         elif kind == "segment_ids":
