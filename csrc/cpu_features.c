@@ -13,7 +13,9 @@
 #define LEAF7_EBX_BMI1 (1u << 3)
 #define LEAF7_EBX_AVX2 (1u << 5)
 #define LEAF7_EBX_BMI2 (1u << 8)
+#define LEAF7_EBX_AVX512_F_DQ_CD_BW_VL (1u << 16 | 1u << 17 | 1u << 28 | 1u << 30 | 1u << 31)
 #define XCR0_SSE_AVX 0x6u
+#define XCR0_SSE_AVX_AVX512 0xe6u
 
 static bool has_all(uint32_t bits, uint32_t wanted)
 {
@@ -28,19 +30,33 @@ static uint32_t read_xcr0(void)
     return low;
 }
 
+static bool has_leaf7_ebx(uint32_t wanted)
+{
+    uint32_t eax, ebx, ecx, edx;
+    return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && has_all(ebx, wanted);
+}
+
 bool fa_cpu_has_avx2(void)
 {
     uint32_t eax, ebx, ecx, edx;
-    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) ||
-        !has_all(ecx, LEAF1_ECX_FMA | LEAF1_ECX_OSXSAVE | LEAF1_ECX_AVX | LEAF1_ECX_F16C) ||
-        !has_all(read_xcr0(), XCR0_SSE_AVX)) {
-        return false;
-    }
-    return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) &&
-           has_all(ebx, LEAF7_EBX_BMI1 | LEAF7_EBX_AVX2 | LEAF7_EBX_BMI2);
+    return __get_cpuid(1, &eax, &ebx, &ecx, &edx) &&
+           has_all(ecx, LEAF1_ECX_FMA | LEAF1_ECX_OSXSAVE | LEAF1_ECX_AVX | LEAF1_ECX_F16C) &&
+           has_all(read_xcr0(), XCR0_SSE_AVX) &&
+           has_leaf7_ebx(LEAF7_EBX_BMI1 | LEAF7_EBX_AVX2 | LEAF7_EBX_BMI2);
+}
+
+bool fa_cpu_has_avx512(void)
+{
+    return fa_cpu_has_avx2() && has_all(read_xcr0(), XCR0_SSE_AVX_AVX512) &&
+           has_leaf7_ebx(LEAF7_EBX_AVX512_F_DQ_CD_BW_VL);
 }
 
 #else
+
+bool fa_cpu_has_avx512(void)
+{
+    return false;
+}
 
 bool fa_cpu_has_avx2(void)
 {

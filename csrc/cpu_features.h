@@ -7,4 +7,7 @@
 /* x86-64-v3: AVX2, FMA, F16C, BMI1, BMI2, and an OS that saves the YMM registers. */
 bool fa_cpu_has_avx2(void);
 
+/* x86-64-v4: AVX-512 F, CD, DQ, BW and VL besides, and an OS that saves the ZMM and mask registers. */
+bool fa_cpu_has_avx512(void);
+
 #endif

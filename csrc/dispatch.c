@@ -17,6 +17,11 @@ static const struct entry {
     const struct fa_kernels *kernels;
     bool (*runs_here)(void);
 } table[] = {
+#ifdef FA_HAVE_AVX512
+    {"avx512", &fa_kernels_avx512, fa_cpu_has_avx512},
+#else
+    {"avx512", NULL, NULL},
+#endif
 #ifdef FA_HAVE_AVX2
     {"avx2", &fa_kernels_avx2, fa_cpu_has_avx2},
 #else

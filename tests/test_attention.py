@@ -189,8 +189,10 @@ def test_seqlens(seqlen_q: int, dtype: Any, axis: str) -> None:
     rng = np.random.default_rng(seqlen_q)
     for seqlen_k in SEQLENS:
         q, k, v = random_qkv(rng, dtype, seqlen_q, seqlen_k, 19, 21, 1, 1, ())
-        check(q, k, v, softmax_axis=axis)
-        check(q, k, v, softmax_axis=axis, causal=True, q_offset=max(seqlen_k - seqlen_q, 0))
+        if (seqlen_q + seqlen_k) % 2:
+            check(q, k, v, softmax_axis=axis)
+        else:
+            check(q, k, v, softmax_axis=axis, causal=True, q_offset=max(seqlen_k - seqlen_q, 0))
 
 
 @pytest.mark.parametrize("axis", AXES)

@@ -1,0 +1,166 @@
+/* Vectors of the avx512 level (x86-64-v4: AVX-512 F, DQ, BW, VL): the only AVX-512 intrinsics.
+ *
+ * Same operations and the same meaning as vec_avx2.h.
+ */
+#ifndef FA_VEC_AVX512_H
+#define FA_VEC_AVX512_H
+
+#include <immintrin.h>
+#include <stddef.h>
+#include <stdint.h>
+
+typedef __m512 vec_f32;
+typedef __m512d vec_f64;
+
+#define VL_f32 16
+#define VL_f64 8
+/* 12 x 2 vectors: 24 accumulators + 2 columns + 1 broadcast of 32 registers, 14 loads for 24
+ * multiply-adds.  24 chains cover 2 FMA pipes x 4 to 5 cycles of latency. */
+#define MR_f32 12
+#define MR_f64 12
+
+static inline vec_f32 v_zero_f32(void) { return _mm512_setzero_ps(); }
+static inline vec_f64 v_zero_f64(void) { return _mm512_setzero_pd(); }
+static inline vec_f32 v_set_f32(float x) { return _mm512_set1_ps(x); }
+static inline vec_f64 v_set_f64(double x) { return _mm512_set1_pd(x); }
+static inline vec_f32 v_broadcast_f32(const float *p) { return _mm512_set1_ps(*p); }
+static inline vec_f64 v_broadcast_f64(const double *p) { return _mm512_set1_pd(*p); }
+static inline vec_f32 v_load_f32(const void *p) { return _mm512_loadu_ps(p); }
+static inline vec_f64 v_load_f64(const void *p) { return _mm512_loadu_pd(p); }
+static inline void v_store_f32(void *p, vec_f32 x) { _mm512_storeu_ps(p, x); }
+static inline void v_store_f64(void *p, vec_f64 x) { _mm512_storeu_pd(p, x); }
+static inline vec_f32 v_add_f32(vec_f32 a, vec_f32 b) { return _mm512_add_ps(a, b); }
+static inline vec_f64 v_add_f64(vec_f64 a, vec_f64 b) { return _mm512_add_pd(a, b); }
+static inline vec_f32 v_sub_f32(vec_f32 a, vec_f32 b) { return _mm512_sub_ps(a, b); }
+static inline vec_f64 v_sub_f64(vec_f64 a, vec_f64 b) { return _mm512_sub_pd(a, b); }
+static inline vec_f32 v_mul_f32(vec_f32 a, vec_f32 b) { return _mm512_mul_ps(a, b); }
+static inline vec_f64 v_mul_f64(vec_f64 a, vec_f64 b) { return _mm512_mul_pd(a, b); }
+static inline vec_f32 v_div_f32(vec_f32 a, vec_f32 b) { return _mm512_div_ps(a, b); }
+static inline vec_f64 v_div_f64(vec_f64 a, vec_f64 b) { return _mm512_div_pd(a, b); }
+static inline vec_f32 v_max_f32(vec_f32 a, vec_f32 b) { return _mm512_max_ps(a, b); }
+static inline vec_f64 v_max_f64(vec_f64 a, vec_f64 b) { return _mm512_max_pd(a, b); }
+/* a * b + c, one rounding */
+static inline vec_f32 v_fma_f32(vec_f32 a, vec_f32 b, vec_f32 c) { return _mm512_fmadd_ps(a, b, c); }
+static inline vec_f64 v_fma_f64(vec_f64 a, vec_f64 b, vec_f64 c) { return _mm512_fmadd_pd(a, b, c); }
+
+static inline vec_f32 v_abs_f32(vec_f32 x) { return _mm512_abs_ps(x); }
+static inline vec_f64 v_abs_f64(vec_f64 x) { return _mm512_abs_pd(x); }
+
+/* |x| with the sign of s; x >= 0 */
+static inline vec_f32 v_copysign_f32(vec_f32 x, vec_f32 s)
+{
+    return _mm512_or_ps(x, _mm512_and_ps(_mm512_set1_ps(-0.0f), s));
+}
+static inline vec_f64 v_copysign_f64(vec_f64 x, vec_f64 s)
+{
+    return _mm512_or_pd(x, _mm512_and_pd(_mm512_set1_pd(-0.0), s));
+}
+
+static inline vec_f32 v_keep_ge_f32(vec_f32 x, vec_f32 limit, vec_f32 y)
+{
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, limit, _CMP_NLT_UQ), y);
+}
+static inline vec_f64 v_keep_ge_f64(vec_f64 x, vec_f64 limit, vec_f64 y)
+{
+    return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(x, limit, _CMP_NLT_UQ), y);
+}
+
+/* x < limit ? a : b */
+static inline vec_f32 v_select_lt_f32(vec_f32 x, vec_f32 limit, vec_f32 a, vec_f32 b)
+{
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, limit, _CMP_LT_OQ), b, a);
+}
+static inline vec_f64 v_select_lt_f64(vec_f64 x, vec_f64 limit, vec_f64 a, vec_f64 b)
+{
+    return _mm512_mask_blend_pd(_mm512_cmp_pd_mask(x, limit, _CMP_LT_OQ), b, a);
+}
+
+/* Whether any lane of x is greater than the same lane of limit. */
+static inline int v_any_gt_f32(vec_f32 x, vec_f32 limit)
+{
+    return _mm512_cmp_ps_mask(x, limit, _CMP_GT_OQ);
+}
+static inline int v_any_gt_f64(vec_f64 x, vec_f64 limit)
+{
+    return _mm512_cmp_pd_mask(x, limit, _CMP_GT_OQ);
+}
+
+/* p * 2^n where t = 1.5 * 2^(mantissa bits) + n: n sits in t's low bits and is added to p's exponent. */
+static inline vec_f32 v_scale_f32(vec_f32 p, vec_f32 t)
+{
+    __m512i n = _mm512_slli_epi32(_mm512_castps_si512(t), 23);
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), n));
+}
+static inline vec_f64 v_scale_f64(vec_f64 p, vec_f64 t)
+{
+    __m512i n = _mm512_slli_epi64(_mm512_castpd_si512(t), 52);
+    return _mm512_castsi512_pd(_mm512_add_epi64(_mm512_castpd_si512(p), n));
+}
+
+/* mask[lane] != 0 ? x : other.  Reads VL bytes. */
+static inline vec_f32 v_select_bytes_f32(const uint8_t *mask, vec_f32 x, vec_f32 other)
+{
+    __m128i bytes = _mm_loadu_si128((const __m128i *)mask);
+    return _mm512_mask_blend_ps(_mm_test_epi8_mask(bytes, bytes), other, x);
+}
+static inline vec_f64 v_select_bytes_f64(const uint8_t *mask, vec_f64 x, vec_f64 other)
+{
+    __m128i bytes = _mm_loadl_epi64((const __m128i *)mask);
+    return _mm512_mask_blend_pd((__mmask8)_mm_test_epi8_mask(bytes, bytes), other, x);
+}
+
+/* 0, 1, 2, ... */
+static inline vec_f32 v_iota_f32(void)
+{
+    return _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+static inline vec_f64 v_iota_f64(void) { return _mm512_setr_pd(0, 1, 2, 3, 4, 5, 6, 7); }
+
+/* Transpose VL rows of VL elements in place: pairs, quads, then 128-bit quarters; 64 shuffles for
+ * 16 x 16. */
+static inline void v_transpose_f32(vec_f32 r[VL_f32])
+{
+    vec_f32 a[16], b[16];
+    for (int i = 0; i < 16; i += 2) {
+        a[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+        a[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        b[i] = _mm512_shuffle_ps(a[i], a[i + 2], 0x44);
+        b[i + 1] = _mm512_shuffle_ps(a[i], a[i + 2], 0xee);
+        b[i + 2] = _mm512_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+        b[i + 3] = _mm512_shuffle_ps(a[i + 1], a[i + 3], 0xee);
+    }
+    /* b[4 g + c] holds, in quarter h, column 4 h + c of rows 4 g .. 4 g + 3. */
+    for (int c = 0; c < 4; c++) {
+        vec_f32 low01 = _mm512_shuffle_f32x4(b[c], b[4 + c], 0x88);
+        vec_f32 low23 = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0x88);
+        vec_f32 high01 = _mm512_shuffle_f32x4(b[c], b[4 + c], 0xdd);
+        vec_f32 high23 = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0xdd);
+        r[c] = _mm512_shuffle_f32x4(low01, low23, 0x88);
+        r[8 + c] = _mm512_shuffle_f32x4(low01, low23, 0xdd);
+        r[4 + c] = _mm512_shuffle_f32x4(high01, high23, 0x88);
+        r[12 + c] = _mm512_shuffle_f32x4(high01, high23, 0xdd);
+    }
+}
+static inline void v_transpose_f64(vec_f64 r[VL_f64])
+{
+    vec_f64 a[8];
+    for (int i = 0; i < 8; i += 2) {
+        a[i] = _mm512_unpacklo_pd(r[i], r[i + 1]);
+        a[i + 1] = _mm512_unpackhi_pd(r[i], r[i + 1]);
+    }
+    /* a[2 g + c] holds, in quarter h, column 2 h + c of rows 2 g and 2 g + 1. */
+    for (int c = 0; c < 2; c++) {
+        vec_f64 low01 = _mm512_shuffle_f64x2(a[c], a[2 + c], 0x88);
+        vec_f64 low23 = _mm512_shuffle_f64x2(a[4 + c], a[6 + c], 0x88);
+        vec_f64 high01 = _mm512_shuffle_f64x2(a[c], a[2 + c], 0xdd);
+        vec_f64 high23 = _mm512_shuffle_f64x2(a[4 + c], a[6 + c], 0xdd);
+        r[c] = _mm512_shuffle_f64x2(low01, low23, 0x88);
+        r[4 + c] = _mm512_shuffle_f64x2(low01, low23, 0xdd);
+        r[2 + c] = _mm512_shuffle_f64x2(high01, high23, 0x88);
+        r[6 + c] = _mm512_shuffle_f64x2(high01, high23, 0xdd);
+    }
+}
+
+#endif
