@@ -33,18 +33,15 @@ class KernelSet(NamedTuple):
     flags: tuple[str, ...]
 
 
-AVX2_FLAGS = ("-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2")
-
 # Adding an instruction set is one row.  dispatch.c sees FA_HAVE_<NAME> for each set built.
 KERNEL_SETS = (
     KernelSet("scalar", "", ()),
-    KernelSet("avx2", "x86_64|amd64", AVX2_FLAGS),
-    KernelSet(
-        "avx512",
-        "x86_64|amd64",
-        (*AVX2_FLAGS, "-mavx512f", "-mavx512cd", "-mavx512dq", "-mavx512bw", "-mavx512vl"),
-    ),
-)
+    KernelSet("avx2", "x86_64|amd64", ("-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2")),
+    KernelSet("avx512", "x86_64|amd64", (
+        "-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2",
+        "-mavx512f", "-mavx512cd", "-mavx512dq", "-mavx512bw", "-mavx512vl",
+    )),
+)  # fmt: skip
 
 # No -ffast-math, and contraction is off: a fused multiply-add is written where it is meant.
 CODE_FLAGS = ("-std=c11", "-O3", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno")

@@ -40,7 +40,7 @@ static void run_column_task(struct fa_job *job, int64_t index, int thread)
             continue;
         }
         if (!packed) {
-            fa_pack_keys(&head, &ws, block_key, keys);
+            fa_pack_keys(&head, &ws, block_key, fa_min(keys, head.kv_length - block_key));
             packed = true;
         }
         fa_load_rows(&head, &ws, row, rows);

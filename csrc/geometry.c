@@ -23,9 +23,10 @@
 /* Tasks per thread below which a block of rows is halved, for balance at the end of a call. */
 #define MIN_TASKS_PER_THREAD 4
 
-/* Multiply-adds that pay for waking one more thread: about 10 us at 50 per nanosecond, several times
- * the cost of entering a parallel region. */
-#define WORK_PER_THREAD 5e5
+/* Multiply-adds that pay for waking one more thread: about 80 us at 50 per nanosecond, ten times the
+ * cost of entering a parallel region on idle cores.  Where other programs keep the cores busy, a thread
+ * may wait milliseconds for its turn, so smaller gains are not worth it. */
+#define WORK_PER_THREAD 4e6
 
 static int64_t round_up(int64_t x, int64_t step)
 {

@@ -52,7 +52,7 @@ struct fa_ops {
     bool (*pack_values)(void *dst, size_t panel_stride, size_t keys, size_t cols, const void *src,
                         int64_t row_stride, int64_t col_stride);
 
-    /* c[rows][panels * nr] = (accumulate ? c : 0) + a[rows][depth] b[depth][panels * nr], each element
+    /* c[rows][panels * nr] = (accumulate ? c : 0) + a[rows][depth] b[depth][panels * nr], each product
      * one chain of fused multiply-adds in order of depth.  rows: multiple of mr; depth may be 0.
      * b: panels of [depth][nr], panel_stride elements apart. */
     void (*matmul)(size_t rows, size_t depth, size_t panels, const void *a, size_t lda, const void *b,

@@ -31,10 +31,11 @@ static void FN(column_update)(const void *s, size_t ld, size_t rows, size_t n, v
             sum = V(mul)(sum, FN(exp2)(V(sub)(old, shift)));
             V(store)(max_lanes, max);
         }
+        VEC tile_sum = V(zero)();
         for (size_t r = 0; r < rows; r++) {
-            sum = V(add)(sum, FN(exp2)(V(sub)(V(load)(column + r * ld), shift)));
+            tile_sum = V(add)(tile_sum, FN(exp2)(V(sub)(V(load)(column + r * ld), shift)));
         }
-        V(store)(sum_lanes, sum);
+        V(store)(sum_lanes, V(add)(sum, tile_sum));
     }
 }
 
@@ -64,10 +65,11 @@ static void FN(column_weights)(void *s, size_t ld, size_t rows, size_t n, const 
     for (size_t r = 0; r < rows; r++) {
         REAL *row = (REAL *)s + r * ld;
         for (size_t l = 0; l < n; l += VL) {
-            VEC x = V(sub)(V(load)(row + l), V(load)((const REAL *)col_max + l));
-            VEC p = V(mul)(FN(exp2)(x), V(load)((const REAL *)col_inverse + l));
-            /* Again, for the zeros: another row's NaN may have made the reciprocal NaN. */
-            V(store)(row + l, V(keep_ge)(x, V(set)(EXP2_MIN), p));
+            VEC x = V(load)(row + l);
+            VEC p = FN(exp2)(V(sub)(x, V(load)((const REAL *)col_max + l)));
+            p = V(mul)(p, V(load)((const REAL *)col_inverse + l));
+            /* A masked key weighs 0 though another row's NaN may have made the reciprocal NaN. */
+            V(store)(row + l, V(keep_ge)(x, V(set)(-REAL_MAX), p));
         }
     }
 }

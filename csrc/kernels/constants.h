@@ -6,13 +6,14 @@
 /* Smallest argument with a non-zero power, in both element types (see exp2_template.h). */
 #define EXP2_MIN (-104)
 
-#define EXP2_ROUND_f32 0x1.8p23f
+/* 1.5 * 2^(mantissa bits) + exponent bias: see exp2_template.h. */
+#define EXP2_ROUND_f32 (0x1.8p23f + 127)
 #define EXP2_TERMS_f32 6
 static const float exp2_coef_f32[EXP2_TERMS_f32] = {
     0x1.62e430p-1f, 0x1.ebfbe0p-3f, 0x1.c6af6cp-5f, 0x1.3b2a54p-7f, 0x1.5f0890p-10f, 0x1.44138ap-13f,
 };
 
-#define EXP2_ROUND_f64 0x1.8p52
+#define EXP2_ROUND_f64 (0x1.8p52 + 1023)
 #define EXP2_TERMS_f64 11
 static const double exp2_coef_f64[EXP2_TERMS_f64] = {
     0x1.62e42fefa39efp-1,  0x1.ebfbdff82c598p-3,  0x1.c6b08d704a0c2p-5,  0x1.3b2ab6fba1ddap-7,

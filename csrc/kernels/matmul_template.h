@@ -3,7 +3,9 @@
  *
  * Cost of a register tile per step of depth: NR_VECTORS loads + MR broadcasts for NR_VECTORS * MR
  * fused multiply-adds; with 6 x 2 vectors 8 loads per 12, where the ports allow 2 of each per cycle.
- * Each element is one chain of multiply-adds in order of depth, so its bits depend on no blocking.
+ * Each element is one chain of multiply-adds in order of depth from 0, so its bits depend on no tiling;
+ * what it accumulates into is added last, once: over many key blocks the rounding errors of a sum then
+ * grow with the block's length plus the number of blocks, not with their product.
  */
 
 /* c[MR][NR] (+)= a[MR][depth] b[depth][NR]
@@ -21,7 +23,7 @@ static inline void FN(matmul_tile)(size_t depth, const REAL *restrict a, size_t 
         row[i] = a + i * lda;
         FA_UNROLL
         for (size_t j = 0; j < NR_VECTORS; j++) {
-            acc[i][j] = accumulate ? V(load)(c + i * ldc + j * VL) : V(zero)();
+            acc[i][j] = V(zero)();
         }
     }
     for (size_t k = 0; k < depth; k++) {
@@ -43,7 +45,8 @@ static inline void FN(matmul_tile)(size_t depth, const REAL *restrict a, size_t 
     for (size_t i = 0; i < MR; i++) {
         FA_UNROLL
         for (size_t j = 0; j < NR_VECTORS; j++) {
-            V(store)(c + i * ldc + j * VL, acc[i][j]);
+            REAL *to = c + i * ldc + j * VL;
+            V(store)(to, accumulate ? V(add)(V(load)(to), acc[i][j]) : acc[i][j]);
         }
     }
 }
@@ -77,7 +80,7 @@ static void FN(matmul_skip_zeros)(size_t rows, size_t depth, size_t panels, cons
             REAL *row_c = (REAL *)c + r * ldc + p * NR;
             VEC acc[NR_VECTORS];
             for (size_t j = 0; j < NR_VECTORS; j++) {
-                acc[j] = V(load)(row_c + j * VL);
+                acc[j] = V(zero)();
             }
             for (size_t k = 0; k < depth; k++) {
                 if (row_a[k] == 0) {
@@ -88,7 +91,7 @@ static void FN(matmul_skip_zeros)(size_t rows, size_t depth, size_t panels, cons
                 }
             }
             for (size_t j = 0; j < NR_VECTORS; j++) {
-                V(store)(row_c + j * VL, acc[j]);
+                V(store)(row_c + j * VL, V(add)(V(load)(row_c + j * VL), acc[j]));
             }
         }
     }

@@ -62,13 +62,13 @@ static void FN(softmax_update)(void *s, size_t ld, size_t rows, size_t n, void *
         }
         /* All of a row masked so far: -inf - 0 gives weight 0, where -inf - -inf would give NaN. */
         const VEC shift = V(set)(max == (REAL)-INFINITY ? 0 : max);
-        VEC sum = V(load)(sum_lanes);
+        VEC sum = V(zero)();
         for (size_t l = 0; l < n; l += VL) {
             VEC p = FN(exp2)(V(sub)(V(load)(row + l), shift));
             V(store)(row + l, p);
             sum = V(add)(sum, p);
         }
-        V(store)(sum_lanes, sum);
+        V(store)(sum_lanes, V(add)(V(load)(sum_lanes), sum));
     }
 }
 

@@ -44,6 +44,8 @@ static inline vec_f64 v_max_f64(vec_f64 a, vec_f64 b) { return _mm256_max_pd(a, 
 /* a * b + c, one rounding */
 static inline vec_f32 v_fma_f32(vec_f32 a, vec_f32 b, vec_f32 c) { return _mm256_fmadd_ps(a, b, c); }
 static inline vec_f64 v_fma_f64(vec_f64 a, vec_f64 b, vec_f64 c) { return _mm256_fmadd_pd(a, b, c); }
+#define v_fma_exact_f32 v_fma_f32
+#define v_fma_exact_f64 v_fma_f64
 
 static inline vec_f32 v_abs_f32(vec_f32 x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
 static inline vec_f64 v_abs_f64(vec_f64 x) { return _mm256_andnot_pd(_mm256_set1_pd(-0.0), x); }
@@ -87,16 +89,14 @@ static inline int v_any_gt_f64(vec_f64 x, vec_f64 limit)
     return _mm256_movemask_pd(_mm256_cmp_pd(x, limit, _CMP_GT_OQ));
 }
 
-/* p * 2^n where t = 1.5 * 2^(mantissa bits) + n: n sits in t's low bits and is added to p's exponent. */
-static inline vec_f32 v_scale_f32(vec_f32 p, vec_f32 t)
+/* 2^n where the low bits of t hold n + exponent bias (see EXP2_ROUND): they become the exponent. */
+static inline vec_f32 v_power_f32(vec_f32 t)
 {
-    __m256i n = _mm256_slli_epi32(_mm256_castps_si256(t), 23);
-    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), n));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(t), 23));
 }
-static inline vec_f64 v_scale_f64(vec_f64 p, vec_f64 t)
+static inline vec_f64 v_power_f64(vec_f64 t)
 {
-    __m256i n = _mm256_slli_epi64(_mm256_castpd_si256(t), 52);
-    return _mm256_castsi256_pd(_mm256_add_epi64(_mm256_castpd_si256(p), n));
+    return _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(t), 52));
 }
 
 /* mask[lane] != 0 ? x : other.  Reads VL bytes. */

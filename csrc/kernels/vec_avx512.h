@@ -42,6 +42,8 @@ static inline vec_f64 v_max_f64(vec_f64 a, vec_f64 b) { return _mm512_max_pd(a, 
 /* a * b + c, one rounding */
 static inline vec_f32 v_fma_f32(vec_f32 a, vec_f32 b, vec_f32 c) { return _mm512_fmadd_ps(a, b, c); }
 static inline vec_f64 v_fma_f64(vec_f64 a, vec_f64 b, vec_f64 c) { return _mm512_fmadd_pd(a, b, c); }
+#define v_fma_exact_f32 v_fma_f32
+#define v_fma_exact_f64 v_fma_f64
 
 static inline vec_f32 v_abs_f32(vec_f32 x) { return _mm512_abs_ps(x); }
 static inline vec_f64 v_abs_f64(vec_f64 x) { return _mm512_abs_pd(x); }
@@ -85,16 +87,14 @@ static inline int v_any_gt_f64(vec_f64 x, vec_f64 limit)
     return _mm512_cmp_pd_mask(x, limit, _CMP_GT_OQ);
 }
 
-/* p * 2^n where t = 1.5 * 2^(mantissa bits) + n: n sits in t's low bits and is added to p's exponent. */
-static inline vec_f32 v_scale_f32(vec_f32 p, vec_f32 t)
+/* 2^n where the low bits of t hold n + exponent bias (see EXP2_ROUND): they become the exponent. */
+static inline vec_f32 v_power_f32(vec_f32 t)
 {
-    __m512i n = _mm512_slli_epi32(_mm512_castps_si512(t), 23);
-    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), n));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(t), 23));
 }
-static inline vec_f64 v_scale_f64(vec_f64 p, vec_f64 t)
+static inline vec_f64 v_power_f64(vec_f64 t)
 {
-    __m512i n = _mm512_slli_epi64(_mm512_castpd_si512(t), 52);
-    return _mm512_castsi512_pd(_mm512_add_epi64(_mm512_castpd_si512(p), n));
+    return _mm512_castsi512_pd(_mm512_slli_epi64(_mm512_castpd_si512(t), 52));
 }
 
 /* mask[lane] != 0 ? x : other.  Reads VL bytes. */

@@ -2,7 +2,8 @@
  *
  * Same operations and the same meaning as vec_avx2.h, with one difference that is part of this set's
  * definition: v_fma rounds twice.  The baseline has no fused multiply-add, and a library call per
- * term would cost tens of cycles; each set promises bitwise repeatability within itself.
+ * term would cost tens of cycles; each set promises bitwise repeatability within itself.  v_fma_exact
+ * rounds once, for the places whose error bound needs it (float32: the product is exact in double).
  */
 #ifndef FA_VEC_SCALAR_H
 #define FA_VEC_SCALAR_H
@@ -53,6 +54,11 @@ static inline float v_max_f32(float a, float b) { return a > b ? a : b; }
 static inline double v_max_f64(double a, double b) { return a > b ? a : b; }
 static inline float v_fma_f32(float a, float b, float c) { return a * b + c; }
 static inline double v_fma_f64(double a, double b, double c) { return a * b + c; }
+static inline float v_fma_exact_f32(float a, float b, float c)
+{
+    return (float)((double)a * b + c);
+}
+static inline double v_fma_exact_f64(double a, double b, double c) { return fma(a, b, c); }
 static inline float v_abs_f32(float x) { return fabsf(x); }
 static inline double v_abs_f64(double x) { return fabs(x); }
 static inline float v_copysign_f32(float x, float s) { return copysignf(x, s); }
@@ -70,23 +76,21 @@ static inline double v_select_lt_f64(double x, double limit, double a, double b)
 static inline int v_any_gt_f32(float x, float limit) { return x > limit; }
 static inline int v_any_gt_f64(double x, double limit) { return x > limit; }
 
-static inline float v_scale_f32(float p, float t)
+static inline float v_power_f32(float t)
 {
-    uint32_t bits, n;
-    memcpy(&bits, &p, sizeof bits);
-    memcpy(&n, &t, sizeof n);
-    bits += n << 23;
-    memcpy(&p, &bits, sizeof p);
-    return p;
+    uint32_t bits;
+    memcpy(&bits, &t, sizeof bits);
+    bits <<= 23;
+    memcpy(&t, &bits, sizeof t);
+    return t;
 }
-static inline double v_scale_f64(double p, double t)
+static inline double v_power_f64(double t)
 {
-    uint64_t bits, n;
-    memcpy(&bits, &p, sizeof bits);
-    memcpy(&n, &t, sizeof n);
-    bits += n << 52;
-    memcpy(&p, &bits, sizeof p);
-    return p;
+    uint64_t bits;
+    memcpy(&bits, &t, sizeof bits);
+    bits <<= 52;
+    memcpy(&t, &bits, sizeof t);
+    return t;
 }
 
 static inline float v_select_bytes_f32(const uint8_t *mask, float x, float other)
