@@ -18,21 +18,12 @@
 /* Bytes.  One cache line, and the widest vector of any kernel set (AVX-512). */
 #define FA_ALIGNMENT 64
 
-static inline int64_t fa_min(int64_t a, int64_t b)
-{
-    return a < b ? a : b;
-}
+static inline int64_t fa_min(int64_t a, int64_t b) { return a < b ? a : b; }
 
-static inline int64_t fa_max(int64_t a, int64_t b)
-{
-    return a > b ? a : b;
-}
+static inline int64_t fa_max(int64_t a, int64_t b) { return a > b ? a : b; }
 
 /* For a >= 0 and b > 0, without the overflow of (a + b - 1). */
-static inline int64_t fa_ceil_div(int64_t a, int64_t b)
-{
-    return a / b + (a % b != 0);
-}
+static inline int64_t fa_ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
 /* *total += count * size, rounded up to FA_ALIGNMENT.  False when it leaves int64. */
 static inline bool fa_add_bytes(int64_t *total, int64_t count, int64_t size)

@@ -17,10 +17,7 @@
 #define XCR0_SSE_AVX 0x6u
 #define XCR0_SSE_AVX_AVX512 0xe6u
 
-static bool has_all(uint32_t bits, uint32_t wanted)
-{
-    return (bits & wanted) == wanted;
-}
+static bool has_all(uint32_t bits, uint32_t wanted) { return (bits & wanted) == wanted; }
 
 /* XGETBV is legal only where CPUID reports OSXSAVE. */
 static uint32_t read_xcr0(void)
@@ -53,14 +50,8 @@ bool fa_cpu_has_avx512(void)
 
 #else
 
-bool fa_cpu_has_avx512(void)
-{
-    return false;
-}
+bool fa_cpu_has_avx512(void) { return false; }
 
-bool fa_cpu_has_avx2(void)
-{
-    return false;
-}
+bool fa_cpu_has_avx2(void) { return false; }
 
 #endif

@@ -18,7 +18,8 @@ static int64_t count_tiles(const struct fa_geometry *g, const struct fa_head *he
 }
 
 enum fa_status fa_attention_describe(const struct fa_attention_params *params,
-                                     const struct fa_kernels *kernels, struct fa_attention_plan *plan)
+                                     const struct fa_kernels *kernels,
+                                     struct fa_attention_plan *plan)
 {
     struct fa_geometry g;
     int64_t per_thread, total;

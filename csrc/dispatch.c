@@ -6,10 +6,7 @@
 #include "cpu_features.h"
 #include "kernels.h"
 
-static bool always(void)
-{
-    return true;
-}
+static bool always(void) { return true; }
 
 /* Best first.  kernels == NULL: a name we know that this build leaves out. */
 static const struct entry {
@@ -47,7 +44,4 @@ const char *fa_kernels_known_name(int index)
     return index >= 0 && (size_t)index < TABLE_LENGTH ? table[index].name : NULL;
 }
 
-const char *fa_kernels_name(const struct fa_kernels *kernels)
-{
-    return kernels->name;
-}
+const char *fa_kernels_name(const struct fa_kernels *kernels) { return kernels->name; }

@@ -80,7 +80,8 @@ struct fa_attention_params {
                                    * (batch..., num_heads, seqlen_q, seqlen_k) */
     struct fa_input kv_lengths;   /* nullable; int64 (batch...), each 0 .. seqlen_k */
     struct fa_input q_offset;     /* nullable: bottom-right; int64 (batch...), |x| <= 2^60 */
-    struct fa_input q_segment_ids; /* nullable, with k_segment_ids; int64 (batch..., seqlen_q) in row */
+    struct fa_input
+        q_segment_ids; /* nullable, with k_segment_ids; int64 (batch..., seqlen_q) in row */
     struct fa_input k_segment_ids; /* int64 (batch..., seqlen_k), its sequence axis in `row` */
     bool causal;                  /* j <= i + q_offset */
     int64_t window_left;          /* < 0: open; else i + q_offset - window_left <= j; <= 2^60 */
@@ -101,8 +102,8 @@ struct fa_attention_plan {
     int64_t num_tasks;
     int64_t num_threads;              /* that would work: never more than asked or than tasks */
     int64_t workspace_bytes;          /* allocated for the call, all threads together */
-    int64_t tiles_total;              /* score tiles (tile_q rows x block_k keys) of the problem */
-    int64_t tiles_computed;           /* of these, the ones that no mask rules out */
+    int64_t tiles_total; /* score tiles (tile_q rows x block_k keys) of the problem */
+    int64_t tiles_computed; /* of these, the ones that no mask rules out */
 };
 
 struct fa_kernels; /* kernels.h */
@@ -114,7 +115,8 @@ const char *fa_kernels_known_name(int index);
 const char *fa_kernels_name(const struct fa_kernels *kernels);
 
 /* Compute attention.  `kernels` and `params` are read only and not kept. */
-enum fa_status fa_attention(const struct fa_attention_params *params, const struct fa_kernels *kernels);
+enum fa_status fa_attention(const struct fa_attention_params *params,
+                            const struct fa_kernels *kernels);
 
 /* Say what fa_attention would do.  Reads mask and segment ids (to count tiles), nothing else;
  * data pointers of q, k, v and out may be NULL. */

@@ -58,8 +58,8 @@ static void add_weighted_values(const struct fa_tile *tile, struct fa_workspace 
     const void *weights = fa_tile_score_data(tile, ws);
 
     if (finite) {
-        ops->matmul(rows, depth, panels, weights, (size_t)g->block_k, v, (size_t)(g->block_k * nr), acc,
-                    (size_t)g->block_dv, true);
+        ops->matmul(rows, depth, panels, weights, (size_t)g->block_k, v, (size_t)(g->block_k * nr),
+                    acc, (size_t)g->block_dv, true);
     } else {
         ops->matmul_skip_zeros((size_t)tile->rows, depth, panels, weights, (size_t)g->block_k, v,
                                (size_t)(g->block_k * nr), acc, (size_t)g->block_dv);
@@ -74,7 +74,8 @@ static void weigh_tile(const struct fa_forward *forward, const struct fa_tile *t
     const int64_t size = (int64_t)ops->size;
     void *scores = fa_tile_score_data(tile, ws);
     if (forward->col_max != NULL) {
-        int64_t at = fa_column_offset(g, head_index, tile->block_key / g->block_k) + tile->begin * size;
+        int64_t at =
+            fa_column_offset(g, head_index, tile->block_key / g->block_k) + tile->begin * size;
         ops->column_weights(scores, (size_t)g->block_k, (size_t)tile->rows, (size_t)tile->columns,
                             forward->col_max + at, forward->col_inverse + at);
     } else {
@@ -126,7 +127,8 @@ static void store_rows(const struct fa_forward *forward, const struct task *task
             .row = (size_t)r,
             .cols = (size_t)task->cols,
             .sink = -INFINITY,
-            .out = head->out + member * p->out.head + token * p->out.row + task->first_col * p->out.col,
+            .out = head->out + member * p->out.head + token * p->out.row +
+                   task->first_col * p->out.col,
             .out_stride = p->out.col,
         };
         if (head->residual != NULL) {
@@ -159,9 +161,10 @@ static void run_task(struct fa_job *job, int64_t index, int thread)
         fa_rows_keys(&task.head, task.first_row, task.first_row + task.rows - 1);
 
     fa_load_rows(&task.head, &ws, task.first_row, task.rows);
-    g->ops->softmax_begin(ws.row_max, ws.row_sum, ws.acc,
-                          (size_t)(fa_ceil_div(task.rows, (int64_t)g->ops->mr) * (int64_t)g->ops->mr),
-                          (size_t)g->block_dv);
+    g->ops->softmax_begin(
+        ws.row_max, ws.row_sum, ws.acc,
+        (size_t)(fa_ceil_div(task.rows, (int64_t)g->ops->mr) * (int64_t)g->ops->mr),
+        (size_t)g->block_dv);
     for (int64_t block = keys.lo / g->block_k * g->block_k; block < keys.hi; block += g->block_k) {
         if (fa_job_checkpoint(job, thread)) {
             return;
@@ -198,7 +201,8 @@ static enum fa_status allocate(struct fa_forward *forward)
     return forward->workspaces == NULL ? FA_NO_MEMORY : FA_OK;
 }
 
-enum fa_status fa_attention(const struct fa_attention_params *params, const struct fa_kernels *kernels)
+enum fa_status fa_attention(const struct fa_attention_params *params,
+                            const struct fa_kernels *kernels)
 {
     struct fa_geometry geometry;
     enum fa_status status = fa_geometry_init(&geometry, params, fa_ops_for(kernels, params->dtype));

@@ -28,16 +28,14 @@
  * may wait milliseconds for its turn, so smaller gains are not worth it. */
 #define WORK_PER_THREAD 4e6
 
-static int64_t round_up(int64_t x, int64_t step)
-{
-    return fa_ceil_div(x, step) * step;
-}
+static int64_t round_up(int64_t x, int64_t step) { return fa_ceil_div(x, step) * step; }
 
 static int64_t choose_block_k(const struct fa_geometry *g)
 {
     int64_t size = (int64_t)g->ops->size;
     int64_t block_k = SCORE_ROW_BYTES / size;
-    while (block_k > MIN_BLOCK_K && block_k * size > KEY_BLOCK_BYTES / fa_max(g->params->head_dim, 1)) {
+    while (block_k > MIN_BLOCK_K &&
+           block_k * size > KEY_BLOCK_BYTES / fa_max(g->params->head_dim, 1)) {
         block_k /= 2;
     }
     return block_k;
@@ -50,7 +48,8 @@ static int64_t choose_block_q(const struct fa_geometry *g)
     int64_t tiles = fa_max(1, fa_min(8, ROW_BLOCK_BYTES / size / width / FA_TILE_Q));
     int64_t heads = g->batch * g->heads * g->dv_blocks;
     while (tiles > 1 && g->num_threads > 1 &&
-           heads * fa_ceil_div(g->rows, tiles * FA_TILE_Q) < MIN_TASKS_PER_THREAD * g->num_threads) {
+           heads * fa_ceil_div(g->rows, tiles * FA_TILE_Q) <
+               MIN_TASKS_PER_THREAD * g->num_threads) {
         tiles /= 2;
     }
     return fa_min(tiles * FA_TILE_Q, round_up(g->rows, (int64_t)g->ops->mr));
@@ -66,8 +65,8 @@ static int choose_num_threads(const struct fa_geometry *g)
     return paid < p->num_threads ? (int)paid : p->num_threads;
 }
 
-enum fa_status fa_geometry_init(struct fa_geometry *geometry, const struct fa_attention_params *params,
-                                const struct fa_ops *ops)
+enum fa_status fa_geometry_init(struct fa_geometry *geometry,
+                                const struct fa_attention_params *params, const struct fa_ops *ops)
 {
     struct fa_geometry g = {.params = params, .ops = ops, .batch = 1};
     bool over_keys = params->softmax_axis == FA_SOFTMAX_KEYS;
@@ -77,7 +76,8 @@ enum fa_status fa_geometry_init(struct fa_geometry *geometry, const struct fa_at
     FA_ASSERT(params->batch_ndim >= 0 && params->batch_ndim <= FA_MAX_BATCH_DIMS);
     FA_ASSERT(params->num_threads >= 1);
 
-    g.stacked = over_keys && params->num_kv_heads > 0 ? params->num_heads / params->num_kv_heads : 1;
+    g.stacked =
+        over_keys && params->num_kv_heads > 0 ? params->num_heads / params->num_kv_heads : 1;
     g.heads = over_keys ? params->num_kv_heads : params->num_heads;
     for (int64_t i = 0; i < params->batch_ndim; i++) {
         if (!fa_multiply(g.batch, params->batch_shape[i], &g.batch)) {

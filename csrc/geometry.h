@@ -27,8 +27,8 @@ struct fa_geometry {
 };
 
 /* FA_OVERFLOW if the problem cannot be counted in 64 bits. */
-enum fa_status fa_geometry_init(struct fa_geometry *geometry, const struct fa_attention_params *params,
-                                const struct fa_ops *ops);
+enum fa_status fa_geometry_init(struct fa_geometry *geometry,
+                                const struct fa_attention_params *params, const struct fa_ops *ops);
 
 /* One (batch entry, head) of the call: where its arrays start. */
 struct fa_head {

@@ -40,8 +40,8 @@ struct fa_ops {
     size_t vl;       /* lanes of a vector */
 
     /* dst[r][0..cols) = factor * src[r][...]; src[r] == NULL: a zero row. */
-    void (*load_rows)(void *dst, size_t rows, const void *const *src, int64_t col_stride, size_t cols,
-                      double factor);
+    void (*load_rows)(void *dst, size_t rows, const void *const *src, int64_t col_stride,
+                      size_t cols, double factor);
 
     /* Transpose keys into panels dst[key / nr][col][key % nr], zero beyond `keys` up to whole panels. */
     void (*pack_keys)(void *dst, size_t keys, size_t cols, const void *src, int64_t row_stride,
@@ -55,8 +55,8 @@ struct fa_ops {
     /* c[rows][panels * nr] = (accumulate ? c : 0) + a[rows][depth] b[depth][panels * nr], each product
      * one chain of fused multiply-adds in order of depth.  rows: multiple of mr; depth may be 0.
      * b: panels of [depth][nr], panel_stride elements apart. */
-    void (*matmul)(size_t rows, size_t depth, size_t panels, const void *a, size_t lda, const void *b,
-                   size_t panel_stride, void *c, size_t ldc, bool accumulate);
+    void (*matmul)(size_t rows, size_t depth, size_t panels, const void *a, size_t lda,
+                   const void *b, size_t panel_stride, void *c, size_t ldc, bool accumulate);
 
     /* The same chain, but terms whose a is exactly zero are left out: for b with infinities and NaN,
      * which 0 * b would spread.  Accumulates. */
@@ -64,7 +64,8 @@ struct fa_ops {
                               const void *b, size_t panel_stride, void *c, size_t ldc);
 
     /* Score tile edits, n elements of one row, or rows x n with leading dimension ld. */
-    void (*softcap)(void *s, size_t ld, size_t rows, size_t n, double cap2); /* s = cap2 * tanh(s) */
+    void (*softcap)(void *s, size_t ld, size_t rows, size_t n,
+                    double cap2); /* s = cap2 * tanh(s) */
     void (*add_bias)(void *s, size_t n, const void *bias, int64_t stride, enum fa_dtype bias_dtype);
     /* s[l] -= slope2 * |distance - l| */
     void (*add_alibi)(void *s, size_t n, double slope2, int64_t distance);

@@ -101,10 +101,7 @@ static void run_team(struct fa_job *job)
  * are led by such a thread while the caller waits and polls. */
 static atomic_bool in_forked_child;
 
-static void note_fork(void)
-{
-    atomic_store(&in_forked_child, true);
-}
+static void note_fork(void) { atomic_store(&in_forked_child, true); }
 
 enum fa_status fa_watch_fork(void)
 {
@@ -131,9 +128,8 @@ static void *lead_team(void *arg)
 
 static enum fa_status run_team_in_child(struct fa_job *job)
 {
-    struct carrier carrier = {.job = job,
-                              .mutex = PTHREAD_MUTEX_INITIALIZER,
-                              .done_changed = PTHREAD_COND_INITIALIZER};
+    struct carrier carrier = {
+        .job = job, .mutex = PTHREAD_MUTEX_INITIALIZER, .done_changed = PTHREAD_COND_INITIALIZER};
     pthread_t leader;
     job->poll_in_team = false;
     if (pthread_create(&leader, NULL, lead_team, &carrier) != 0) {
@@ -165,15 +161,9 @@ static enum fa_status run_parallel(struct fa_job *job)
     return FA_OK;
 }
 
-bool fa_has_openmp(void)
-{
-    return true;
-}
+bool fa_has_openmp(void) { return true; }
 
-int fa_openmp_max_threads(void)
-{
-    return omp_get_max_threads();
-}
+int fa_openmp_max_threads(void) { return omp_get_max_threads(); }
 
 #else
 
@@ -183,20 +173,11 @@ static enum fa_status run_parallel(struct fa_job *job)
     return FA_OK;
 }
 
-enum fa_status fa_watch_fork(void)
-{
-    return FA_OK;
-}
+enum fa_status fa_watch_fork(void) { return FA_OK; }
 
-bool fa_has_openmp(void)
-{
-    return false;
-}
+bool fa_has_openmp(void) { return false; }
 
-int fa_openmp_max_threads(void)
-{
-    return 1;
-}
+int fa_openmp_max_threads(void) { return 1; }
 
 #endif
 

@@ -54,8 +54,8 @@ static bool gather_mask(struct fa_tile *tile, struct fa_workspace *ws)
         const int64_t token = fa_row_token(g, row), member = fa_row_member(g, row);
         uint8_t *bytes = ws->mask + r * g->block_k;
         if (head->mask != NULL) {
-            const char *src = head->mask + member * p->mask.head + token * p->mask.row +
-                              first_key * p->mask.col;
+            const char *src =
+                head->mask + member * p->mask.head + token * p->mask.row + first_key * p->mask.col;
             copy_mask_row(bytes, src, p->mask.col, tile->keys);
         } else {
             memset(bytes, 1, (size_t)tile->keys);
@@ -111,7 +111,8 @@ bool fa_tile_init(struct fa_tile *tile, const struct fa_head *head, struct fa_wo
     return gather_mask(tile, ws);
 }
 
-void fa_load_rows(const struct fa_head *head, struct fa_workspace *ws, int64_t first_row, int64_t rows)
+void fa_load_rows(const struct fa_head *head, struct fa_workspace *ws, int64_t first_row,
+                  int64_t rows)
 {
     const struct fa_geometry *g = head->geometry;
     const struct fa_attention_params *p = g->params;
@@ -128,16 +129,18 @@ void fa_load_rows(const struct fa_head *head, struct fa_workspace *ws, int64_t f
                                      fa_row_token(g, row) * p->q.row
                                : NULL;
         }
-        g->ops->load_rows(ws->q + r * p->head_dim * (int64_t)g->ops->size, (size_t)padded, src, p->q.col, (size_t)p->head_dim, scale);
+        g->ops->load_rows(ws->q + r * p->head_dim * (int64_t)g->ops->size, (size_t)padded, src,
+                          p->q.col, (size_t)p->head_dim, scale);
     }
 }
 
-void fa_pack_keys(const struct fa_head *head, struct fa_workspace *ws, int64_t block_key, int64_t keys)
+void fa_pack_keys(const struct fa_head *head, struct fa_workspace *ws, int64_t block_key,
+                  int64_t keys)
 {
     const struct fa_geometry *g = head->geometry;
     const struct fa_attention_params *p = g->params;
-    g->ops->pack_keys(ws->k, (size_t)keys, (size_t)p->head_dim,
-                      head->k + block_key * p->k.row, p->k.row, p->k.col);
+    g->ops->pack_keys(ws->k, (size_t)keys, (size_t)p->head_dim, head->k + block_key * p->k.row,
+                      p->k.row, p->k.col);
 }
 
 static double read_double(const char *p)
@@ -158,8 +161,8 @@ static void edit_row(const struct fa_tile *tile, int64_t r, char *scores, const 
     const int64_t first_key = tile->block_key + tile->begin;
 
     if (head->bias != NULL) {
-        const char *bias = head->bias + member * p->bias.head + token * p->bias.row +
-                           first_key * p->bias.col;
+        const char *bias =
+            head->bias + member * p->bias.head + token * p->bias.row + first_key * p->bias.col;
         g->ops->add_bias(scores, (size_t)tile->keys, bias, p->bias.col, p->bias_dtype);
     }
     if (head->alibi_slopes != NULL) {

@@ -10,13 +10,13 @@
 struct fa_tile {
     const struct fa_head *head;
     int64_t first_row, rows; /* rows of the head */
-    int64_t row_offset;      /* of first_row in the workspace's blocks of rows */
-    int64_t block_key;       /* first key of the key block */
-    int64_t begin;           /* first key of the tile within the block; a whole panel */
-    int64_t keys;            /* that any row may see, from begin on */
-    int64_t columns;         /* keys rounded up to whole panels: what is computed */
-    bool use_range;          /* some row sees only part of [0, columns) */
-    bool use_mask;           /* workspace mask rules out some key */
+    int64_t row_offset; /* of first_row in the workspace's blocks of rows */
+    int64_t block_key; /* first key of the key block */
+    int64_t begin; /* first key of the tile within the block; a whole panel */
+    int64_t keys; /* that any row may see, from begin on */
+    int64_t columns; /* keys rounded up to whole panels: what is computed */
+    bool use_range; /* some row sees only part of [0, columns) */
+    bool use_mask; /* workspace mask rules out some key */
 };
 
 /* Set up the tile of rows [first_row, first_row + rows) and the key block at block_key.  Reads mask and
@@ -25,10 +25,12 @@ bool fa_tile_init(struct fa_tile *tile, const struct fa_head *head, struct fa_wo
                   int64_t first_row, int64_t rows, int64_t row_offset, int64_t block_key);
 
 /* Scale rows [first_row, first_row + rows) of q into ws->q, padded with zero rows to a multiple of mr. */
-void fa_load_rows(const struct fa_head *head, struct fa_workspace *ws, int64_t first_row, int64_t rows);
+void fa_load_rows(const struct fa_head *head, struct fa_workspace *ws, int64_t first_row,
+                  int64_t rows);
 
 /* Pack keys [block_key, block_key + keys) into ws->k. */
-void fa_pack_keys(const struct fa_head *head, struct fa_workspace *ws, int64_t block_key, int64_t keys);
+void fa_pack_keys(const struct fa_head *head, struct fa_workspace *ws, int64_t block_key,
+                  int64_t keys);
 
 /* Base-2 scores of the tile, -inf where a key takes no part, into ws->scores [rows][columns]. */
 void fa_tile_scores(const struct fa_tile *tile, struct fa_workspace *ws);

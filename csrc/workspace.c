@@ -68,7 +68,4 @@ void *fa_allocate(int64_t bytes)
     return aligned_alloc(FA_ALIGNMENT, (size_t)fa_max(bytes, FA_ALIGNMENT));
 }
 
-void fa_release(void *memory)
-{
-    free(memory);
-}
+void fa_release(void *memory) { free(memory); }

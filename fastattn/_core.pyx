@@ -26,8 +26,8 @@ cdef extern from *:
     const char *FA_BUILD_SWITCHES
 
 
-# Arrays of one call: q k v out lse residual bias alibi_slopes sinks mask kv_lengths q_offset and two
-# of segment ids.
+# Arrays of one call: q k v out lse residual bias alibi_slopes sinks mask kv_lengths q_offset and
+# two of segment ids.
 cdef enum:
     MAX_VIEWS = 14
 
@@ -178,9 +178,11 @@ cdef enum:
     MAX_KERNEL_SETS = 8
 cdef const fa_kernels *kernel_sets[MAX_KERNEL_SETS]
 _index_of_isa = {}
-while len(_index_of_isa) < MAX_KERNEL_SETS and fa_kernels_available(len(_index_of_isa)) is not NULL:
-    kernel_sets[len(_index_of_isa)] = fa_kernels_available(len(_index_of_isa))
-    _index_of_isa[fa_kernels_name(kernel_sets[len(_index_of_isa)]).decode()] = len(_index_of_isa)
+for _index in range(MAX_KERNEL_SETS):
+    kernel_sets[_index] = fa_kernels_available(_index)
+    if kernel_sets[_index] is NULL:
+        break
+    _index_of_isa[fa_kernels_name(kernel_sets[_index]).decode()] = _index
 
 
 cdef const fa_kernels *find_kernels(str isa) except NULL:
@@ -292,8 +294,8 @@ def _select_isa():
         )
     if name not in available:
         raise ImportError(
-            f"FASTATTN_ISA={name} cannot be used here: this CPU, its operating system or this build "
-            f"of fastattn does not support it (supported: {', '.join(available)})"
+            f"FASTATTN_ISA={name} cannot be used here: this CPU, its operating system or this "
+            f"build of fastattn does not support it (supported: {', '.join(available)})"
         )
     return name
 

@@ -10,7 +10,8 @@
 #define EXP2_ROUND_f32 (0x1.8p23f + 127)
 #define EXP2_TERMS_f32 6
 static const float exp2_coef_f32[EXP2_TERMS_f32] = {
-    0x1.62e430p-1f, 0x1.ebfbe0p-3f, 0x1.c6af6cp-5f, 0x1.3b2a54p-7f, 0x1.5f0890p-10f, 0x1.44138ap-13f,
+    0x1.62e430p-1f, 0x1.ebfbe0p-3f,  0x1.c6af6cp-5f,
+    0x1.3b2a54p-7f, 0x1.5f0890p-10f, 0x1.44138ap-13f,
 };
 
 #define EXP2_ROUND_f64 (0x1.8p52 + 1023)

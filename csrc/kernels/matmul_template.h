@@ -70,8 +70,9 @@ static void FN(matmul)(size_t rows, size_t depth, size_t panels, const void *a, 
     }
 }
 
-static void FN(matmul_skip_zeros)(size_t rows, size_t depth, size_t panels, const void *a, size_t lda,
-                                  const void *b, size_t panel_stride, void *c, size_t ldc)
+static void FN(matmul_skip_zeros)(size_t rows, size_t depth, size_t panels, const void *a,
+                                  size_t lda, const void *b, size_t panel_stride, void *c,
+                                  size_t ldc)
 {
     for (size_t p = 0; p < panels; p++) {
         const REAL *panel = (const REAL *)b + p * panel_stride;

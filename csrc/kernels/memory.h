@@ -18,14 +18,8 @@ static inline double read_f64(const void *p)
     return x;
 }
 
-static inline void write_f32(void *p, float x)
-{
-    memcpy(p, &x, sizeof x);
-}
+static inline void write_f32(void *p, float x) { memcpy(p, &x, sizeof x); }
 
-static inline void write_f64(void *p, double x)
-{
-    memcpy(p, &x, sizeof x);
-}
+static inline void write_f64(void *p, double x) { memcpy(p, &x, sizeof x); }
 
 #endif

@@ -88,8 +88,8 @@ static inline VEC FN(pack_value_row)(REAL *dst, size_t cols, const char *src, in
     return probe;
 }
 
-static bool FN(pack_values)(void *dst, size_t panel_stride, size_t keys, size_t cols, const void *src,
-                            int64_t row_stride, int64_t col_stride)
+static bool FN(pack_values)(void *dst, size_t panel_stride, size_t keys, size_t cols,
+                            const void *src, int64_t row_stride, int64_t col_stride)
 {
     VEC probe = V(zero)();
     for (size_t key = 0; key < keys; key++) {
@@ -115,8 +115,8 @@ static bool FN(pack_values)(void *dst, size_t panel_stride, size_t keys, size_t 
 static void FN(store_row)(const REAL *acc, REAL factor, const struct fa_row_result *result)
 {
     const int64_t size = (int64_t)sizeof(REAL);
-    const bool contiguous = result->out_stride == size &&
-                            (result->residual == NULL || result->residual_stride == size);
+    const bool contiguous =
+        result->out_stride == size && (result->residual == NULL || result->residual_stride == size);
     const size_t whole = contiguous ? result->cols - result->cols % VL : 0;
     char *out = result->out;
     const char *residual = result->residual;

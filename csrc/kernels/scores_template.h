@@ -22,7 +22,8 @@ static inline VEC FN(bias_to_base2)(VEC bias)
     return V(select_lt)(max, V(abs)(bias), bias, b2);
 }
 
-static void FN(add_bias)(void *s, size_t n, const void *bias, int64_t stride, enum fa_dtype bias_dtype)
+static void FN(add_bias)(void *s, size_t n, const void *bias, int64_t stride,
+                         enum fa_dtype bias_dtype)
 {
     const char *from = bias;
     REAL *row = s;

@@ -45,8 +45,8 @@ static REAL FN(raise_row_max)(REAL old, VEC block_max, REAL *row_sum, REAL *acc,
     return max;
 }
 
-static void FN(softmax_update)(void *s, size_t ld, size_t rows, size_t n, void *row_max, void *row_sum,
-                               void *acc, size_t ldacc)
+static void FN(softmax_update)(void *s, size_t ld, size_t rows, size_t n, void *row_max,
+                               void *row_sum, void *acc, size_t ldacc)
 {
     for (size_t r = 0; r < rows; r++) {
         REAL *row = (REAL *)s + r * ld;
@@ -73,8 +73,8 @@ static void FN(softmax_update)(void *s, size_t ld, size_t rows, size_t n, void *
 }
 
 /* Once per row: in double, so that the divisor adds no error of its own. */
-static void FN(softmax_store)(const void *row_max, const void *row_sum, const void *acc, size_t ldacc,
-                              const struct fa_row_result *result)
+static void FN(softmax_store)(const void *row_max, const void *row_sum, const void *acc,
+                              size_t ldacc, const struct fa_row_result *result)
 {
     const REAL *lanes = (const REAL *)row_sum + result->row * VL;
     double max = (double)((const REAL *)row_max)[result->row];

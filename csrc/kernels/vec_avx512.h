@@ -40,8 +40,14 @@ static inline vec_f64 v_div_f64(vec_f64 a, vec_f64 b) { return _mm512_div_pd(a, 
 static inline vec_f32 v_max_f32(vec_f32 a, vec_f32 b) { return _mm512_max_ps(a, b); }
 static inline vec_f64 v_max_f64(vec_f64 a, vec_f64 b) { return _mm512_max_pd(a, b); }
 /* a * b + c, one rounding */
-static inline vec_f32 v_fma_f32(vec_f32 a, vec_f32 b, vec_f32 c) { return _mm512_fmadd_ps(a, b, c); }
-static inline vec_f64 v_fma_f64(vec_f64 a, vec_f64 b, vec_f64 c) { return _mm512_fmadd_pd(a, b, c); }
+static inline vec_f32 v_fma_f32(vec_f32 a, vec_f32 b, vec_f32 c)
+{
+    return _mm512_fmadd_ps(a, b, c);
+}
+static inline vec_f64 v_fma_f64(vec_f64 a, vec_f64 b, vec_f64 c)
+{
+    return _mm512_fmadd_pd(a, b, c);
+}
 #define v_fma_exact_f32 v_fma_f32
 #define v_fma_exact_f64 v_fma_f64
 
