@@ -43,7 +43,7 @@ bench: $(BUILT) $(VENV)/extra-bench  ## time attention beside NumPy (and torch w
 lint: $(VENV)/extra-lint  ## ruff, mypy --strict, clang-format, cython-lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/clang-format --dry-run -Werror $$(find csrc tests -name '*.[ch]')
+	$(VENV)/bin/clang-format --dry-run -Werror $$(find csrc tests bench -name '*.[ch]')
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cython-lint fastattn/*.pyx fastattn/*.pxd
 
 # The sanitised module is kept apart from the one in the source tree.

@@ -54,8 +54,8 @@ def test_sdist_is_complete(dist: Path) -> None:
     expected = _files(
         "*.md", "LICENSE", "MANIFEST.in", "Makefile", "pyproject.toml", "setup.py",
         "fastattn/*.py", "fastattn/*.pyi", "fastattn/*.pyx", "fastattn/*.pxd", "fastattn/py.typed",
-        "csrc/**/*.[ch]", "csrc/**/*.md", "tests/**/*.py", "tests/**/*.[ch]", "bench/**/*.py",
-        "docs/**/*.md", "examples/**/*.py",
+        "csrc/**/*.[ch]", "csrc/**/*.md", "tests/**/*.py", "tests/**/*.[ch]",
+        "bench/**/*.py", "bench/**/*.[ch]", "docs/**/*.md", "examples/**/*.py",
     )  # fmt: skip
     assert "csrc/fastattn.h" in expected
     assert expected - set(members) == set()
