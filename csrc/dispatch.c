@@ -24,6 +24,11 @@ static const struct entry {
 #else
     {"avx2", NULL, NULL},
 #endif
+#ifdef FA_HAVE_NEON
+    {"neon", &fa_kernels_neon, always}, /* part of the aarch64 baseline */
+#else
+    {"neon", NULL, NULL},
+#endif
     {"scalar", &fa_kernels_scalar, always},
 };
 

@@ -104,7 +104,8 @@ struct fa_kernels {
 };
 
 /* One per kernel file; dispatch.c lists those that are built in. */
-extern const struct fa_kernels fa_kernels_scalar, fa_kernels_avx2, fa_kernels_avx512;
+extern const struct fa_kernels fa_kernels_scalar, fa_kernels_avx2, fa_kernels_avx512,
+    fa_kernels_neon;
 
 static inline const struct fa_ops *fa_ops_for(const struct fa_kernels *kernels, enum fa_dtype dtype)
 {

@@ -17,7 +17,7 @@ typedef double real_f64;
 #define VL FN(VL)
 #define MR FN(MR)
 /* Columns of the register tile, in vectors and in elements. */
-#define NR_VECTORS 2
+#define NR_VECTORS FN(NR_VECTORS)
 #define NR (NR_VECTORS * VL)
 
 /* Unroll the next loop fully, early: arrays of vectors indexed by it then live in registers.  GCC 12

@@ -20,6 +20,8 @@ typedef __m256d vec_f64;
  * cover 2 FMA pipes x 4 to 5 cycles of latency. */
 #define MR_f32 6
 #define MR_f64 6
+#define NR_VECTORS_f32 2
+#define NR_VECTORS_f64 2
 
 static inline vec_f32 v_zero_f32(void) { return _mm256_setzero_ps(); }
 static inline vec_f64 v_zero_f64(void) { return _mm256_setzero_pd(); }

@@ -21,6 +21,8 @@ typedef double vec_f64;
 /* 4 x 2 elements: 8 accumulators + 2 columns + 1 broadcast fit the 16 registers of SSE2. */
 #define MR_f32 4
 #define MR_f64 4
+#define NR_VECTORS_f32 2
+#define NR_VECTORS_f64 2
 
 static inline float v_zero_f32(void) { return 0.0f; }
 static inline double v_zero_f64(void) { return 0.0; }

@@ -2,7 +2,8 @@
  * double, which is right to a small part of a float's ulp.
  *
  * Compiled by tests/test_exp2.py with the kernel set's own flags and -DVEC_HEADER="vec_<isa>.h".
- * Usage: exp2_exhaustive PART PARTS.  Part 0 .. PARTS - 1 each cover their share of the bit patterns.
+ * Usage: exp2_exhaustive PART PARTS [STEP].  Part 0 .. PARTS - 1 each cover their share of the bit
+ * patterns; with STEP, for emulators, one vector of consecutive patterns in every STEP of them.
  * Prints "max_ulp <error> at <x>" and returns 0, or says what is wrong and returns 1.
  *
  * The error is |y - true| / ulp(true), ulp(true) being the distance of the floats around the true
@@ -97,19 +98,20 @@ static int check_special_values(void)
 
 int main(int argc, char **argv)
 {
-    if (argc != 3) {
-        fprintf(stderr, "usage: exp2_exhaustive PART PARTS\n");
+    if (argc != 3 && argc != 4) {
+        fprintf(stderr, "usage: exp2_exhaustive PART PARTS [STEP]\n");
         return 2;
     }
     int wrong = check_special_values();
     /* The patterns of -0 .. -104 are consecutive and ascend in magnitude. */
     const uint64_t first = 0x80000000u, count = (uint64_t)bits_of(-104.0f) - first + 1;
     const uint64_t part = strtoull(argv[1], NULL, 10), parts = strtoull(argv[2], NULL, 10);
+    const uint64_t step = argc == 4 ? strtoull(argv[3], NULL, 10) : 1;
     const uint64_t begin = first + count * part / parts, end = first + count * (part + 1) / parts;
 
     double worst = 0;
     float worst_x = 0;
-    for (uint64_t bits = begin; bits < end; bits += VL) {
+    for (uint64_t bits = begin; bits < end; bits += step * VL) {
         float x[VL], y[VL];
         for (int lane = 0; lane < VL; lane++) {
             uint64_t pattern = bits + (uint64_t)lane;

@@ -1,0 +1,148 @@
+/* Vectors of aarch64 Advanced SIMD, which is part of that architecture's baseline: the only NEON
+ * intrinsics.
+ *
+ * Same operations and the same meaning as vec_avx2.h.  fmax propagates NaN from either side, so v_max
+ * is a comparison and a select.
+ */
+#ifndef FA_VEC_NEON_H
+#define FA_VEC_NEON_H
+
+#include <arm_neon.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+typedef float32x4_t vec_f32;
+typedef float64x2_t vec_f64;
+
+#define VL_f32 4
+#define VL_f64 2
+/* 6 x 4 vectors: 24 accumulators + 4 columns + 1 broadcast of 32 registers.  24 independent chains
+ * cover 4 FMA pipes x 4 cycles of latency; 4 columns, because two of them come with one ldp: 8 loads
+ * for 24 multiply-adds. */
+#define MR_f32 6
+#define MR_f64 6
+#define NR_VECTORS_f32 4
+#define NR_VECTORS_f64 4
+
+static inline vec_f32 v_zero_f32(void) { return vdupq_n_f32(0); }
+static inline vec_f64 v_zero_f64(void) { return vdupq_n_f64(0); }
+static inline vec_f32 v_set_f32(float x) { return vdupq_n_f32(x); }
+static inline vec_f64 v_set_f64(double x) { return vdupq_n_f64(x); }
+/* Written as a duplicated scalar, which compilers fold into by-element multiply-adds: where vld1q_dup's
+ * ld1r stays, it takes a slot of the FMA pipes on many cores. */
+static inline vec_f32 v_broadcast_f32(const float *p) { return vdupq_n_f32(*p); }
+static inline vec_f64 v_broadcast_f64(const double *p) { return vdupq_n_f64(*p); }
+/* As bytes, because vld1q_f32 would promise the alignment of an element to the compiler. */
+static inline vec_f32 v_load_f32(const void *p) { return vreinterpretq_f32_u8(vld1q_u8(p)); }
+static inline vec_f64 v_load_f64(const void *p) { return vreinterpretq_f64_u8(vld1q_u8(p)); }
+static inline void v_store_f32(void *p, vec_f32 x) { vst1q_u8(p, vreinterpretq_u8_f32(x)); }
+static inline void v_store_f64(void *p, vec_f64 x) { vst1q_u8(p, vreinterpretq_u8_f64(x)); }
+static inline vec_f32 v_add_f32(vec_f32 a, vec_f32 b) { return vaddq_f32(a, b); }
+static inline vec_f64 v_add_f64(vec_f64 a, vec_f64 b) { return vaddq_f64(a, b); }
+static inline vec_f32 v_sub_f32(vec_f32 a, vec_f32 b) { return vsubq_f32(a, b); }
+static inline vec_f64 v_sub_f64(vec_f64 a, vec_f64 b) { return vsubq_f64(a, b); }
+static inline vec_f32 v_mul_f32(vec_f32 a, vec_f32 b) { return vmulq_f32(a, b); }
+static inline vec_f64 v_mul_f64(vec_f64 a, vec_f64 b) { return vmulq_f64(a, b); }
+static inline vec_f32 v_div_f32(vec_f32 a, vec_f32 b) { return vdivq_f32(a, b); }
+static inline vec_f64 v_div_f64(vec_f64 a, vec_f64 b) { return vdivq_f64(a, b); }
+static inline vec_f32 v_max_f32(vec_f32 a, vec_f32 b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
+static inline vec_f64 v_max_f64(vec_f64 a, vec_f64 b) { return vbslq_f64(vcgtq_f64(a, b), a, b); }
+/* a * b + c, one rounding */
+static inline vec_f32 v_fma_f32(vec_f32 a, vec_f32 b, vec_f32 c) { return vfmaq_f32(c, a, b); }
+static inline vec_f64 v_fma_f64(vec_f64 a, vec_f64 b, vec_f64 c) { return vfmaq_f64(c, a, b); }
+#define v_fma_exact_f32 v_fma_f32
+#define v_fma_exact_f64 v_fma_f64
+
+static inline vec_f32 v_abs_f32(vec_f32 x) { return vabsq_f32(x); }
+static inline vec_f64 v_abs_f64(vec_f64 x) { return vabsq_f64(x); }
+
+/* |x| with the sign of s; x >= 0 */
+static inline vec_f32 v_copysign_f32(vec_f32 x, vec_f32 s)
+{
+    return vbslq_f32(vdupq_n_u32(UINT32_C(1) << 31), s, x);
+}
+static inline vec_f64 v_copysign_f64(vec_f64 x, vec_f64 s)
+{
+    return vbslq_f64(vdupq_n_u64(UINT64_C(1) << 63), s, x);
+}
+
+static inline vec_f32 v_keep_ge_f32(vec_f32 x, vec_f32 limit, vec_f32 y)
+{
+    return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(y), vcltq_f32(x, limit)));
+}
+static inline vec_f64 v_keep_ge_f64(vec_f64 x, vec_f64 limit, vec_f64 y)
+{
+    return vreinterpretq_f64_u64(vbicq_u64(vreinterpretq_u64_f64(y), vcltq_f64(x, limit)));
+}
+
+/* x < limit ? a : b */
+static inline vec_f32 v_select_lt_f32(vec_f32 x, vec_f32 limit, vec_f32 a, vec_f32 b)
+{
+    return vbslq_f32(vcltq_f32(x, limit), a, b);
+}
+static inline vec_f64 v_select_lt_f64(vec_f64 x, vec_f64 limit, vec_f64 a, vec_f64 b)
+{
+    return vbslq_f64(vcltq_f64(x, limit), a, b);
+}
+
+/* Whether any lane of x is greater than the same lane of limit. */
+static inline int v_any_gt_f32(vec_f32 x, vec_f32 limit)
+{
+    return vmaxvq_u32(vcgtq_f32(x, limit)) != 0;
+}
+static inline int v_any_gt_f64(vec_f64 x, vec_f64 limit)
+{
+    return vmaxvq_u32(vreinterpretq_u32_u64(vcgtq_f64(x, limit))) != 0;
+}
+
+/* 2^n where the low bits of t hold n + exponent bias (see EXP2_ROUND): they become the exponent. */
+static inline vec_f32 v_power_f32(vec_f32 t)
+{
+    return vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(t), 23));
+}
+static inline vec_f64 v_power_f64(vec_f64 t)
+{
+    return vreinterpretq_f64_u64(vshlq_n_u64(vreinterpretq_u64_f64(t), 52));
+}
+
+/* mask[lane] != 0 ? x : other.  Reads VL bytes. */
+static inline vec_f32 v_select_bytes_f32(const uint8_t *mask, vec_f32 x, vec_f32 other)
+{
+    uint32_t bytes;
+    memcpy(&bytes, mask, sizeof bytes);
+    uint32x4_t wide = vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(bytes))));
+    return vbslq_f32(vceqzq_u32(wide), other, x);
+}
+static inline vec_f64 v_select_bytes_f64(const uint8_t *mask, vec_f64 x, vec_f64 other)
+{
+    uint16_t bytes;
+    memcpy(&bytes, mask, sizeof bytes);
+    uint32x4_t wide = vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(bytes))));
+    return vbslq_f64(vceqzq_u64(vmovl_u32(vget_low_u32(wide))), other, x);
+}
+
+/* 0, 1, 2, ... */
+static inline vec_f32 v_iota_f32(void) { return (vec_f32){0, 1, 2, 3}; }
+static inline vec_f64 v_iota_f64(void) { return (vec_f64){0, 1}; }
+
+/* Transpose VL rows of VL elements in place: 8 permutations for 4 x 4. */
+static inline void v_transpose_f32(vec_f32 r[VL_f32])
+{
+    vec_f64 even01 = vreinterpretq_f64_f32(vtrn1q_f32(r[0], r[1]));
+    vec_f64 odd01 = vreinterpretq_f64_f32(vtrn2q_f32(r[0], r[1]));
+    vec_f64 even23 = vreinterpretq_f64_f32(vtrn1q_f32(r[2], r[3]));
+    vec_f64 odd23 = vreinterpretq_f64_f32(vtrn2q_f32(r[2], r[3]));
+    r[0] = vreinterpretq_f32_f64(vtrn1q_f64(even01, even23));
+    r[1] = vreinterpretq_f32_f64(vtrn1q_f64(odd01, odd23));
+    r[2] = vreinterpretq_f32_f64(vtrn2q_f64(even01, even23));
+    r[3] = vreinterpretq_f32_f64(vtrn2q_f64(odd01, odd23));
+}
+static inline void v_transpose_f64(vec_f64 r[VL_f64])
+{
+    vec_f64 first = vtrn1q_f64(r[0], r[1]);
+    r[1] = vtrn2q_f64(r[0], r[1]);
+    r[0] = first;
+}
+
+#endif

@@ -1,0 +1,925 @@
+/* Every kernel set of a build, without Python: fa_attention over all options, compared with the scalar
+ * set, and bit for bit with itself where the library promises the same bits.
+ *
+ * Linked with all of csrc/ by tests/emulate.py, for this machine or another one.
+ * Usage: kernel_sets WHERE [SET...].  WHERE is printed; SETs that must run, all available ones if none.
+ * Prints a line per set and last "N passed, N failed"; returns 1 if anything failed.
+ *
+ * Tolerance against the scalar set: MAX_GAUGE units, a unit being u K |v| + u |residual| for out (times
+ * seqlen_k for softmax over queries, whose weights sum to that) and u (K + |lse|) for lse, where
+ * K = 1 + the largest magnitude that a score can have.  Each set is within 4 such units of the true
+ * value (tests/gauge.py measures that, with the units of each row).
+ *
+ * Every array ends at a page that must not be touched, and every byte around the results is checked.
+ */
+#define _GNU_SOURCE
+#include <float.h>
+#include <math.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "fastattn.h"
+
+#define MAX_GAUGE 8.0
+#define MAX_SETS 8
+#define LENGTH(array) (sizeof(array) / sizeof *(array))
+
+/* ---- cases ---------------------------------------------------------------------------------- */
+
+enum option {
+    CAUSAL = 1 << 0,
+    WINDOW = 1 << 1,
+    MASK = 1 << 2,
+    BIAS_F32 = 1 << 3,
+    BIAS_F64 = 1 << 4,
+    ALIBI = 1 << 5,
+    SOFTCAP = 1 << 6,
+    SINKS = 1 << 7,
+    KV_LENGTHS = 1 << 8,
+    SEGMENTS = 1 << 9,
+    QUERIES = 1 << 10, /* softmax over queries */
+    RESIDUAL = 1 << 11,
+    Q_OFFSET = 1 << 12,
+    RISING = 1 << 13, /* scores grow with the key: row_max is raised in later blocks */
+    INFINITE_V = 1 << 14, /* V holds NaN and infinities */
+    SHARED = 1 << 15, /* mask and bias are the same for every batch entry and head */
+};
+
+struct shape {
+    int64_t batch, heads, kv_heads, seqlen_q, seqlen_k, head_dim, head_dim_v;
+    unsigned options;
+};
+
+/* Key blocks are 128 float32 or 64 float64, score tiles 24 rows, panels 2 to 32 columns: sizes lie on
+ * both sides of each.  Few are large, because an emulator takes a microsecond for what a CPU does in a
+ * nanosecond. */
+static const struct shape shapes[] = {
+    {1, 1, 1, 1, 1, 1, 1, 0},
+    {1, 1, 1, 5, 17, 16, 16, 0},
+    {1, 2, 2, 24, 128, 8, 32, 0},
+    {1, 2, 1, 25, 129, 5, 33, 0},
+    {2, 4, 2, 13, 65, 33, 17, 0},
+    {1, 1, 1, 6, 63, 129, 3, 0},
+    {1, 1, 1, 3, 40, 300, 5, 0}, /* shorter key blocks */
+    {1, 1, 1, 2, 9, 4, 1030, 0}, /* two blocks of columns */
+    {1, 1, 1, 7, 31, 0, 6, BIAS_F32},
+    {1, 2, 2, 4, 20, 6, 0, SINKS},
+    {1, 1, 1, 9, 0, 8, 8, 0},
+    {1, 1, 1, 9, 0, 8, 8, QUERIES | RESIDUAL},
+    {0, 1, 1, 3, 3, 4, 4, 0},
+    {1, 1, 1, 0, 5, 4, 4, QUERIES},
+    {1, 1, 1, 50, 300, 12, 20, RISING},
+    {1, 2, 1, 30, 290, 16, 16, RISING | CAUSAL},
+    {1, 2, 2, 70, 70, 16, 20, CAUSAL},
+    {2, 2, 1, 20, 150, 16, 16, CAUSAL},
+    {1, 1, 1, 60, 25, 8, 8, CAUSAL}, /* the first rows see no key */
+    {1, 2, 1, 60, 60, 8, 18, CAUSAL | Q_OFFSET},
+    {1, 2, 2, 90, 200, 8, 9, WINDOW},
+    {2, 1, 1, 90, 140, 8, 9, WINDOW | CAUSAL | KV_LENGTHS},
+    {2, 2, 1, 40, 140, 10, 12, MASK},
+    {2, 2, 2, 26, 131, 9, 7, MASK | SHARED | CAUSAL},
+    {1, 3, 1, 27, 140, 10, 12, BIAS_F32},
+    {2, 2, 1, 27, 66, 10, 12, BIAS_F64 | SHARED},
+    {1, 2, 2, 23, 135, 16, 16, BIAS_F32 | MASK | RISING},
+    {2, 4, 2, 31, 140, 8, 8, ALIBI},
+    {1, 2, 1, 31, 140, 8, 8, ALIBI | CAUSAL | WINDOW},
+    {1, 2, 2, 29, 140, 12, 10, SOFTCAP},
+    {1, 2, 1, 29, 90, 12, 10, SOFTCAP | RISING | BIAS_F64 | CAUSAL},
+    {1, 4, 2, 19, 140, 8, 8, SINKS},
+    {2, 2, 2, 33, 50, 8, 8, SINKS | CAUSAL | KV_LENGTHS | MASK},
+    {3, 2, 1, 17, 140, 8, 16, KV_LENGTHS},
+    {2, 2, 1, 75, 160, 8, 16, SEGMENTS},
+    {2, 2, 2, 50, 160, 8, 10, SEGMENTS | CAUSAL | MASK | BIAS_F32},
+    {1, 2, 1, 40, 140, 8, 20, RESIDUAL},
+    {2, 2, 2, 26, 70, 9, 33, RESIDUAL | CAUSAL | MASK},
+    {1, 2, 1, 26, 140, 8, 20, INFINITE_V},
+    {2, 2, 2, 30, 80, 8, 35, INFINITE_V | CAUSAL | MASK},
+    {1, 2, 1, 60, 140, 8, 20, QUERIES},
+    {2, 2, 2, 33, 66, 9, 17, QUERIES | CAUSAL | RESIDUAL | RISING},
+    {2, 2, 1, 45, 135, 8, 8, QUERIES | MASK | BIAS_F32 | KV_LENGTHS},
+    {1, 2, 2, 45, 60, 8, 8, QUERIES | SOFTCAP | ALIBI | WINDOW | SEGMENTS},
+    {2, 4, 2, 35, 135, 12, 20,
+     CAUSAL | WINDOW | MASK | BIAS_F64 | ALIBI | SOFTCAP | SINKS | KV_LENGTHS | SEGMENTS |
+         RESIDUAL | Q_OFFSET},
+    {1, 2, 1, 150, 200, 64, 64, 0}, /* enough work for two threads */
+    {1, 2, 1, 200, 200, 64, 64, CAUSAL}, /* likewise */
+    {1, 2, 2, 150, 200, 64, 64, QUERIES},
+};
+
+enum operand {
+    Q,
+    K,
+    V,
+    RESIDUALS,
+    BIAS,
+    SLOPES,
+    SINK_LOGITS,
+    MASK_BYTES,
+    LENGTHS,
+    OFFSETS,
+    Q_SEGMENTS,
+    K_SEGMENTS,
+    OUT,
+    LSE,
+    NUM_OPERANDS,
+};
+
+/* A uniform number of [-1, 1) that depends on nothing but its coordinates (splitmix64). */
+static double uniform(enum operand operand, int64_t b, int64_t h, int64_t i, int64_t j)
+{
+    uint64_t z = (uint64_t)operand + 1;
+    const int64_t at[] = {b, h, i, j};
+    for (size_t axis = 0; axis < LENGTH(at); axis++) {
+        z = (z + (uint64_t)at[axis]) * 0x9e3779b97f4a7c15u;
+        z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+        z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+        z ^= z >> 31;
+    }
+    return (double)(int64_t)z * 0x1p-63;
+}
+
+static int64_t kv_length(const struct shape *s, int64_t b)
+{
+    int64_t length = s->seqlen_k - 3 - 11 * b;
+    return s->options & KV_LENGTHS ? (length > 0 ? length : 0) : s->seqlen_k;
+}
+
+static int64_t q_offset(const struct shape *s, int64_t b)
+{
+    return s->options & Q_OFFSET ? b - s->seqlen_q / 4 : kv_length(s, b) - s->seqlen_q;
+}
+
+/* Keys that the mask or the segment ids of every row leave out. */
+static bool is_hidden(int64_t key) { return key % 7 == 3; }
+
+static bool takes_no_part(const struct shape *s, int64_t b, int64_t key)
+{
+    return key >= kv_length(s, b) || ((s->options & (MASK | SEGMENTS)) && is_hidden(key));
+}
+
+static double value_of(const struct shape *s, enum operand operand, int64_t b, int64_t h, int64_t i,
+                       int64_t j)
+{
+    const bool rising = s->options & RISING;
+    if ((s->options & SHARED) && (operand == MASK_BYTES || operand == BIAS)) {
+        b = h = 0;
+    }
+    const double x = uniform(operand, b, h, i, j);
+    switch (operand) {
+    case Q:
+        return rising ? 6 * x : 2 * x;
+    case K:
+        return rising ? x * (1 + 3 * (double)i / (double)s->seqlen_k) : x;
+    case V:
+        if ((s->options & INFINITE_V) && i % 19 == 7 && j % 5 == 1) {
+            return i % 2 ? NAN : x > 0 ? INFINITY : -INFINITY;
+        }
+        return x;
+    case BIAS:
+        return (i + j) % 17 == 16 ? -INFINITY : 3 * x;
+    case SLOPES:
+        return ldexp(1 + (double)b, -(int)h - 1);
+    case MASK_BYTES:
+        return i % 11 == 4 || is_hidden(j) ? 0 : x > -0.5 ? 1 + (double)(j % 2) : 0;
+    case LENGTHS:
+        return (double)kv_length(s, b);
+    case OFFSETS:
+        return (double)q_offset(s, b);
+    case Q_SEGMENTS:
+        return (double)(i * 3 / s->seqlen_q + b % 2);
+    case K_SEGMENTS:
+        return is_hidden(i) ? 99 : (double)(i * 3 / s->seqlen_k);
+    default:
+        return x;
+    }
+}
+
+/* ---- arrays --------------------------------------------------------------------------------- */
+
+enum kind { KIND_F32, KIND_F64, KIND_INT64, KIND_BYTE };
+
+static const size_t kind_size[] = {4, 8, 8, 1};
+
+enum layout {
+    PLAIN,
+    SWAPPED, /* heads inside rows, as a view of (batch, seqlen, heads, head_dim) has them */
+    COLUMNS_FIRST, /* rows are the contiguous axis */
+    REVERSED, /* every stride negative */
+    UNALIGNED, /* odd addresses and strides */
+    BROADCAST, /* shared operands stored once, with zero strides */
+    NUM_LAYOUTS,
+};
+
+static const char *const layout_name[] = {
+    "plain",     "heads and rows swapped", "columns first", "negative strides",
+    "unaligned", "zero strides",
+};
+
+struct array {
+    enum kind kind;
+    char *mapping;
+    size_t mapped;
+    char *memory; /* bytes of it, up to the guard page */
+    size_t bytes;
+    char *data;
+    int64_t n[4], stride[4]; /* batch, head, row, column */
+};
+
+static void die(const char *what)
+{
+    perror(what);
+    exit(2);
+}
+
+#define SENTINEL 0xa5
+
+/* Memory that ends where the next byte is a fault. */
+static void map_guarded(struct array *a)
+{
+    const size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    const size_t usable = (a->bytes + page - 1) / page * page;
+    a->mapped = usable + page;
+    a->mapping = mmap(NULL, a->mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (a->mapping == MAP_FAILED || mprotect(a->mapping + usable, page, PROT_NONE) != 0) {
+        die("mmap");
+    }
+    a->memory = a->mapping + usable - a->bytes;
+    memset(a->memory, SENTINEL, a->bytes);
+}
+
+static void array_init(struct array *a, enum layout layout, enum kind kind, const int64_t n[4])
+{
+    static const int orders[NUM_LAYOUTS][4] = {
+        [PLAIN] = {3, 2, 1, 0},    [SWAPPED] = {3, 1, 2, 0},   [COLUMNS_FIRST] = {2, 3, 1, 0},
+        [REVERSED] = {3, 2, 1, 0}, [UNALIGNED] = {3, 2, 1, 0}, [BROADCAST] = {3, 2, 1, 0},
+    };
+    *a = (struct array){.kind = kind};
+    int64_t step = (int64_t)kind_size[kind], first = 0;
+    for (int axis = 0; axis < 4; axis++) {
+        const int x = orders[layout][axis];
+        a->n[x] = n[x];
+        a->stride[x] = layout == REVERSED ? -step : step;
+        first += layout == REVERSED && n[x] > 0 ? (n[x] - 1) * step : 0;
+        step *= n[x];
+        if (layout == UNALIGNED && axis == 0) {
+            step += 3;
+        }
+    }
+    a->bytes = (size_t)step;
+    if (layout == UNALIGNED) {
+        a->bytes += 1;
+        first = 1;
+    }
+    map_guarded(a);
+    a->data = a->memory + first;
+}
+
+static void array_free(struct array *a)
+{
+    if (a->mapping != NULL) {
+        munmap(a->mapping, a->mapped);
+    }
+}
+
+static char *element(const struct array *a, int64_t b, int64_t h, int64_t i, int64_t j)
+{
+    return a->data + b * a->stride[0] + h * a->stride[1] + i * a->stride[2] + j * a->stride[3];
+}
+
+static void write_value(char *p, enum kind kind, double x)
+{
+    const float f32 = (float)x;
+    const int64_t int64 = kind == KIND_INT64 ? (int64_t)x : 0;
+    const uint8_t byte = kind == KIND_BYTE ? (uint8_t)x : 0;
+    const void *const from[] = {&f32, &x, &int64, &byte};
+    memcpy(p, from[kind], kind_size[kind]);
+}
+
+static double read_real(const char *p, enum kind kind)
+{
+    float f32;
+    double f64;
+    if (kind == KIND_F64) {
+        memcpy(&f64, p, sizeof f64);
+        return f64;
+    }
+    memcpy(&f32, p, sizeof f32);
+    return (double)f32;
+}
+
+/* Loop over the coordinates b, h, i, j of an array. */
+#define FOR_EACH(a)                                                                                \
+    for (int64_t b = 0; b < (a)->n[0]; b++)                                                        \
+        for (int64_t h = 0; h < (a)->n[1]; h++)                                                    \
+            for (int64_t i = 0; i < (a)->n[2]; i++)                                                \
+                for (int64_t j = 0; j < (a)->n[3]; j++)
+
+/* ---- a call --------------------------------------------------------------------------------- */
+
+struct problem {
+    const struct shape *shape;
+    enum kind kind; /* of q, k, v, out */
+    struct array arrays[NUM_OPERANDS];
+    struct fa_attention_params params;
+};
+
+static struct fa_input input_of(const struct array *a)
+{
+    struct fa_input input = {.data = a->data, .head = a->stride[1]};
+    input.batch[0] = a->stride[0];
+    input.row = a->stride[2];
+    input.col = a->stride[3];
+    return input;
+}
+
+static struct fa_output output_of(const struct array *a)
+{
+    struct fa_output output = {.data = a->data, .head = a->stride[1]};
+    output.batch[0] = a->stride[0];
+    output.row = a->stride[2];
+    output.col = a->stride[3];
+    return output;
+}
+
+/* Give the problem one operand, its values set except for results.  repeat > 1: every head stands for
+ * that many. */
+static struct fa_input add_operand(struct problem *p, enum operand operand, enum layout layout,
+                                   enum kind kind, int64_t heads, int64_t rows, int64_t cols,
+                                   int64_t repeat)
+{
+    const struct shape *s = p->shape;
+    struct array *a = &p->arrays[operand];
+    const bool stored_once =
+        layout == BROADCAST && (s->options & SHARED) && (operand == BIAS || operand == MASK_BYTES);
+    const int64_t n[] = {stored_once ? 1 : s->batch, stored_once ? 1 : heads, rows, cols};
+    array_init(a, layout, kind, n);
+    if (operand != OUT && operand != LSE) {
+        FOR_EACH(a)
+        {
+            write_value(element(a, b, h, i, j), kind, value_of(s, operand, b, h / repeat, i, j));
+        }
+    }
+    struct fa_input input = input_of(a);
+    if (stored_once) {
+        input.batch[0] = input.head = 0;
+    }
+    return input;
+}
+
+static void problem_init(struct problem *p, const struct shape *s, enum fa_dtype dtype,
+                         enum layout layout, bool repeat_heads)
+{
+    const unsigned options = s->options;
+    const enum kind kind = dtype == FA_F32 ? KIND_F32 : KIND_F64;
+    const enum kind bias_kind = options & BIAS_F64 ? KIND_F64 : KIND_F32;
+    const int64_t repeat = repeat_heads ? s->heads / s->kv_heads : 1;
+    const int64_t kv_heads = s->kv_heads * repeat;
+    const int64_t lq = s->seqlen_q, lk = s->seqlen_k, d = s->head_dim, dv = s->head_dim_v;
+    *p = (struct problem){.shape = s, .kind = kind};
+    p->params = (struct fa_attention_params){
+        .dtype = dtype,
+        .bias_dtype = options & BIAS_F64 ? FA_F64 : FA_F32,
+        .softmax_axis = options & QUERIES ? FA_SOFTMAX_QUERIES : FA_SOFTMAX_KEYS,
+        .batch_ndim = 1,
+        .batch_shape = {s->batch},
+        .num_heads = s->heads,
+        .num_kv_heads = kv_heads,
+        .seqlen_q = lq,
+        .seqlen_k = lk,
+        .head_dim = d,
+        .head_dim_v = dv,
+        .scale = d > 0 ? 1 / sqrt((double)d) : 0,
+        .softcap = options & SOFTCAP ? 2.5 : 0,
+        .causal = options & CAUSAL,
+        .window_left = options & WINDOW ? 37 : -1,
+        .window_right = options & WINDOW ? 5 : -1,
+        .num_threads = 1,
+        .q = add_operand(p, Q, layout, kind, s->heads, lq, d, 1),
+        .k = add_operand(p, K, layout, kind, kv_heads, lk, d, repeat),
+        .v = add_operand(p, V, layout, kind, kv_heads, lk, dv, repeat),
+    };
+    add_operand(p, OUT, layout, kind, s->heads, lq, dv, 1);
+    add_operand(p, LSE, layout, kind, s->heads, options & QUERIES ? lk : lq, 1, 1);
+    p->params.out = output_of(&p->arrays[OUT]);
+    p->params.lse = output_of(&p->arrays[LSE]);
+
+    const struct {
+        unsigned option;
+        enum operand operand;
+        struct fa_input *input;
+        enum kind kind;
+        int64_t heads, rows, cols;
+    } optional[] = {
+        {RESIDUAL, RESIDUALS, &p->params.residual, kind, s->heads, lq, dv},
+        {BIAS_F32 | BIAS_F64, BIAS, &p->params.bias, bias_kind, s->heads, lq, lk},
+        {ALIBI, SLOPES, &p->params.alibi_slopes, KIND_F64, s->heads, 1, 1},
+        {SINKS, SINK_LOGITS, &p->params.sinks, KIND_F64, s->heads, 1, 1},
+        {MASK, MASK_BYTES, &p->params.mask, KIND_BYTE, s->heads, lq, lk},
+        {KV_LENGTHS, LENGTHS, &p->params.kv_lengths, KIND_INT64, 1, 1, 1},
+        {Q_OFFSET, OFFSETS, &p->params.q_offset, KIND_INT64, 1, 1, 1},
+        {SEGMENTS, Q_SEGMENTS, &p->params.q_segment_ids, KIND_INT64, 1, lq, 1},
+        {SEGMENTS, K_SEGMENTS, &p->params.k_segment_ids, KIND_INT64, 1, lk, 1},
+    };
+    for (size_t x = 0; x < LENGTH(optional); x++) {
+        if (options & optional[x].option) {
+            *optional[x].input =
+                add_operand(p, optional[x].operand, layout, optional[x].kind, optional[x].heads,
+                            optional[x].rows, optional[x].cols, 1);
+        }
+    }
+}
+
+static void problem_free(struct problem *p)
+{
+    for (int x = 0; x < NUM_OPERANDS; x++) {
+        array_free(&p->arrays[x]);
+    }
+}
+
+static void run(const struct fa_attention_params *params, const struct fa_kernels *kernels)
+{
+    enum fa_status status = fa_attention(params, kernels);
+    if (status != FA_OK) {
+        fprintf(stderr, "fa_attention: status %d\n", (int)status);
+        exit(2);
+    }
+}
+
+/* What a call gave: out, then lse, contiguous. */
+struct result {
+    size_t bytes, out_bytes;
+    char *data;
+};
+
+/* Take the results out of their arrays, and see that nothing else there was written. */
+static struct result collect(struct problem *p, bool *surroundings_intact)
+{
+    const size_t size = kind_size[p->kind];
+    struct result result = {0};
+    const enum operand operands[] = {OUT, LSE};
+    for (size_t x = 0; x < LENGTH(operands); x++) {
+        const struct array *a = &p->arrays[operands[x]];
+        result.out_bytes = result.bytes;
+        result.bytes += (size_t)(a->n[0] * a->n[1] * a->n[2] * a->n[3]) * size;
+    }
+    char *to = result.data = malloc(result.bytes + 1);
+    if (to == NULL) {
+        die("malloc");
+    }
+    *surroundings_intact = true;
+    for (size_t x = 0; x < LENGTH(operands); x++) {
+        const struct array *a = &p->arrays[operands[x]];
+        FOR_EACH(a)
+        {
+            char *from = element(a, b, h, i, j);
+            memcpy(to, from, size);
+            memset(from, SENTINEL, size);
+            to += size;
+        }
+        for (size_t at = 0; at < a->bytes; at++) {
+            *surroundings_intact &= (uint8_t)a->memory[at] == SENTINEL;
+        }
+    }
+    return result;
+}
+
+static bool same_bits(struct result x, struct result y)
+{
+    return x.bytes == y.bytes && memcmp(x.data, y.data, x.bytes) == 0;
+}
+
+/* ---- checks --------------------------------------------------------------------------------- */
+
+struct tally {
+    const struct fa_kernels *kernels;
+    int cases, passed, failed;
+    double worst; /* units from the scalar set */
+    uint64_t digest; /* of every case's result: equal digests are equal bits */
+};
+
+static void check(struct tally *t, const struct problem *p, bool ok, const char *what)
+{
+    const struct shape *s = p->shape;
+    if (ok) {
+        t->passed++;
+        return;
+    }
+    t->failed++;
+    printf("FAILED %s: %s: %s, case %d, options 0x%x\n", fa_kernels_name(t->kernels), what,
+           p->kind == KIND_F32 ? "float32" : "float64", (int)(s - shapes), s->options);
+}
+
+static void check_same(struct tally *t, struct problem *p, struct result expected, const char *what)
+{
+    bool intact;
+    struct result result = collect(p, &intact);
+    check(t, p, same_bits(result, expected), what);
+    check(t, p, intact, "bytes around the results");
+    free(result.data);
+}
+
+/* FNV-1a.  Whether a NaN is negative is nobody's promise. */
+static void add_to_digest(struct tally *t, struct result result, enum kind kind)
+{
+    const size_t size = kind_size[kind];
+    for (size_t at = 0; at < result.bytes; at += size) {
+        const bool nan = isnan(read_real(result.data + at, kind));
+        for (size_t x = 0; x < size; x++) {
+            t->digest ^= nan ? 0xff : (uint8_t)result.data[at + x];
+            t->digest *= 0x100000001b3u;
+        }
+    }
+}
+
+static double largest_norm(const struct array *a)
+{
+    double largest = 0, sum = 0;
+    FOR_EACH(a)
+    {
+        const double x = read_real(element(a, b, h, i, j), a->kind);
+        sum = (j == 0 ? 0 : sum) + x * x;
+        largest = fmax(largest, sum);
+    }
+    return sqrt(largest);
+}
+
+/* K of the tolerance.  Bias and sinks are below 3, slopes at most batch / 2. */
+static double score_bound(const struct problem *p)
+{
+    const struct shape *s = p->shape;
+    double bound = 1 + p->params.scale * largest_norm(&p->arrays[Q]) * largest_norm(&p->arrays[K]);
+    bound += s->options & (BIAS_F32 | BIAS_F64) ? 3 : 0;
+    bound += s->options & SINKS ? 1 : 0;
+    if (s->options & ALIBI) {
+        bound += (double)s->batch / 2 * (double)(s->seqlen_q + s->seqlen_k);
+    }
+    return bound;
+}
+
+/* In units; infinite where one is NaN, or infinite, and the other is not the same. */
+static double distance(double x, double y, double unit)
+{
+    if (x == y || (isnan(x) && isnan(y))) {
+        return 0;
+    }
+    return isfinite(x) && isfinite(y) ? fabs(x - y) / unit : INFINITY;
+}
+
+static void check_close(struct tally *t, const struct problem *p, struct result result,
+                        struct result scalar)
+{
+    const struct shape *s = p->shape;
+    const double u = p->kind == KIND_F32 ? FLT_EPSILON / 2 : DBL_EPSILON / 2;
+    const double bound = score_bound(p);
+    const double weight = s->options & QUERIES ? fmax(1, (double)s->seqlen_k) : 1;
+    double worst = 0;
+    for (size_t at = 0; at < result.bytes; at += kind_size[p->kind]) {
+        const double x = read_real(result.data + at, p->kind);
+        const double y = read_real(scalar.data + at, p->kind);
+        const double unit = at < result.out_bytes ? bound * weight + (s->options & RESIDUAL ? 1 : 0)
+                                                  : bound + (isfinite(y) ? fabs(y) : 0);
+        worst = fmax(worst, distance(x, y, u * unit));
+    }
+    t->worst = fmax(t->worst, worst);
+    check(t, p, worst <= MAX_GAUGE, "distance from the scalar set");
+}
+
+/* Rows without a key are 0, or the residual, and lse -inf. */
+static void check_empty_rows(struct tally *t, const struct problem *p, struct result result)
+{
+    const struct array *out = &p->arrays[OUT];
+    const size_t size = kind_size[p->kind];
+    const char *at = result.data, *lse = result.data + result.out_bytes;
+    bool ok = true;
+    FOR_EACH(out)
+    {
+        const bool masked = (p->shape->options & MASK) && i % 11 == 4;
+        const bool early = (p->shape->options & CAUSAL) && i + q_offset(p->shape, b) < 0;
+        if (masked || early) {
+            char expected[8] = {0};
+            if (p->shape->options & RESIDUAL) {
+                memcpy(expected, element(&p->arrays[RESIDUALS], b, h, i, j), size);
+            }
+            ok &= memcmp(at, expected, size) == 0;
+            const int64_t row = (b * out->n[1] + h) * out->n[2] + i;
+            ok &= (p->shape->options & QUERIES) ||
+                  read_real(lse + row * (int64_t)size, p->kind) == -INFINITY;
+        }
+        at += size;
+    }
+    check(t, p, ok, "rows without a key");
+}
+
+/* NaN of every sort, and infinities. */
+static void poison(char *at, enum kind kind, int64_t which)
+{
+    static const uint32_t f32[] = {0x7fc00000u, 0xffc00000u, 0x7fffffffu, 0x7f800001u,
+                                   0xff800001u, 0xffffffffu, 0x7f800000u, 0xff800000u};
+    static const uint64_t f64[] = {0x7ff8000000000000u, 0xfff8000000000000u, 0x7fffffffffffffffu,
+                                   0x7ff0000000000001u, 0xfff0000000000001u, 0xffffffffffffffffu,
+                                   0x7ff0000000000000u, 0xfff0000000000000u};
+    const size_t x = (size_t)which % LENGTH(f32);
+    memcpy(at, kind == KIND_F32 ? (const void *)&f32[x] : (const void *)&f64[x], kind_size[kind]);
+}
+
+#define NUM_NANS 6 /* of the patterns above, the first ones */
+
+static void check_poisoned_masked_keys(struct tally *t, struct problem *p, struct result expected)
+{
+    const enum operand operands[] = {K, V};
+    for (size_t x = 0; x < LENGTH(operands); x++) {
+        const struct array *a = &p->arrays[operands[x]];
+        FOR_EACH(a)
+        {
+            if (takes_no_part(p->shape, b, i)) {
+                poison(element(a, b, h, i, j), a->kind, i + j);
+            }
+        }
+    }
+    run(&p->params, t->kernels);
+    check_same(t, p, expected, "NaN in keys that take no part");
+    for (size_t x = 0; x < LENGTH(operands); x++) {
+        const struct array *a = &p->arrays[operands[x]];
+        FOR_EACH(a)
+        {
+            write_value(element(a, b, h, i, j), a->kind,
+                        value_of(p->shape, operands[x], b, h, i, j));
+        }
+    }
+}
+
+/* A NaN in a row of q, or in the last key under a causal mask, changes the rows that see it alone. */
+static void check_poisoned_row(struct tally *t, struct problem *p, struct result expected,
+                               enum operand operand, int64_t which)
+{
+    const struct shape *s = p->shape;
+    const struct array *a = &p->arrays[operand], *out = &p->arrays[OUT];
+    const int64_t row = operand == Q ? s->seqlen_q / 2 : s->seqlen_k - 1;
+    const size_t size = kind_size[p->kind];
+    for (int64_t b = 0; b < a->n[0]; b++) {
+        for (int64_t h = 0; h < a->n[1]; h++) {
+            poison(element(a, b, h, row, which % a->n[3]), a->kind, which);
+        }
+    }
+    run(&p->params, t->kernels);
+    bool intact, others_same = true, seen_is_nan = true;
+    struct result result = collect(p, &intact);
+    size_t at = 0;
+    FOR_EACH(out)
+    {
+        const int64_t position = i + q_offset(s, b);
+        const bool has_key = s->seqlen_k > 0 && (!(s->options & CAUSAL) || position >= 0);
+        const bool sees = operand == Q ? i == row && has_key : position >= row;
+        /* NaN in one column of v stays in that column. */
+        if (sees && (operand != V || j == which % a->n[3])) {
+            seen_is_nan &= isnan(read_real(result.data + at, p->kind)) != 0;
+        } else if (!sees) {
+            others_same &= memcmp(result.data + at, expected.data + at, size) == 0;
+        }
+        at += size;
+    }
+    check(t, p, others_same, "rows that see no NaN");
+    if (s->options == 0 || s->options == CAUSAL) {
+        check(t, p, seen_is_nan, "rows that see a NaN");
+    }
+    free(result.data);
+    for (int64_t b = 0; b < a->n[0]; b++) {
+        for (int64_t h = 0; h < a->n[1]; h++) {
+            const int64_t j = which % a->n[3];
+            write_value(element(a, b, h, row, j), a->kind, value_of(s, operand, b, h, row, j));
+        }
+    }
+}
+
+static struct fa_input rows_of_input(struct fa_input input, int64_t first)
+{
+    if (input.data != NULL) {
+        input.data = (const char *)input.data + first * input.row;
+    }
+    return input;
+}
+
+static struct fa_output rows_of_output(struct fa_output output, int64_t first)
+{
+    output.data = (char *)output.data + first * output.row;
+    return output;
+}
+
+/* Prefill in chunks of `length` rows. */
+static void run_in_chunks(const struct problem *p, const struct fa_kernels *kernels, int64_t length)
+{
+    const struct shape *s = p->shape;
+    struct array offsets;
+    array_init(&offsets, PLAIN, KIND_INT64, (int64_t[]){s->batch, 1, 1, 1});
+    for (int64_t first = 0; first < s->seqlen_q; first += length) {
+        struct fa_attention_params chunk = p->params;
+        for (int64_t b = 0; b < s->batch; b++) {
+            write_value(element(&offsets, b, 0, 0, 0), KIND_INT64,
+                        (double)(q_offset(s, b) + first));
+        }
+        chunk.seqlen_q = s->seqlen_q - first < length ? s->seqlen_q - first : length;
+        chunk.q_offset = input_of(&offsets);
+        chunk.q = rows_of_input(chunk.q, first);
+        chunk.residual = rows_of_input(chunk.residual, first);
+        chunk.bias = rows_of_input(chunk.bias, first);
+        chunk.mask = rows_of_input(chunk.mask, first);
+        chunk.q_segment_ids = rows_of_input(chunk.q_segment_ids, first);
+        chunk.out = rows_of_output(chunk.out, first);
+        chunk.lse = rows_of_output(chunk.lse, first);
+        run(&chunk, kernels);
+    }
+    array_free(&offsets);
+}
+
+static struct fa_input entry_of_input(struct fa_input input, int64_t b)
+{
+    if (input.data != NULL) {
+        input.data = (const char *)input.data + b * input.batch[0];
+    }
+    return input;
+}
+
+static struct fa_output entry_of_output(struct fa_output output, int64_t b)
+{
+    output.data = (char *)output.data + b * output.batch[0];
+    return output;
+}
+
+/* Batch entries one by one. */
+static void run_by_entry(const struct problem *p, const struct fa_kernels *kernels)
+{
+    for (int64_t b = 0; b < p->shape->batch; b++) {
+        struct fa_attention_params entry = p->params;
+        struct fa_input *const inputs[] = {
+            &entry.q,
+            &entry.k,
+            &entry.v,
+            &entry.residual,
+            &entry.bias,
+            &entry.mask,
+            &entry.sinks,
+            &entry.alibi_slopes,
+            &entry.q_offset,
+            &entry.kv_lengths,
+            &entry.q_segment_ids,
+            &entry.k_segment_ids,
+        };
+        for (size_t x = 0; x < LENGTH(inputs); x++) {
+            if (inputs[x] != &entry.sinks) { /* one for all entries */
+                *inputs[x] = entry_of_input(*inputs[x], b);
+            }
+        }
+        entry.out = entry_of_output(entry.out, b);
+        entry.lse = entry_of_output(entry.lse, b);
+        entry.batch_ndim = 0;
+        run(&entry, kernels);
+    }
+}
+
+/* The residual in the very memory of the result. */
+static void run_in_place(struct problem *p, const struct fa_kernels *kernels)
+{
+    const struct array *out = &p->arrays[OUT], *residual = &p->arrays[RESIDUALS];
+    FOR_EACH(out)
+    {
+        memcpy(element(out, b, h, i, j), element(residual, b, h, i, j), kind_size[p->kind]);
+    }
+    struct fa_attention_params params = p->params;
+    params.residual = input_of(out);
+    run(&params, kernels);
+}
+
+static void check_views(struct tally *t, const struct shape *s, enum fa_dtype dtype,
+                        struct result expected)
+{
+    struct problem p;
+    for (int layout = PLAIN + 1; layout < NUM_LAYOUTS; layout++) {
+        if (layout != BROADCAST || (s->options & SHARED)) {
+            problem_init(&p, s, dtype, (enum layout)layout, false);
+            run(&p.params, t->kernels);
+            check_same(t, &p, expected, layout_name[layout]);
+            problem_free(&p);
+        }
+    }
+    if (s->kv_heads < s->heads) {
+        problem_init(&p, s, dtype, PLAIN, true);
+        run(&p.params, t->kernels);
+        check_same(t, &p, expected, "repeated heads");
+        problem_free(&p);
+    }
+}
+
+/* Everything about one case on one kernel set; returns its result. */
+static struct result check_case(struct tally *t, const struct shape *s, enum fa_dtype dtype,
+                                const struct result *scalar)
+{
+    struct problem p;
+    bool intact;
+    problem_init(&p, s, dtype, PLAIN, false);
+    run(&p.params, t->kernels);
+    struct result result = collect(&p, &intact);
+    t->cases++;
+    add_to_digest(t, result, p.kind);
+    check(t, &p, intact, "bytes around the results");
+    check_close(t, &p, result, scalar == NULL ? result : *scalar);
+    check_empty_rows(t, &p, result);
+
+    run(&p.params, t->kernels);
+    check_same(t, &p, result, "run again");
+    if (fa_has_openmp()) {
+        p.params.num_threads = 2;
+        run(&p.params, t->kernels);
+        check_same(t, &p, result, "two threads");
+        p.params.num_threads = 1;
+    }
+    run_by_entry(&p, t->kernels);
+    check_same(t, &p, result, "batch entries alone");
+    if (s->options & RESIDUAL) {
+        run_in_place(&p, t->kernels);
+        check_same(t, &p, result, "residual in place");
+    }
+    if (s->options & (MASK | SEGMENTS | KV_LENGTHS)) {
+        check_poisoned_masked_keys(t, &p, result);
+    }
+    if (!(s->options & QUERIES) && s->seqlen_q > 1) {
+        const int64_t chunks[] = {1 + s->seqlen_q / 3, 24};
+        for (size_t x = 0; x < LENGTH(chunks); x++) {
+            run_in_chunks(&p, t->kernels, chunks[x]);
+            check_same(t, &p, result, "prefill in chunks");
+        }
+    }
+    if (!(s->options & QUERIES) && s->batch > 0 && s->head_dim > 0 && s->head_dim_v > 0) {
+        const int64_t which = (int64_t)(s - shapes) % NUM_NANS;
+        if (s->seqlen_q > 1) {
+            check_poisoned_row(t, &p, result, Q, which);
+        }
+        if ((s->options & CAUSAL) && !(s->options & KV_LENGTHS)) {
+            check_poisoned_row(t, &p, result, K, which);
+            check_poisoned_row(t, &p, result, V, which);
+        }
+    }
+    problem_free(&p);
+    check_views(t, s, dtype, result);
+    return result;
+}
+
+static const struct fa_kernels *find_set(const char *name)
+{
+    for (int i = 0; fa_kernels_available(i) != NULL; i++) {
+        if (strcmp(fa_kernels_name(fa_kernels_available(i)), name) == 0) {
+            return fa_kernels_available(i);
+        }
+    }
+    fprintf(stderr, "kernel set %s cannot run here\n", name);
+    exit(1);
+}
+
+int main(int argc, char **argv)
+{
+    struct tally tallies[MAX_SETS];
+    int num_sets = 0, passed = 0, failed = 0;
+    if (argc < 2 || argc - 2 > MAX_SETS) {
+        fprintf(stderr, "usage: kernel_sets WHERE [SET...]\n");
+        return 2;
+    }
+    for (int i = 0; num_sets < MAX_SETS; i++) {
+        const struct fa_kernels *kernels =
+            argc > 2 ? (i < argc - 2 ? find_set(argv[i + 2]) : NULL) : fa_kernels_available(i);
+        if (kernels == NULL) {
+            break;
+        }
+        tallies[num_sets++] = (struct tally){.kernels = kernels, .digest = 0xcbf29ce484222325u};
+    }
+    for (size_t x = 0; x < LENGTH(shapes); x++) {
+        for (int dtype = FA_F32; dtype <= FA_F64; dtype++) {
+            struct tally reference = {.kernels = find_set("scalar")};
+            struct problem p;
+            bool intact;
+            problem_init(&p, &shapes[x], (enum fa_dtype)dtype, PLAIN, false);
+            run(&p.params, reference.kernels);
+            struct result scalar = collect(&p, &intact);
+            problem_free(&p);
+            for (int i = 0; i < num_sets; i++) {
+                free(check_case(&tallies[i], &shapes[x], (enum fa_dtype)dtype, &scalar).data);
+            }
+            free(scalar.data);
+        }
+    }
+    for (int i = 0; i < num_sets; i++) {
+        const struct tally *t = &tallies[i];
+        printf("%-7s %d cases, %d checks, %s, %s OpenMP, at most %.2f of %g units from scalar, "
+               "digest %016llx\n",
+               fa_kernels_name(t->kernels), t->cases, t->passed + t->failed, argv[1],
+               fa_has_openmp() ? "with" : "without", t->worst, MAX_GAUGE,
+               (unsigned long long)t->digest);
+        passed += t->passed;
+        failed += t->failed;
+    }
+    printf("%d passed, %d failed\n", passed, failed);
+    return failed > 0;
+}
