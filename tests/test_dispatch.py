@@ -131,3 +131,43 @@ def test_no_fast_math() -> None:
     assert "-ffp-contract=off" in flags
     for forbidden in ("-ffast-math", "-Ofast", "-march=native", "-funsafe-math-optimizations"):
         assert forbidden not in flags
+
+
+# ---- hot loops ----------------------------------------------------------------------------------
+
+# One instruction of a disassembly: its address and text.
+INSTRUCTION = re.compile(r"^\s*([0-9a-f]+):\s+(.*)$", re.MULTILINE)
+BACKWARD_JUMP = re.compile(r"j\w+\s+([0-9a-f]+)")
+
+# Multiply-adds of one step of depth: MR x NR_VECTORS of csrc/kernels/vec_<isa>.h.
+TILE_FMAS = {"avx2": 12, "avx512": 24}
+
+
+def _fma_loops(path: Path, function: str) -> list[list[str]]:
+    """The loops with multiply-adds in functions of that name, as lists of instructions."""
+    command = ["objdump", "-d", "--no-show-raw-insn", str(path)]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    loops = []
+    for name, body in re.findall(r"^[0-9a-f]+ <([^>]+)>:\n((?:.+\n)+)", text, re.MULTILINE):
+        if not name.startswith(function):
+            continue
+        code = [(int(address, 16), what) for address, what in INSTRUCTION.findall(body)]
+        for end, what in code:
+            jump = BACKWARD_JUMP.match(what)
+            if jump and int(jump[1], 16) < end:
+                loop = [what for address, what in code if int(jump[1], 16) <= address <= end]
+                if any("fmadd" in what for what in loop):
+                    loops.append(loop)
+    return loops
+
+
+@needs_objects
+@needs_objdump
+@pytest.mark.parametrize("isa", TILE_FMAS)
+@pytest.mark.parametrize("function", ["matmul_tile_f32", "matmul_tile_f64"])
+def test_product_loop_does_not_spill(isa: str, function: str) -> None:
+    loops = _fma_loops(OBJECTS / "kernels" / f"kernels_{isa}.o", function)
+    assert loops
+    for loop in loops:
+        assert sum("fmadd" in what for what in loop) == TILE_FMAS[isa]
+        assert [what for what in loop if "%rsp" in what or "%rbp)" in what] == []

@@ -13,6 +13,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "memory.h"
+
 typedef float vec_f32;
 typedef double vec_f64;
 
@@ -30,20 +32,10 @@ static inline float v_set_f32(float x) { return x; }
 static inline double v_set_f64(double x) { return x; }
 static inline float v_broadcast_f32(const float *p) { return *p; }
 static inline double v_broadcast_f64(const double *p) { return *p; }
-static inline float v_load_f32(const void *p)
-{
-    float x;
-    memcpy(&x, p, sizeof x);
-    return x;
-}
-static inline double v_load_f64(const void *p)
-{
-    double x;
-    memcpy(&x, p, sizeof x);
-    return x;
-}
-static inline void v_store_f32(void *p, float x) { memcpy(p, &x, sizeof x); }
-static inline void v_store_f64(void *p, double x) { memcpy(p, &x, sizeof x); }
+static inline float v_load_f32(const void *p) { return read_f32(p); }
+static inline double v_load_f64(const void *p) { return read_f64(p); }
+static inline void v_store_f32(void *p, float x) { write_f32(p, x); }
+static inline void v_store_f64(void *p, double x) { write_f64(p, x); }
 static inline float v_add_f32(float a, float b) { return a + b; }
 static inline double v_add_f64(double a, double b) { return a + b; }
 static inline float v_sub_f32(float a, float b) { return a - b; }
