@@ -21,6 +21,9 @@ import hashlib, os, signal, sys, threading, time
 import numpy as np
 import fastattn as fa
 
+# A job in the background inherits SIGINT as ignored, and Python then leaves it so.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 def make(seqlen, batch=1, num_heads=1, head_dim=64, dtype=np.float32):
     rng = np.random.default_rng(0)
     shape = (batch, num_heads, seqlen, head_dim)
