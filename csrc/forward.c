@@ -142,7 +142,7 @@ static void store_rows(const struct fa_forward *forward, const struct task *task
         }
         if (head->sinks != NULL) {
             memcpy(&result.sink, head->sinks + member * p->sinks.head, sizeof result.sink);
-            result.sink *= 1.4426950408889634074; /* base 2, as the scores */
+            result.sink *= FA_LOG2_E;
         }
         if (head->lse != NULL && task->first_col == 0) {
             result.lse = head->lse + member * p->lse.head + token * p->lse.row;

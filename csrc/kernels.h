@@ -17,6 +17,10 @@
 
 #include "fastattn.h"
 
+/* log2(e) and ln(2): between natural and base-2 logarithms. */
+#define FA_LOG2_E 1.4426950408889634074
+#define FA_LN_2 0.69314718055994530942
+
 /* Rows of a score tile.  A multiple of every set's MR; small enough that the score tile, its Q rows
  * and one packed panel share a 32 KiB L1 (24 x 128 float32 scores = 12 KiB). */
 #define FA_TILE_Q 24

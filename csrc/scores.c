@@ -1,10 +1,6 @@
 #include "scores.h"
 
-#include <math.h>
 #include <string.h>
-
-/* Scores are base-2 logarithms (see kernels.h). */
-#define LOG2_E 1.4426950408889634074
 
 /* Mask bytes of one row as 0 or 1. */
 static void copy_mask_row(uint8_t *dst, const char *src, int64_t stride, int64_t n)
@@ -117,7 +113,7 @@ void fa_load_rows(const struct fa_head *head, struct fa_workspace *ws, int64_t f
     const struct fa_geometry *g = head->geometry;
     const struct fa_attention_params *p = g->params;
     const int64_t mr = (int64_t)g->ops->mr;
-    const double scale = p->softcap > 0 ? p->scale / p->softcap : p->scale * LOG2_E;
+    const double scale = p->softcap > 0 ? p->scale / p->softcap : p->scale * FA_LOG2_E;
     const void *src[FA_TILE_Q];
 
     for (int64_t r = 0; r < rows; r += FA_TILE_Q) {
@@ -168,7 +164,7 @@ static void edit_row(const struct fa_tile *tile, int64_t r, char *scores, const 
     if (head->alibi_slopes != NULL) {
         double slope = read_double(head->alibi_slopes + member * p->alibi_slopes.head);
         int64_t distance = token + head->q_offset - first_key;
-        g->ops->add_alibi(scores, (size_t)tile->columns, slope * LOG2_E, distance);
+        g->ops->add_alibi(scores, (size_t)tile->columns, slope * FA_LOG2_E, distance);
     }
     if (tile->use_mask) {
         g->ops->mask_bytes(scores, (size_t)tile->columns, mask);
@@ -196,7 +192,7 @@ void fa_tile_scores(const struct fa_tile *tile, struct fa_workspace *ws)
                 (size_t)g->block_k, false);
     if (g->params->softcap > 0) {
         ops->softcap(scores, (size_t)g->block_k, (size_t)tile->rows, (size_t)tile->columns,
-                     g->params->softcap * LOG2_E);
+                     g->params->softcap * FA_LOG2_E);
     }
     if (head->bias == NULL && head->alibi_slopes == NULL && !tile->use_mask && !tile->use_range) {
         return;

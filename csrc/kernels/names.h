@@ -39,7 +39,4 @@ typedef double real_f64;
 #define FA_DTYPE_f32 FA_F32
 #define FA_DTYPE_f64 FA_F64
 
-#define LOG2_E 1.4426950408889634074
-#define LN_2 0.69314718055994530942
-
 #endif

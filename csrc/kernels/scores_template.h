@@ -16,7 +16,7 @@ static void FN(softcap)(void *s, size_t ld, size_t rows, size_t n, double cap2)
 static inline VEC FN(bias_to_base2)(VEC bias)
 {
     const VEC max = V(set)(REAL_MAX), min = V(set)(-REAL_MAX);
-    VEC b2 = V(mul)(bias, V(set)((REAL)LOG2_E));
+    VEC b2 = V(mul)(bias, V(set)((REAL)FA_LOG2_E));
     b2 = V(select_lt)(b2, min, min, b2);
     b2 = V(select_lt)(max, b2, max, b2);
     return V(select_lt)(max, V(abs)(bias), bias, b2);

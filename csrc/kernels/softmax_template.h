@@ -90,7 +90,7 @@ static void FN(softmax_store)(const void *row_max, const void *row_sum, const vo
             total += exp2(result->sink - top);
         }
         factor = weight / total;
-        lse = (top + log2(total)) * LN_2;
+        lse = (top + log2(total)) * FA_LN_2;
     }
     FN(store_row)((const REAL *)acc + result->row * ldacc, (REAL)factor, result);
     if (result->lse != NULL) {

@@ -17,7 +17,7 @@ static inline VEC FN(tanh)(VEC x)
     }
     VEC small = V(fma)(V(mul)(a, z), p, a);
     VEC cut = V(select_lt)(limit, a, limit, a);
-    VEC e = FN(exp2)(V(mul)(cut, V(set)((REAL)(2 * LOG2_E))));
+    VEC e = FN(exp2)(V(mul)(cut, V(set)((REAL)(2 * FA_LOG2_E))));
     VEC large = V(sub)(one, V(div)(V(set)(2), V(add)(e, one)));
     return V(copysign)(V(select_lt)(a, V(set)((REAL)0.625), small, large), x);
 }
