@@ -24,7 +24,7 @@ TEST_ENV := OPENBLAS_NUM_THREADS=1
 # These reach every option and every tail in two minutes; ASAN_TESTS=tests is all of them.
 ASAN_TESTS ?= tests/test_guard_pages.py tests/test_config.py
 
-.PHONY: demo test bench lint asan emulate docs clean help
+.PHONY: demo test bench microbench lint asan emulate docs clean help
 .DEFAULT_GOAL := help
 
 demo: $(BUILT)  ## find sentences with a real encoder, check and measure it
@@ -55,6 +55,12 @@ asan: $(BUILT) $(VENV)/extra-test  ## run tests under AddressSanitizer and UBSan
 	    LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
 	    $(PY) -m pytest -s $(ASAN_TESTS) $(ARGS)
 
+# Links the objects of the last build; the cost of a loop is its own, whatever else the machine does.
+microbench: $(BUILT)  ## the inner loops alone, as shares of the multiply-add peak
+	$(CC) -std=c11 -O2 -Icsrc bench/microbench.c \
+	    build/objects/csrc/*.o build/objects/csrc/kernels/*.o -fopenmp -lm -o build/microbench
+	build/microbench
+
 emulate:  ## run every kernel set, those that this CPU lacks under an emulator
 	$(PYTHON) tests/emulate.py
 
@@ -67,7 +73,7 @@ clean:  ## remove everything that the other targets made
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(VENV)/base: pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "fastattn needs Python 3.11"'

@@ -3,7 +3,7 @@
     pytest bench/bench_attention.py --benchmark-group-by=param:name
 
 Every contender's result is checked against fastattn.reference before it is timed.  All run in this
-one process, one after the other; for figures to quote, use compare_torch.py.
+one process, one after the other; for figures to quote, use ``python -m fastattn bench``.
 """
 
 from collections.abc import Callable
@@ -12,11 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from workloads import WORKLOADS, Workload
 
 import fastattn as fa
+from fastattn.bench.workloads import DECODE, GRID, Workload
 
 Call = Callable[[], np.ndarray]
+
+NAMES = ("prefill-2k", "prefill-2k-causal", "prefill-4k-wide", "grouped-1k-causal", "many-short")
+WORKLOADS = {w.name: w for w in (*GRID, *DECODE) if w.name in NAMES or w in DECODE}
 
 # A score matrix above this many elements is left out of the NumPy cases: it is a test of swap.
 NUMPY_MAX_SCORES = 2**28

@@ -134,4 +134,12 @@ bool fa_has_openmp(void);
  * threadpoolctl and torch.set_num_threads lower it. */
 int fa_openmp_max_threads(void);
 
+/* For benchmarks: seconds and operations of `rounds` (>= 1, rounded up a little) times a dozen or two
+ * vector multiply-adds without memory on each of num_threads threads: flops / seconds is the most that
+ * this kernel set can reach on this machine. */
+enum fa_status fa_probe_fma(const struct fa_kernels *kernels, enum fa_dtype dtype, int64_t rounds,
+                            int num_threads, double *seconds, double *flops);
+/* For benchmarks: seconds to read `bytes` bytes once, all threads together.  data is aligned to 8. */
+enum fa_status fa_probe_read(const void *data, int64_t bytes, int num_threads, double *seconds);
+
 #endif

@@ -100,6 +100,10 @@ struct fa_ops {
                            const void *col_inverse);
     /* out = acc (+ residual): softmax over queries has nothing left to divide by. */
     void (*store)(const void *acc, const struct fa_row_result *result);
+
+    /* For benchmarks: `rounds` times the same number of multiply-adds x = x * factor + x on registers
+     * only.  Returns how many operations one round is. */
+    double (*probe_fma)(int64_t rounds, double factor);
 };
 
 struct fa_kernels {

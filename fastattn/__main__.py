@@ -1,10 +1,11 @@
-"""The command line: ``python -m fastattn info | selftest | demo``."""
+"""The command line: ``python -m fastattn info | selftest | demo | bench``."""
 
 import argparse
 import json
 import sys
 
 from fastattn import demo, selftest
+from fastattn.bench import cli as bench
 from fastattn.config import show_config
 
 
@@ -55,6 +56,11 @@ def main(argv: list[str] | None = None) -> int:
     show = commands.add_parser("demo", help="find sentences with a real encoder, and measure it")
     demo.add_arguments(show)
     show.set_defaults(run=demo.run)
+
+    measure = commands.add_parser(
+        "bench", help="time attention beside other libraries' and the machine's peak"
+    )
+    bench.add_arguments(measure)
 
     arguments = parser.parse_args(argv)
     status: int = arguments.run(arguments)

@@ -8,6 +8,7 @@ buffer protocol, so that neither NumPy's headers nor its ABI are needed.
 import os
 
 from cpython.buffer cimport (
+    PyBUF_SIMPLE,
     PyBUF_STRIDED,
     PyBUF_STRIDES,
     PyBuffer_Release,
@@ -250,6 +251,33 @@ def describe(
         "tiles_total": plan.tiles_total,
         "tiles_computed": plan.tiles_computed,
     }
+
+
+def probe_fma(str isa, bint double_precision, int64_t rounds, int num_threads):
+    cdef const fa_kernels *kernels = find_kernels(isa)
+    cdef fa_dtype dtype = FA_F64 if double_precision else FA_F32
+    cdef fa_status status
+    cdef double seconds = 0.0, flops = 0.0
+    with nogil:
+        status = fa_probe_fma(kernels, dtype, rounds, num_threads, &seconds, &flops)
+    check(status, [])
+    return seconds, flops
+
+
+def probe_read(array, int num_threads):
+    cdef views held
+    cdef Py_buffer *view
+    cdef fa_status status
+    cdef double seconds = 0.0
+    held.count = 0
+    try:
+        view = acquire(&held, array, PyBUF_SIMPLE)
+        with nogil:
+            status = fa_probe_read(view.buf, view.len, num_threads, &seconds)
+    finally:
+        release(&held)
+    check(status, [])
+    return seconds
 
 
 def available_isas():

@@ -74,3 +74,11 @@ cdef extern from "fastattn.h" nogil:
     fa_status fa_watch_fork() noexcept
     bint fa_has_openmp() noexcept
     int fa_openmp_max_threads() noexcept
+
+    fa_status fa_probe_fma(
+        const fa_kernels *kernels, fa_dtype dtype, int64_t rounds, int num_threads, double *seconds,
+        double *flops
+    ) noexcept
+    fa_status fa_probe_read(
+        const void *data, int64_t bytes, int num_threads, double *seconds
+    ) noexcept

@@ -23,6 +23,8 @@
 
 #include "column_template.h"
 
+#include "probe_template.h"
+
 static const struct fa_ops FN(ops) = {
     .size = sizeof(REAL),
     .mr = MR,
@@ -46,4 +48,5 @@ static const struct fa_ops FN(ops) = {
     .column_finish = FN(column_finish),
     .column_weights = FN(column_weights),
     .store = FN(store),
+    .probe_fma = FN(probe_fma),
 };

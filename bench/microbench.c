@@ -1,0 +1,175 @@
+/* The inner loops alone, on data that stays in L1, beside a loop of multiply-adds on registers only.
+ *
+ *     make microbench
+ *
+ * A line per kernel set and element type:
+ *   q k^T, p v   the two products of a score tile, as shares of the register-only loop
+ *   softmax      softmax_update, the exponentials included, in cycles per 8 scores
+ *   pack k, v    in cycles per 8 elements
+ * A cycle is the time of 32 float32 or 16 float64 operations of the register-only loop: what a core with
+ * two 256-bit multiply-add pipes does in one.
+ *
+ * The contenders take turns in short bursts and the best burst of each counts, because other programs
+ * on the machine only ever slow one down.
+ */
+#define _POSIX_C_SOURCE 200809L
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <time.h>
+
+#include "geometry.h"
+#include "kernels.h"
+#include "workspace.h"
+
+#define TURNS 400
+/* Calls per burst: about 100 us, long against reading the clock, short against a time slice. */
+#define CALLS 16
+#define FMA_ROUNDS 20000
+
+enum loop { FMA, SCORES, VALUES, SOFTMAX, PACK_KEYS, PACK_VALUES, LOOPS };
+
+struct bench {
+    const struct fa_ops *ops;
+    struct fa_geometry geometry;
+    struct fa_workspace ws;
+    char *k, *v; /* one block, as a caller's contiguous arrays */
+};
+
+static double processor_seconds(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static void run(const struct bench *b, enum loop loop)
+{
+    const struct fa_ops *ops = b->ops;
+    const struct fa_geometry *g = &b->geometry;
+    const struct fa_workspace *ws = &b->ws;
+    const size_t dim = (size_t)g->params->head_dim, block_k = (size_t)g->block_k;
+    const int64_t row = (int64_t)(dim * ops->size), size = (int64_t)ops->size;
+    switch (loop) {
+    case SCORES:
+        ops->matmul(FA_TILE_Q, dim, block_k / ops->nr, ws->q, dim, ws->k, dim * ops->nr, ws->scores,
+                    block_k, false);
+        break;
+    case VALUES:
+        ops->matmul(FA_TILE_Q, block_k, dim / ops->nr, ws->scores, block_k, ws->v,
+                    block_k * ops->nr, ws->acc, dim, true);
+        break;
+    case SOFTMAX:
+        ops->softmax_update(ws->scores, block_k, FA_TILE_Q, block_k, ws->row_max, ws->row_sum,
+                            ws->acc, dim);
+        break;
+    case PACK_KEYS:
+        ops->pack_keys(ws->k, block_k, dim, b->k, row, size);
+        break;
+    case PACK_VALUES:
+        ops->pack_values(ws->v, block_k * ops->nr, block_k, dim, b->v, row, size);
+        break;
+    default:
+        break;
+    }
+}
+
+/* Seconds of the best burst of each loop, per call. */
+static void measure(const struct bench *b, double best[LOOPS])
+{
+    for (int i = 0; i < LOOPS; i++) {
+        best[i] = INFINITY;
+    }
+    for (int turn = 0; turn < TURNS; turn++) {
+        for (int i = 0; i < LOOPS; i++) {
+            double start = processor_seconds();
+            if (i == FMA) {
+                volatile double sink = b->ops->probe_fma(FMA_ROUNDS, -2.0);
+                (void)sink;
+            } else {
+                for (int call = 0; call < CALLS; call++) {
+                    run(b, (enum loop)i);
+                }
+            }
+            double seconds = (processor_seconds() - start) / (i == FMA ? 1 : CALLS);
+            best[i] = seconds < best[i] ? seconds : best[i];
+        }
+    }
+}
+
+static void fill(char *data, int64_t count, enum fa_dtype dtype)
+{
+    for (int64_t i = 0; i < count; i++) {
+        double x = (double)(rand() % 2001 - 1000) / 1000;
+        if (dtype == FA_F32) {
+            ((float *)(void *)data)[i] = (float)x;
+        } else {
+            ((double *)(void *)data)[i] = x;
+        }
+    }
+}
+
+static int report(const struct fa_kernels *kernels, enum fa_dtype dtype, int64_t head_dim)
+{
+    struct fa_attention_params params = {
+        .dtype = dtype,
+        .num_heads = 1,
+        .num_kv_heads = 1,
+        .seqlen_q = 4096,
+        .seqlen_k = 4096,
+        .head_dim = head_dim,
+        .head_dim_v = head_dim,
+        .num_threads = 1,
+    };
+    struct bench b = {.ops = fa_ops_for(kernels, dtype)};
+    int64_t bytes;
+    if (fa_geometry_init(&b.geometry, &params, b.ops) != FA_OK ||
+        !fa_workspace_bytes(&b.geometry, &bytes)) {
+        return 1;
+    }
+    const int64_t elements = b.geometry.block_k * head_dim;
+    char *memory = fa_allocate(bytes);
+    b.k = fa_allocate(elements * (int64_t)b.ops->size);
+    b.v = fa_allocate(elements * (int64_t)b.ops->size);
+    if (memory == NULL || b.k == NULL || b.v == NULL) {
+        return 1;
+    }
+    b.ws = fa_workspace_of(&b.geometry, memory, 0);
+    fill(b.k, elements, dtype);
+    fill(b.v, elements, dtype);
+    fill(b.ws.q, FA_TILE_Q * head_dim, dtype);
+    b.ops->softmax_begin(b.ws.row_max, b.ws.row_sum, b.ws.acc, FA_TILE_Q, (size_t)head_dim);
+
+    double best[LOOPS];
+    measure(&b, best);
+    const double flops = 2.0 * (double)(b.ops->mr * b.ops->nr) * FMA_ROUNDS / best[FMA];
+    const double cycle = (dtype == FA_F32 ? 32 : 16) / flops;
+    const double scores = FA_TILE_Q * (double)b.geometry.block_k;
+    const double product = 2 * scores * (double)head_dim / flops;
+    printf("%-7s %s  head_dim %3d  %6.1f GFLOP/s  q k^T %5.1f %%  p v %5.1f %%  softmax %5.2f  "
+           "pack k %5.2f  pack v %5.2f\n",
+           fa_kernels_name(kernels), dtype == FA_F32 ? "float32" : "float64", (int)head_dim,
+           flops / 1e9, 100 * product / best[SCORES], 100 * product / best[VALUES],
+           best[SOFTMAX] / cycle / (scores / 8), best[PACK_KEYS] / cycle / ((double)elements / 8),
+           best[PACK_VALUES] / cycle / ((double)elements / 8));
+    fa_release(memory);
+    fa_release(b.k);
+    fa_release(b.v);
+    return 0;
+}
+
+int main(void)
+{
+    int failed = 0;
+    /* The scalar set runs on other pipes: the cycle above is not its own. */
+    for (int i = 0; fa_kernels_available(i) != NULL; i++) {
+        if (fa_kernels_available(i)->f32->vl == 1) {
+            continue;
+        }
+        failed |= report(fa_kernels_available(i), FA_F32, 64);
+        failed |= report(fa_kernels_available(i), FA_F32, 128);
+        failed |= report(fa_kernels_available(i), FA_F64, 64);
+    }
+    return failed;
+}

@@ -1,0 +1,444 @@
+"""Measure: contenders in processes of their own that take turns, the machine's peak among them."""
+
+import contextlib
+import ctypes
+import datetime
+import gc
+import math
+import multiprocessing
+import os
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastattn import _core, config
+from fastattn.bench.contenders import CONTENDERS, Unsupported, check, environment
+from fastattn.bench.workloads import Workload
+
+#: Raised when the meaning of the JSON changes.
+SCHEMA = 1
+
+# A turn lasts at least this long, of as many calls as it takes: clocks and threads wake slowly.
+TURN_SECONDS = 0.01
+# Before each turn: the threads of the one before stop waiting for more work meanwhile.
+PAUSE_SECONDS = 0.002
+# The peak's turn: about 10 ms on any kernel set of a recent CPU.
+PEAK_FLOPS_PER_THREAD = 1e9
+PEAK_FLOPS_PER_THREAD_SCALAR = 5e7
+READ_BYTES = 256 << 20
+READ_REPEATS = 5
+# A contender that holds whole score matrices has about this many at a time; it is left out where
+# they would take more than half of the free memory.
+SCORE_COPIES = 3
+
+# Sizes for a first call that loads what a library loads lazily.
+WARM_UP_LENGTH = 64
+
+
+# ---- in the contender's process -----------------------------------------------------------------
+
+
+def resident_bytes(field: str, reset_peak: bool = False) -> int | None:
+    """Memory of this process now (VmRSS) or at its highest (VmHWM).
+
+    Parameters
+    ----------
+    field : {"VmRSS", "VmHWM"}
+        What to read.
+    reset_peak : bool
+        First set VmHWM to VmRSS.
+
+    Returns
+    -------
+    int or None
+        Bytes; None outside Linux.
+
+    Examples
+    --------
+    >>> from fastattn.bench.runner import resident_bytes
+    >>> (resident_bytes("VmRSS") or 1) > 0
+    True
+    """
+    try:
+        if reset_peak:
+            Path("/proc/self/clear_refs").write_text("5")  # proc_pid_clear_refs(5)
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    found = re.search(rf"^{field}:\s+(\d+) kB$", status, flags=re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
+
+
+def _return_freed_memory() -> None:
+    """Give back what the C library holds for reuse: a call that takes it would seem to use none."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # only glibc has malloc_trim
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _serve(name: str, workload: Workload, num_threads: int, pipe: Connection) -> None:
+    """A contender's process: prepare, check, then one turn per request."""
+    try:
+        make = CONTENDERS[name].make
+        length = min(WARM_UP_LENGTH, workload.seqlen_q)
+        small = workload._replace(seqlen_q=length, seqlen_k=length, option="", causal=False)
+        make(small, num_threads).run()
+        call = make(workload, num_threads)
+
+        _return_freed_memory()
+        before = resident_bytes("VmRSS", reset_peak=True)
+        result = call.run()
+        peak = resident_bytes("VmHWM")
+        check(call, result, workload)
+        del result
+    except Unsupported as reason:
+        pipe.send({"skipped": str(reason)})
+        return
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        pipe.send({"failed": f"{type(error).__name__}: {lines[0]}"})
+        return
+
+    run = call.run
+    start = time.perf_counter()
+    run()
+    once = time.perf_counter() - start
+    repeats = max(1, math.ceil(TURN_SECONDS / max(once, 1e-7)))
+    used = None if before is None or peak is None else max(0, peak - before)
+    pipe.send({"memory_bytes": used})
+    while pipe.recv():
+        time.sleep(PAUSE_SECONDS)
+        if repeats > 1:
+            run()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            run()
+        elapsed = time.perf_counter() - start
+        pipe.send(elapsed / repeats)
+
+
+def probe_peak(dtype: str, num_threads: int) -> float:
+    """Multiply-adds on registers only, by the kernel set that calls use.
+
+    Parameters
+    ----------
+    dtype : {"float32", "float64"}
+        Of the numbers.
+    num_threads : int
+        All at once.
+
+    Returns
+    -------
+    float
+        Operations per second.
+
+    Examples
+    --------
+    >>> from fastattn.bench.runner import probe_peak
+    >>> probe_peak("float32", 1) > 0
+    True
+    """
+    double = dtype == "float64"
+    _, flops_of_a_round = _core.probe_fma(config.ISA, double, 8, num_threads)
+    flops_of_a_round /= 8 * num_threads
+    scalar = config.ISA == "scalar"
+    goal = PEAK_FLOPS_PER_THREAD_SCALAR if scalar else PEAK_FLOPS_PER_THREAD
+    rounds = int(goal / flops_of_a_round)
+    seconds, flops = _core.probe_fma(config.ISA, double, rounds, num_threads)
+    return flops / seconds
+
+
+def probe_bandwidth(num_threads: int, num_bytes: int = READ_BYTES) -> float:
+    """Read memory once, all threads together; the best of a few times.
+
+    Parameters
+    ----------
+    num_threads : int
+        All at once.
+    num_bytes : int
+        Size of the memory: far larger than the caches.
+
+    Returns
+    -------
+    float
+        Bytes per second.
+
+    Examples
+    --------
+    >>> from fastattn.bench.runner import probe_bandwidth
+    >>> probe_bandwidth(1, 1 << 20) > 0
+    True
+    """
+    memory = np.ones(num_bytes // 8)
+    seconds = min(_core.probe_read(memory, num_threads) for _ in range(READ_REPEATS))
+    return memory.nbytes / seconds
+
+
+def _serve_probes(dtype: str, num_threads: int, pipe: Connection) -> None:
+    """The probes' process: told by "read" or "peak" what to measure."""
+    while request := pipe.recv():
+        if request == "read":
+            pipe.send(probe_bandwidth(num_threads))
+        else:
+            time.sleep(PAUSE_SECONDS)
+            pipe.send(probe_peak(dtype, num_threads))
+
+
+# ---- in the process of the command --------------------------------------------------------------
+
+
+class ChildDied(Exception):
+    """A contender's process ended without an answer."""
+
+
+class _Child:
+    """A process at the other end of a pipe."""
+
+    def __init__(self, target: Callable[..., None], *arguments: Any, num_threads: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(
+            target=target, args=(*arguments, num_threads, theirs), daemon=True
+        )
+        with _environment(environment(num_threads)):
+            self.process.start()
+        theirs.close()
+
+    def receive(self) -> Any:
+        try:
+            return self.pipe.recv()
+        except EOFError:
+            self.process.join()
+            raise ChildDied(f"its process ended with status {self.process.exitcode}") from None
+
+    def ask(self, request: object) -> Any:
+        try:
+            self.pipe.send(request)
+        except BrokenPipeError:
+            pass  # receive says more
+        return self.receive()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.pipe.send(None)
+        self.process.join(timeout=5)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+        self.process.close()
+        self.pipe.close()
+
+
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set variables for a child that is started meanwhile."""
+    saved = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in saved.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _free_memory() -> float:
+    try:
+        found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.M)
+    except OSError:
+        found = None
+    return int(found[1]) * 1024.0 if found else math.inf
+
+
+def measure(
+    workload: Workload, contenders: Sequence[str], num_threads: int, rounds: int
+) -> dict[str, Any]:
+    """Measure one workload.
+
+    Parameters
+    ----------
+    workload : Workload
+        What is computed.
+    contenders : sequence of str
+        Keys of `CONTENDERS`.
+    num_threads : int
+        Of every contender, unless the workload has its own number.
+    rounds : int
+        Turns of each.
+
+    Returns
+    -------
+    dict
+        The entry of this workload in the JSON's ``"results"``.
+    """
+    num_threads = workload.num_threads or num_threads
+    children: dict[str, _Child] = {}
+    shown: dict[str, dict[str, Any]] = {}
+    left_out: dict[str, str] = {}
+    peaks = []
+    with contextlib.ExitStack() as stack:
+        for name in contenders:
+            score_bytes = workload.num_scores * np.dtype(workload.dtype).itemsize
+            if CONTENDERS[name].holds_scores and SCORE_COPIES * score_bytes > _free_memory() / 2:
+                left_out[name] = "not enough memory"
+                continue
+            child = _Child(_serve, name, workload, num_threads=num_threads)
+            stack.callback(child.close)
+            try:
+                answer = child.receive()
+            except ChildDied as error:
+                answer = {"failed": str(error)}
+            if reason := answer.get("skipped") or answer.get("failed"):
+                left_out[name] = reason if "skipped" in answer else f"failed: {reason}"
+                continue
+            children[name] = child
+            shown[name] = {**answer, "seconds": []}
+        probes = _Child(_serve_probes, workload.dtype, num_threads=num_threads)
+        stack.callback(probes.close)
+        for _ in range(rounds):
+            peaks.append(probes.ask("peak"))
+            for name, child in children.items():
+                shown[name]["seconds"].append(child.ask(True))
+
+    peak = max(peaks)
+    for entry in shown.values():
+        entry["median"] = statistics.median(entry["seconds"])
+        entry["best"] = min(entry["seconds"])
+        entry["gflops"] = workload.flops / entry["median"] / 1e9
+        entry["share_of_peak"] = workload.flops / entry["median"] / peak
+    ours = shown.get("fastattn")
+    for entry in shown.values():
+        entry["ratio"] = entry["median"] / ours["median"] if ours else None
+    return {
+        "workload": workload.name,
+        "label": workload.label,
+        "seqlen": workload.seqlen_q,
+        "flops": workload.flops,
+        "num_threads": num_threads,
+        "peak_gflops": peak / 1e9,
+        "contenders": shown,
+        "left_out": left_out,
+    }
+
+
+def read_bandwidth(num_threads: int) -> float:
+    """`probe_bandwidth` in a process of its own.
+
+    Parameters
+    ----------
+    num_threads : int
+        All at once.
+
+    Returns
+    -------
+    float
+        Bytes per second.
+    """
+    child = _Child(_serve_probes, "float32", num_threads=num_threads)
+    try:
+        rate: float = child.ask("read")
+    finally:
+        child.close()
+    return rate
+
+
+def machine() -> dict[str, Any]:
+    """What tells this machine and installation from others.
+
+    Returns
+    -------
+    dict
+        The JSON's ``"machine"``; strings and numbers only, None for what is not known.
+
+    Examples
+    --------
+    >>> from fastattn.bench.runner import machine
+    >>> machine()["cpus"] >= 1
+    True
+    """
+
+    def read(path: str, pattern: str = "(.+)") -> str | None:
+        try:
+            found = re.search(pattern, Path(path).read_text(), flags=re.MULTILINE)
+        except (OSError, UnicodeDecodeError):
+            return None
+        return found[1].strip() if found else None
+
+    cpu = "/sys/devices/system/cpu/cpu0"
+    shown = config.show_config("dicts")
+    return {
+        "cpu": read("/proc/cpuinfo", r"^model name\s*:(.+)$") or platform.processor() or None,
+        "architecture": platform.machine(),
+        "cpus": config.affinity_cpus(),
+        "cgroup_cpus": config.cgroup_cpus(),
+        "l2": read(f"{cpu}/cache/index2/size"),
+        "l3": read(f"{cpu}/cache/index3/size"),
+        "memory": read("/proc/meminfo", r"^MemTotal:(.+)$"),
+        "governor": read(f"{cpu}/cpufreq/scaling_governor"),
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "fastattn": shown["fastattn"]["version"],
+        "kernels": config.ISA,
+        "compiler": shown["build"]["compiler"],
+        "flags": shown["build"]["flags"],
+        "numpy": np.__version__,
+    }
+
+
+def run(
+    workloads: Sequence[Workload],
+    contenders: Mapping[str, str],
+    num_threads: int,
+    rounds: int,
+    *,
+    start: Callable[[dict[str, Any]], None] = lambda report: None,
+    each: Callable[[dict[str, Any]], None] = lambda result: None,
+) -> dict[str, Any]:
+    """Measure everything.
+
+    Parameters
+    ----------
+    workloads : sequence of Workload
+        What is computed.
+    contenders : mapping
+        Name to version, as `fastattn.bench.contenders.installed` returns.
+    num_threads : int
+        Of every contender.
+    rounds : int
+        Turns of each on each workload.
+    start : callable
+        Given the report before its first result.
+    each : callable
+        Given every result as it comes.
+
+    Returns
+    -------
+    dict
+        What the JSON holds.
+    """
+    report: dict[str, Any] = {
+        "schema": SCHEMA,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "versions": dict(contenders),
+        "num_threads": num_threads,
+        "rounds": rounds,
+        "read_gbytes_per_second": read_bandwidth(num_threads) / 1e9,
+        "results": [],
+    }
+    start(report)
+    for workload in workloads:
+        result = measure(workload, tuple(contenders), num_threads, rounds)
+        report["results"].append(result)
+        each(result)
+    return report
