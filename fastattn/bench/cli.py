@@ -119,6 +119,9 @@ def _guarded(function: Callable[[argparse.Namespace], int], args: argparse.Names
     except (BenchError, runner.ChildDied) as error:
         print(f"fastattn bench: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("fastattn bench: interrupted", file=sys.stderr)
+        return 130
 
 
 def _chosen_workloads(args: argparse.Namespace) -> list[Workload]:

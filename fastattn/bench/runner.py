@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import platform
 import re
+import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -83,8 +84,16 @@ def _return_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def _requests(pipe: Connection) -> Iterator[Any]:
+    """What the command asks for, until it closes the pipe or is gone."""
+    with contextlib.suppress(EOFError):
+        while request := pipe.recv():
+            yield request
+
+
 def _serve(name: str, workload: Workload, num_threads: int, pipe: Connection) -> None:
     """A contender's process: prepare, check, then one turn per request."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command, which ends this
     try:
         make = CONTENDERS[name].make
         length = min(WARM_UP_LENGTH, workload.seqlen_q)
@@ -113,7 +122,7 @@ def _serve(name: str, workload: Workload, num_threads: int, pipe: Connection) ->
     repeats = max(1, math.ceil(TURN_SECONDS / max(once, 1e-7)))
     used = None if before is None or peak is None else max(0, peak - before)
     pipe.send({"memory_bytes": used})
-    while pipe.recv():
+    for _ in _requests(pipe):
         time.sleep(PAUSE_SECONDS)
         if repeats > 1:
             run()
@@ -183,7 +192,8 @@ def probe_bandwidth(num_threads: int, num_bytes: int = READ_BYTES) -> float:
 
 def _serve_probes(dtype: str, num_threads: int, pipe: Connection) -> None:
     """The probes' process: told by "read" or "peak" what to measure."""
-    while request := pipe.recv():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for request in _requests(pipe):
         if request == "read":
             pipe.send(probe_bandwidth(num_threads))
         else:
