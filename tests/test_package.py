@@ -72,7 +72,7 @@ def test_wheel_holds_the_package_alone(dist: Path) -> None:
     else:
         assert "-cp311-abi3-" in path.name
     modules = {name for name in names if name.startswith("fastattn/")}
-    sources = _files("fastattn/*.py", "fastattn/*.pyi", "fastattn/py.typed")
+    sources = _files("fastattn/*.py", "fastattn/*/*.py", "fastattn/*.pyi", "fastattn/py.typed")
     [extension] = modules - sources
     assert sources <= modules
     assert re.fullmatch(r"fastattn/_core\.[\w.-]*so", extension)
