@@ -28,6 +28,9 @@ enum fa_status {
 
 enum fa_dtype { FA_F32 = 0, FA_F64 = 1 };
 
+/* Bytes of an element. */
+static inline int64_t fa_dtype_size(enum fa_dtype dtype) { return dtype == FA_F32 ? 4 : 8; }
+
 enum fa_softmax_axis {
     FA_SOFTMAX_KEYS = 0,    /* weights of each query sum to one over the keys */
     FA_SOFTMAX_QUERIES = 1, /* weights of each key sum to one over the queries */

@@ -49,20 +49,24 @@ static void add_weighted_values(const struct fa_tile *tile, struct fa_workspace 
 {
     const struct fa_geometry *g = tile->head->geometry;
     const struct fa_ops *ops = g->ops;
-    const int64_t size = (int64_t)ops->size, nr = (int64_t)ops->nr, mr = (int64_t)ops->mr;
-    const size_t rows = (size_t)(fa_ceil_div(tile->rows, mr) * mr);
-    const size_t depth = (size_t)tile->keys;
-    const size_t panels = (size_t)fa_ceil_div(cols, nr);
-    const char *v = ws->v + tile->begin * nr * size;
-    char *acc = ws->acc + tile->row_offset * g->block_dv * size;
-    const void *weights = fa_tile_score_data(tile, ws);
+    const int64_t size = (int64_t)ops->size, nr = (int64_t)ops->nr;
+    const int64_t group = fa_tile_group(tile);
+    const size_t panels = (size_t)fa_ceil_div(cols, nr), panel_stride = (size_t)(g->block_k * nr);
+    const char *weights = fa_tile_score_data(tile, ws);
 
-    if (finite) {
-        ops->matmul(rows, depth, panels, weights, (size_t)g->block_k, v, (size_t)(g->block_k * nr),
-                    acc, (size_t)g->block_dv, true);
-    } else {
-        ops->matmul_skip_zeros((size_t)tile->rows, depth, panels, weights, (size_t)g->block_k, v,
-                               (size_t)(g->block_k * nr), acc, (size_t)g->block_dv);
+    for (int64_t r = 0; r < tile->rows; r += group) {
+        const struct fa_key_range keys = fa_group_keys(tile, r);
+        const size_t depth = (size_t)(keys.hi - keys.lo);
+        const char *a = weights + (r * g->block_k + keys.lo) * size;
+        const char *v = ws->v + (tile->begin + keys.lo) * nr * size;
+        char *acc = ws->acc + (tile->row_offset + r) * g->block_dv * size;
+        if (finite) {
+            ops->matmul((size_t)group, depth, panels, a, (size_t)g->block_k, v, panel_stride, acc,
+                        (size_t)g->block_dv, true);
+        } else {
+            ops->matmul_skip_zeros((size_t)fa_min(group, tile->rows - r), depth, panels, a,
+                                   (size_t)g->block_k, v, panel_stride, acc, (size_t)g->block_dv);
+        }
     }
 }
 
@@ -79,7 +83,8 @@ static void weigh_tile(const struct fa_forward *forward, const struct fa_tile *t
         ops->column_weights(scores, (size_t)g->block_k, (size_t)tile->rows, (size_t)tile->columns,
                             forward->col_max + at, forward->col_inverse + at);
     } else {
-        ops->softmax_update(scores, (size_t)g->block_k, (size_t)tile->rows, (size_t)tile->columns,
+        const int64_t rows = fa_round_up(tile->rows, (int64_t)ops->mr);
+        ops->softmax_update(scores, (size_t)g->block_k, (size_t)rows, (size_t)tile->columns,
                             ws->row_max + tile->row_offset * size,
                             ws->row_sum + tile->row_offset * (int64_t)ops->vl * size,
                             ws->acc + tile->row_offset * g->block_dv * size, (size_t)g->block_dv);
@@ -161,10 +166,8 @@ static void run_task(struct fa_job *job, int64_t index, int thread)
         fa_rows_keys(&task.head, task.first_row, task.first_row + task.rows - 1);
 
     fa_load_rows(&task.head, &ws, task.first_row, task.rows);
-    g->ops->softmax_begin(
-        ws.row_max, ws.row_sum, ws.acc,
-        (size_t)(fa_ceil_div(task.rows, (int64_t)g->ops->mr) * (int64_t)g->ops->mr),
-        (size_t)g->block_dv);
+    g->ops->softmax_begin(ws.row_max, ws.row_sum, ws.acc,
+                          (size_t)fa_round_up(task.rows, (int64_t)g->ops->mr), (size_t)g->block_dv);
     for (int64_t block = keys.lo / g->block_k * g->block_k; block < keys.hi; block += g->block_k) {
         if (fa_job_checkpoint(job, thread)) {
             return;

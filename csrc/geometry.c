@@ -11,10 +11,12 @@
 #define KEY_BLOCK_BYTES (64 * 1024)
 #define MIN_BLOCK_K 32
 
-/* Bytes of packed Q rows and accumulators per task: they pass through L1 once per key block, from L2,
- * beside K and V.  Larger blocks pack K and V less often: packing costs 2 to 3 cycles per 8 elements
- * against block_q * head_dim / 4 cycles of products. */
-#define ROW_BLOCK_BYTES (192 * 1024)
+/* Rows of a task, and bytes of its scaled Q rows and accumulators.  Packing a block of K and V, which
+ * waits for the last cache or memory, is shared by the rows of a task; they stream past the packed block,
+ * which stays in L2, at 1 byte per cycle and need no cache of their own.  At 768 rows packing is 1 % of
+ * the time at head_dim 64, at 192 it is 5 (10 at head_dim 128); `make bench` with other values. */
+#define MAX_BLOCK_Q 768
+#define ROW_BLOCK_BYTES (768 * 1024)
 
 /* Columns of V per task.  Beyond it the scores are computed again per block of columns, so that no
  * buffer grows with head_dim_v; at 1024 that costs at most head_dim / 1024 of the work. */
@@ -27,8 +29,6 @@
  * cost of entering a parallel region on idle cores.  Where other programs keep the cores busy, a thread
  * may wait milliseconds for its turn, so smaller gains are not worth it. */
 #define WORK_PER_THREAD 4e6
-
-static int64_t round_up(int64_t x, int64_t step) { return fa_ceil_div(x, step) * step; }
 
 static int64_t choose_block_k(const struct fa_geometry *g)
 {
@@ -45,14 +45,15 @@ static int64_t choose_block_q(const struct fa_geometry *g)
 {
     int64_t size = (int64_t)g->ops->size;
     int64_t width = fa_max(1, g->params->head_dim + fa_min(g->params->head_dim_v, g->block_dv));
-    int64_t tiles = fa_max(1, fa_min(8, ROW_BLOCK_BYTES / size / width / FA_TILE_Q));
+    int64_t tiles =
+        fa_max(1, fa_min(MAX_BLOCK_Q / FA_TILE_Q, ROW_BLOCK_BYTES / size / width / FA_TILE_Q));
     int64_t heads = g->batch * g->heads * g->dv_blocks;
     while (tiles > 1 && g->num_threads > 1 &&
            heads * fa_ceil_div(g->rows, tiles * FA_TILE_Q) <
                MIN_TASKS_PER_THREAD * g->num_threads) {
         tiles /= 2;
     }
-    return fa_min(tiles * FA_TILE_Q, round_up(g->rows, (int64_t)g->ops->mr));
+    return fa_min(tiles * FA_TILE_Q, fa_round_up(g->rows, (int64_t)g->ops->mr));
 }
 
 /* Threads that the work pays for; task counts may lower it further. */
@@ -95,7 +96,7 @@ enum fa_status fa_geometry_init(struct fa_geometry *geometry,
         return FA_OVERFLOW;
     }
     g.block_k = choose_block_k(&g);
-    g.block_dv = fa_min(BLOCK_DV, round_up(params->head_dim_v, (int64_t)ops->nr));
+    g.block_dv = fa_min(BLOCK_DV, fa_round_up(params->head_dim_v, (int64_t)ops->nr));
     /* head_dim_v 0 still has an lse to compute. */
     g.dv_blocks = g.block_dv == 0 ? 1 : fa_ceil_div(params->head_dim_v, g.block_dv);
     g.key_blocks = fa_ceil_div(params->seqlen_k, g.block_k);

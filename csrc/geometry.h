@@ -43,15 +43,16 @@ struct fa_head {
 /* 0 <= index < batch * heads */
 void fa_head_init(struct fa_head *head, const struct fa_geometry *geometry, int64_t index);
 
-/* Row r of a head is token r / stacked of the stacked query head r % stacked. */
+/* Row r of a head is token r / stacked of the stacked query head r % stacked.  Asked for every row of every
+ * tile: most calls stack nothing, and need no division. */
 static inline int64_t fa_row_token(const struct fa_geometry *geometry, int64_t row)
 {
-    return row / geometry->stacked;
+    return geometry->stacked == 1 ? row : row / geometry->stacked;
 }
 
 static inline int64_t fa_row_member(const struct fa_geometry *geometry, int64_t row)
 {
-    return row % geometry->stacked;
+    return geometry->stacked == 1 ? 0 : row % geometry->stacked;
 }
 
 /* Keys [lo, hi) that causal, window and kv_lengths leave to a token.  Empty: lo == hi.  Both ends grow

@@ -77,10 +77,11 @@ struct fa_ops {
     /* s = -inf outside [lo, hi); 0 <= lo <= hi <= n */
     void (*mask_range)(void *s, size_t n, size_t lo, size_t hi);
 
-    /* Start `rows` rows of online softmax: row_max = -inf, row_sum = 0, acc = 0. */
+    /* Start `rows` rows of online softmax: row_max is the lowest finite number, row_sum = 0, acc = 0. */
     void (*softmax_begin)(void *row_max, void *row_sum, void *acc, size_t rows, size_t cols);
     /* Replace scores by weights relative to row_max, raising row_max and rescaling row_sum and acc
-     * where a row needs it.  n: multiple of vl.  row_sum: [rows][vl], acc: [rows][ldacc]. */
+     * where a row needs it.  rows: multiple of mr; n: multiple of vl.  row_sum: [rows][vl], acc:
+     * [rows][ldacc]. */
     void (*softmax_update)(void *s, size_t ld, size_t rows, size_t n, void *row_max, void *row_sum,
                            void *acc, size_t ldacc);
     /* out = acc / sum (+ residual), and lse.  A row that saw no key stores 0 (+ residual), lse -inf. */

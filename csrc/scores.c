@@ -30,8 +30,59 @@ static int64_t read_segment(const char *p)
     return x;
 }
 
+/* The block's segment ids into ws->segments, and their range.  The tiles of a block share them. */
+static void load_segments(const struct fa_head *head, struct fa_workspace *ws, int64_t block_key)
+{
+    const struct fa_geometry *g = head->geometry;
+    const int64_t stride = g->params->k_segment_ids.row;
+    const int64_t keys = fa_min(g->block_k, g->params->seqlen_k - block_key);
+    const char *ids = head->k_segment_ids + block_key * stride;
+    if (ws->segments_loaded == ids) {
+        return;
+    }
+    struct fa_segment_range range = {.lo = read_segment(ids), .hi = read_segment(ids)};
+    for (int64_t j = 0; j < keys; j++) {
+        ws->segments[j] = read_segment(ids + j * stride);
+        range.lo = fa_min(range.lo, ws->segments[j]);
+        range.hi = fa_max(range.hi, ws->segments[j]);
+    }
+    ws->segment_range = range;
+    ws->segments_loaded = ids;
+}
+
+static struct fa_segment_range query_segments(const struct fa_tile *tile)
+{
+    const struct fa_geometry *g = tile->head->geometry;
+    const int64_t stride = g->params->q_segment_ids.row;
+    struct fa_segment_range range = {.lo = INT64_MAX, .hi = INT64_MIN};
+    for (int64_t r = 0; r < tile->rows; r++) {
+        const int64_t token = fa_row_token(g, tile->first_row + r);
+        const int64_t segment = read_segment(tile->head->q_segment_ids + token * stride);
+        range.lo = fa_min(range.lo, segment);
+        range.hi = fa_max(range.hi, segment);
+    }
+    return range;
+}
+
+/* Segments of packed documents ascend, so that ranges decide almost every tile: those of other documents
+ * are skipped without a look at the keys, and those inside one document need no mask. */
+enum overlap { NONE, SOME, ALL };
+
+static enum overlap compare_segments(const struct fa_tile *tile, struct fa_workspace *ws)
+{
+    if (tile->head->k_segment_ids == NULL) {
+        return ALL;
+    }
+    load_segments(tile->head, ws, tile->block_key);
+    const struct fa_segment_range q = query_segments(tile), k = ws->segment_range;
+    if (q.hi < k.lo || k.hi < q.lo) {
+        return NONE;
+    }
+    return q.lo == q.hi && k.lo == k.hi ? ALL : SOME;
+}
+
 /* Fill ws->mask.  Returns whether any key takes part; clears tile->use_mask if all do. */
-static bool gather_mask(struct fa_tile *tile, struct fa_workspace *ws)
+static bool gather_mask(struct fa_tile *tile, struct fa_workspace *ws, bool use_segments)
 {
     const struct fa_head *head = tile->head;
     const struct fa_geometry *g = head->geometry;
@@ -39,12 +90,6 @@ static bool gather_mask(struct fa_tile *tile, struct fa_workspace *ws)
     const int64_t first_key = tile->block_key + tile->begin;
     uint8_t any = 0, all = 1;
 
-    if (head->k_segment_ids != NULL) {
-        for (int64_t j = 0; j < tile->keys; j++) {
-            const char *at = head->k_segment_ids + (first_key + j) * p->k_segment_ids.row;
-            ws->segments[j] = read_segment(at);
-        }
-    }
     for (int64_t r = 0; r < tile->rows; r++) {
         const int64_t row = tile->first_row + r;
         const int64_t token = fa_row_token(g, row), member = fa_row_member(g, row);
@@ -56,9 +101,9 @@ static bool gather_mask(struct fa_tile *tile, struct fa_workspace *ws)
         } else {
             memset(bytes, 1, (size_t)tile->keys);
         }
-        if (head->q_segment_ids != NULL) {
+        if (use_segments) {
             int64_t segment = read_segment(head->q_segment_ids + token * p->q_segment_ids.row);
-            match_segments(bytes, ws->segments, segment, tile->keys);
+            match_segments(bytes, ws->segments + tile->begin, segment, tile->keys);
         }
         for (int64_t j = 0; j < tile->keys; j++) {
             any |= bytes[j];
@@ -94,17 +139,39 @@ bool fa_tile_init(struct fa_tile *tile, const struct fa_head *head, struct fa_wo
         .block_key = block_key,
         .begin = begin,
         .keys = live,
-        .columns = fa_ceil_div(live, panel) * panel,
+        .columns = fa_round_up(live, panel),
     };
     /* Both ends of the range grow with the row: the last row has the highest lo, the first the lowest
      * hi. */
     const int64_t lo_max = fa_token_keys(head, fa_row_token(g, last_row)).lo;
     const int64_t hi_min = fa_token_keys(head, fa_row_token(g, first_row)).hi;
     tile->use_range = lo_max > block_key + begin || hi_min < block_key + begin + tile->columns;
-    if (head->mask == NULL && head->k_segment_ids == NULL) {
-        return true;
+    const enum overlap segments = compare_segments(tile, ws);
+    if (segments == NONE || (segments == ALL && head->mask == NULL)) {
+        return segments == ALL;
     }
-    return gather_mask(tile, ws);
+    return gather_mask(tile, ws, segments == SOME);
+}
+
+int64_t fa_tile_group(const struct fa_tile *tile)
+{
+    const int64_t mr = (int64_t)tile->head->geometry->ops->mr;
+    return tile->use_range ? mr : fa_round_up(tile->rows, mr);
+}
+
+struct fa_key_range fa_group_keys(const struct fa_tile *tile, int64_t r)
+{
+    const struct fa_geometry *g = tile->head->geometry;
+    const int64_t panel = (int64_t)g->ops->nr, first_key = tile->block_key + tile->begin;
+    if (!tile->use_range) {
+        return (struct fa_key_range){.lo = 0, .hi = tile->keys};
+    }
+    const int64_t last = fa_min(r + fa_tile_group(tile), tile->rows) - 1;
+    struct fa_key_range keys =
+        fa_rows_keys(tile->head, tile->first_row + r, tile->first_row + last);
+    keys.hi = fa_min(fa_max(keys.hi - first_key, 0), tile->keys);
+    keys.lo = fa_min(fa_max(keys.lo - first_key, 0), keys.hi) / panel * panel;
+    return keys;
 }
 
 void fa_load_rows(const struct fa_head *head, struct fa_workspace *ws, int64_t first_row,
@@ -118,7 +185,7 @@ void fa_load_rows(const struct fa_head *head, struct fa_workspace *ws, int64_t f
 
     for (int64_t r = 0; r < rows; r += FA_TILE_Q) {
         const int64_t count = fa_min(FA_TILE_Q, rows - r);
-        const int64_t padded = fa_ceil_div(count, mr) * mr;
+        const int64_t padded = fa_round_up(count, mr);
         for (int64_t i = 0; i < padded; i++) {
             const int64_t row = first_row + r + i;
             src[i] = i < count ? head->q + fa_row_member(g, row) * p->q.head +
@@ -146,58 +213,99 @@ static double read_double(const char *p)
     return x;
 }
 
-/* The options that look at one row at a time. */
-static void edit_row(const struct fa_tile *tile, int64_t r, char *scores, const uint8_t *mask)
+/* The options that look at one row at a time, on the columns [first, first + columns) of the tile, whose
+ * row r begins at row_scores. */
+static void edit_row(const struct fa_tile *tile, const struct fa_workspace *ws, int64_t r,
+                     char *row_scores, int64_t first, int64_t columns)
 {
     const struct fa_head *head = tile->head;
     const struct fa_geometry *g = head->geometry;
     const struct fa_attention_params *p = g->params;
     const int64_t row = tile->first_row + r;
     const int64_t token = fa_row_token(g, row), member = fa_row_member(g, row);
-    const int64_t first_key = tile->block_key + tile->begin;
+    const int64_t tile_key = tile->block_key + tile->begin, first_key = tile_key + first;
+    const int64_t live = fa_min(columns, tile->keys - first);
+    char *scores = row_scores + first * (int64_t)g->ops->size;
 
     if (head->bias != NULL) {
         const char *bias =
             head->bias + member * p->bias.head + token * p->bias.row + first_key * p->bias.col;
-        g->ops->add_bias(scores, (size_t)tile->keys, bias, p->bias.col, p->bias_dtype);
+        g->ops->add_bias(scores, (size_t)live, bias, p->bias.col, p->bias_dtype);
     }
     if (head->alibi_slopes != NULL) {
         double slope = read_double(head->alibi_slopes + member * p->alibi_slopes.head);
         int64_t distance = token + head->q_offset - first_key;
-        g->ops->add_alibi(scores, (size_t)tile->columns, slope * FA_LOG2_E, distance);
+        g->ops->add_alibi(scores, (size_t)columns, slope * FA_LOG2_E, distance);
     }
     if (tile->use_mask) {
-        g->ops->mask_bytes(scores, (size_t)tile->columns, mask);
+        g->ops->mask_bytes(scores, (size_t)columns, ws->mask + r * g->block_k + first);
     }
     if (tile->use_range) {
         struct fa_key_range keys = fa_token_keys(head, token);
-        int64_t lo = fa_min(fa_max(keys.lo - first_key, 0), tile->columns);
-        int64_t hi = fa_min(fa_max(keys.hi - first_key, lo), tile->columns);
-        g->ops->mask_range(scores, (size_t)tile->columns, (size_t)lo, (size_t)hi);
+        int64_t lo = fa_min(fa_max(keys.lo - tile_key, 0), tile->columns);
+        int64_t hi = fa_min(fa_max(keys.hi - tile_key, lo), tile->columns);
+        g->ops->mask_range(row_scores, (size_t)tile->columns, (size_t)lo, (size_t)hi);
     }
 }
 
-void fa_tile_scores(const struct fa_tile *tile, struct fa_workspace *ws)
+/* A bias is read once, in stretches of a row that the hardware does not foresee: ask for it before the
+ * product, which takes longer than memory does. */
+static void prefetch_bias(const struct fa_tile *tile)
+{
+    const struct fa_head *head = tile->head;
+    const struct fa_geometry *g = head->geometry;
+    const struct fa_input *bias = &g->params->bias;
+    const int64_t size = fa_dtype_size(g->params->bias_dtype);
+    if (head->bias == NULL || bias->row == 0 || bias->col != size) {
+        return;
+    }
+    for (int64_t r = 0; r < tile->rows; r++) {
+        const int64_t row = tile->first_row + r;
+        fa_prefetch(head->bias + fa_row_member(g, row) * bias->head +
+                        fa_row_token(g, row) * bias->row + (tile->block_key + tile->begin) * size,
+                    tile->keys * size);
+    }
+}
+
+/* Scores of the tile's rows [r, r + rows), rows a multiple of mr. */
+static void group_scores(const struct fa_tile *tile, struct fa_workspace *ws, int64_t r,
+                         int64_t rows)
 {
     const struct fa_head *head = tile->head;
     const struct fa_geometry *g = head->geometry;
     const struct fa_ops *ops = g->ops;
-    const int64_t size = (int64_t)ops->size, mr = (int64_t)ops->mr;
-    const size_t depth = (size_t)g->params->head_dim;
-    char *scores = fa_tile_score_data(tile, ws);
+    const struct fa_key_range keys = fa_group_keys(tile, r);
+    const int64_t size = (int64_t)ops->size, nr = (int64_t)ops->nr;
+    const int64_t depth = g->params->head_dim, columns = fa_round_up(keys.hi - keys.lo, nr);
+    char *row = (char *)fa_tile_score_data(tile, ws) + r * g->block_k * size;
+    char *scores = row + keys.lo * size;
 
-    ops->matmul((size_t)(fa_ceil_div(tile->rows, mr) * mr), depth, (size_t)tile->columns / ops->nr,
-                ws->q + tile->row_offset * g->params->head_dim * size, depth,
-                ws->k + tile->begin * g->params->head_dim * size, depth * ops->nr, scores,
+    ops->matmul((size_t)rows, (size_t)depth, (size_t)(columns / nr),
+                ws->q + (tile->row_offset + r) * depth * size, (size_t)depth,
+                ws->k + (tile->begin + keys.lo) * depth * size, (size_t)(depth * nr), scores,
                 (size_t)g->block_k, false);
     if (g->params->softcap > 0) {
-        ops->softcap(scores, (size_t)g->block_k, (size_t)tile->rows, (size_t)tile->columns,
+        ops->softcap(scores, (size_t)g->block_k, (size_t)rows, (size_t)columns,
                      g->params->softcap * FA_LOG2_E);
     }
     if (head->bias == NULL && head->alibi_slopes == NULL && !tile->use_mask && !tile->use_range) {
         return;
     }
-    for (int64_t r = 0; r < tile->rows; r++) {
-        edit_row(tile, r, scores + r * g->block_k * size, ws->mask + r * g->block_k);
+    for (int64_t i = r; i < r + rows; i++, row += g->block_k * size) {
+        if (i < tile->rows) {
+            edit_row(tile, ws, i, row, keys.lo, columns);
+        } else if (tile->use_range) {
+            /* Padding rows weigh nothing that is kept, but not what the memory held before. */
+            ops->mask_range(row, (size_t)tile->columns, 0, 0);
+        }
+    }
+}
+
+void fa_tile_scores(const struct fa_tile *tile, struct fa_workspace *ws)
+{
+    const int64_t group = fa_tile_group(tile);
+    prefetch_bias(tile);
+    for (int64_t r = 0; r < tile->rows; r += group) {
+        group_scores(tile, ws, r, group);
     }
 }

@@ -24,6 +24,13 @@ struct fa_tile {
 bool fa_tile_init(struct fa_tile *tile, const struct fa_head *head, struct fa_workspace *ws,
                   int64_t first_row, int64_t rows, int64_t row_offset, int64_t block_key);
 
+/* The products are computed for groups of rows: all of the tile, or mr rows where the rows see different
+ * keys, so that a diagonal costs little more than its useful half. */
+int64_t fa_tile_group(const struct fa_tile *tile);
+
+/* Keys of the tile, from its first on, that its rows [r, r + group) may see; lo is a whole panel. */
+struct fa_key_range fa_group_keys(const struct fa_tile *tile, int64_t r);
+
 /* Scale rows [first_row, first_row + rows) of q into ws->q, padded with zero rows to a multiple of mr. */
 void fa_load_rows(const struct fa_head *head, struct fa_workspace *ws, int64_t first_row,
                   int64_t rows);

@@ -4,6 +4,11 @@
 
 #include "geometry.h"
 
+/* The least and the greatest of some segment ids. */
+struct fa_segment_range {
+    int64_t lo, hi;
+};
+
 /* One thread's buffers, FA_ALIGNMENT-aligned.  `real` is the element type of the geometry's ops. */
 struct fa_workspace {
     char *q;            /* real [block_q][head_dim]: scaled rows */
@@ -14,7 +19,9 @@ struct fa_workspace {
     char *v;            /* real [block_dv / nr][block_k][nr]: packed values */
     char *scores;       /* real [FA_TILE_Q][block_k] */
     uint8_t *mask;      /* [FA_TILE_Q][block_k]: 1 where a key takes part */
-    int64_t *segments;  /* [block_k]: segment ids of the keys of a tile */
+    int64_t *segments;  /* [block_k]: segment ids of the keys of a block */
+    const char *segments_loaded; /* where they came from; NULL: nowhere yet */
+    struct fa_segment_range segment_range;
 };
 
 /* Bytes that one thread needs; false on overflow. */

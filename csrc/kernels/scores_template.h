@@ -12,11 +12,14 @@ static void FN(softcap)(void *s, size_t ld, size_t rows, size_t n, double cap2)
 }
 
 /* bias * log2(e), where a finite bias stays finite: finfo.min is a common "masked" value, and a row
- * of nothing else is a uniform average, not a row without keys. */
+ * of nothing else is a uniform average, not a row without keys.  Most vectors hold nothing near infinity. */
 static inline VEC FN(bias_to_base2)(VEC bias)
 {
     const VEC max = V(set)(REAL_MAX), min = V(set)(-REAL_MAX);
     VEC b2 = V(mul)(bias, V(set)((REAL)FA_LOG2_E));
+    if (!V(any_gt)(V(abs)(b2), max)) {
+        return b2;
+    }
     b2 = V(select_lt)(b2, min, min, b2);
     b2 = V(select_lt)(max, b2, max, b2);
     return V(select_lt)(max, V(abs)(bias), bias, b2);

@@ -4,96 +4,142 @@
  * looks at one row only, so a row's bits do not depend on its neighbours.  Needs exp2_template.h and
  * pack_template.h.
  *
- * Cost per vector of scores: 1 load + 1 max, then 1 load, 1 sub, exp2 (13), 1 add, 1 store.
+ * Cost per vector of scores: 1 load + 1 max, then 1 load, 1 sub, exp2 (11 or 13), 1 add, 1 store.  One
+ * exponential takes some 40 cycles from end to end, and a core's schedulers hold too few of them to hide that:
+ * SOFTMAX_ROWS rows go side by side, a vector of each in turn.
  */
 
 /* Base-2: weights stay below 2^8 times the largest weight under the true maximum. */
 #define RESCALE_THRESHOLD 8
 
+/* row_max starts at the lowest finite number, not at -inf: a score of -inf less row_max is then never NaN,
+ * and the first score that is more than that raises it. */
 static void FN(softmax_begin)(void *row_max, void *row_sum, void *acc, size_t rows, size_t cols)
 {
     for (size_t r = 0; r < rows; r++) {
-        ((REAL *)row_max)[r] = (REAL)-INFINITY;
+        ((REAL *)row_max)[r] = -REAL_MAX;
     }
     memset(row_sum, 0, rows * VL * sizeof(REAL));
     memset(acc, 0, rows * cols * sizeof(REAL));
 }
 
+/* By halves, which compilers turn into vector operations. */
 static inline REAL FN(max_lane)(VEC x)
 {
-    REAL lanes[VL], max;
+    REAL lanes[VL];
     V(store)(lanes, x);
-    max = lanes[0];
-    for (size_t i = 1; i < VL; i++) {
-        max = lanes[i] > max || max != max ? lanes[i] : max;
+    for (size_t width = VL / 2; width > 0; width /= 2) {
+        for (size_t i = 0; i < width; i++) {
+            lanes[i] = lanes[i + width] > lanes[i] ? lanes[i + width] : lanes[i];
+        }
     }
-    return max;
+    return lanes[0];
 }
 
-/* Returns the new maximum.  Rows that have seen no key yet have nothing to rescale. */
-static REAL FN(raise_row_max)(REAL old, VEC block_max, REAL *row_sum, REAL *acc, size_t cols)
+/* Whether a score is so far above row_max that the row is to be rescaled. */
+static inline int FN(outgrown)(VEC block_max, VEC row_max)
 {
-    REAL max = FN(max_lane)(block_max);
-    if (old == (REAL)-INFINITY) {
-        return max;
+    return V(any_gt)(block_max, V(add)(row_max, V(set)(RESCALE_THRESHOLD)));
+}
+
+static void FN(raise_row_max)(VEC block_max, REAL *row_max, REAL *row_sum, REAL *acc, size_t cols)
+{
+    const REAL old = *row_max;
+    *row_max = FN(max_lane)(block_max);
+    if (!V(any_gt)(V(load)(row_sum), V(zero)())) {
+        return; /* nothing to rescale yet */
     }
-    VEC factor = FN(exp2)(V(set)(old - max));
+    const VEC factor = FN(exp2)(V(set)(old - *row_max));
     V(store)(row_sum, V(mul)(V(load)(row_sum), factor));
     for (size_t c = 0; c < cols; c += VL) {
         V(store)(acc + c, V(mul)(V(load)(acc + c), factor));
     }
-    return max;
+}
+
+/* SOFTMAX_ROWS rows; see softmax_update in kernels.h. */
+static inline void FN(softmax_update_rows)(REAL *s, size_t ld, size_t n, REAL *row_max,
+                                           REAL *row_sum, REAL *acc, size_t ldacc)
+{
+    VEC block_max[SOFTMAX_ROWS], shift[SOFTMAX_ROWS], sum[SOFTMAX_ROWS];
+    int outgrown = 0;
+    FA_UNROLL
+    for (size_t r = 0; r < SOFTMAX_ROWS; r++) {
+        shift[r] = V(broadcast)(row_max + r);
+        block_max[r] = shift[r];
+        sum[r] = V(zero)();
+    }
+    for (size_t l = 0; l < n; l += VL) {
+        FA_UNROLL
+        for (size_t r = 0; r < SOFTMAX_ROWS; r++) {
+            block_max[r] = V(max)(V(load)(s + r * ld + l), block_max[r]);
+        }
+    }
+    FA_UNROLL
+    for (size_t r = 0; r < SOFTMAX_ROWS; r++) {
+        outgrown |= FN(outgrown)(block_max[r], shift[r]);
+    }
+    if (outgrown) {
+        for (size_t r = 0; r < SOFTMAX_ROWS; r++) {
+            if (FN(outgrown)(block_max[r], shift[r])) {
+                FN(raise_row_max)(block_max[r], row_max + r, row_sum + r * VL, acc + r * ldacc,
+                                  ldacc);
+                shift[r] = V(broadcast)(row_max + r);
+            }
+        }
+    }
+    for (size_t l = 0; l < n; l += VL) {
+        FA_UNROLL
+        for (size_t r = 0; r < SOFTMAX_ROWS; r++) {
+            VEC p = FN(exp2)(V(sub)(V(load)(s + r * ld + l), shift[r]));
+            V(store)(s + r * ld + l, p);
+            sum[r] = V(add)(sum[r], p);
+        }
+    }
+    FA_UNROLL
+    for (size_t r = 0; r < SOFTMAX_ROWS; r++) {
+        V(store)(row_sum + r * VL, V(add)(V(load)(row_sum + r * VL), sum[r]));
+    }
 }
 
 static void FN(softmax_update)(void *s, size_t ld, size_t rows, size_t n, void *row_max,
                                void *row_sum, void *acc, size_t ldacc)
 {
-    for (size_t r = 0; r < rows; r++) {
-        REAL *row = (REAL *)s + r * ld;
-        REAL *sum_lanes = (REAL *)row_sum + r * VL;
-        REAL max = ((REAL *)row_max)[r];
-        VEC block_max = V(load)(row);
-        for (size_t l = VL; l < n; l += VL) {
-            block_max = V(max)(V(load)(row + l), block_max);
-        }
-        if (V(any_gt)(block_max, V(set)(max + RESCALE_THRESHOLD))) {
-            max = FN(raise_row_max)(max, block_max, sum_lanes, (REAL *)acc + r * ldacc, ldacc);
-            ((REAL *)row_max)[r] = max;
-        }
-        /* All of a row masked so far: -inf - 0 gives weight 0, where -inf - -inf would give NaN. */
-        const VEC shift = V(set)(max == (REAL)-INFINITY ? 0 : max);
-        VEC sum = V(zero)();
-        for (size_t l = 0; l < n; l += VL) {
-            VEC p = FN(exp2)(V(sub)(V(load)(row + l), shift));
-            V(store)(row + l, p);
-            sum = V(add)(sum, p);
-        }
-        V(store)(sum_lanes, V(add)(V(load)(sum_lanes), sum));
+    for (size_t r = 0; r < rows; r += SOFTMAX_ROWS) {
+        FN(softmax_update_rows)((REAL *)s + r * ld, ld, n, (REAL *)row_max + r,
+                                (REAL *)row_sum + r * VL, (REAL *)acc + r * ldacc, ldacc);
     }
+}
+
+static inline double FN(sum_lanes)(const REAL *row_sum)
+{
+    double lanes[VL];
+    for (size_t i = 0; i < VL; i++) {
+        lanes[i] = (double)row_sum[i];
+    }
+    for (size_t width = VL / 2; width > 0; width /= 2) {
+        for (size_t i = 0; i < width; i++) {
+            lanes[i] += lanes[i + width];
+        }
+    }
+    return lanes[0];
 }
 
 /* Once per row: in double, so that the divisor adds no error of its own. */
 static void FN(softmax_store)(const void *row_max, const void *row_sum, const void *acc,
                               size_t ldacc, const struct fa_row_result *result)
 {
-    const REAL *lanes = (const REAL *)row_sum + result->row * VL;
-    double max = (double)((const REAL *)row_max)[result->row];
-    double sum = 0, factor = 0, lse = -INFINITY;
-    for (size_t i = 0; i < VL; i++) {
-        sum += (double)lanes[i];
+    double top = (double)((const REAL *)row_max)[result->row];
+    double total = FN(sum_lanes)((const REAL *)row_sum + result->row * VL), weight = 1;
+    const bool empty = total == 0; /* no key takes part, nor a NaN */
+    if (result->sink != -INFINITY) {
+        const double max = top;
+        top = result->sink > max ? result->sink : max;
+        weight = exp2(max - top);
+        total = total * weight + exp2(result->sink - top);
     }
-    if (sum != 0) { /* a key takes part, or a NaN does */
-        double top = result->sink > max ? result->sink : max;
-        double weight = exp2(max - top);
-        double total = sum * weight;
-        if (result->sink != -INFINITY) {
-            total += exp2(result->sink - top);
-        }
-        factor = weight / total;
-        lse = (top + log2(total)) * FA_LN_2;
-    }
-    FN(store_row)((const REAL *)acc + result->row * ldacc, (REAL)factor, result);
+    FN(store_row)((const REAL *)acc + result->row * ldacc, empty ? 0 : (REAL)(weight / total),
+                  result);
     if (result->lse != NULL) {
-        FN(write)(result->lse, (REAL)lse);
+        FN(write)(result->lse, empty ? (REAL)-INFINITY : (REAL)((top + log2(total)) * FA_LN_2));
     }
 }

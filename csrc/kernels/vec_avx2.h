@@ -22,6 +22,13 @@ typedef __m256d vec_f64;
 #define MR_f64 6
 #define NR_VECTORS_f32 2
 #define NR_VECTORS_f64 2
+/* exp2 looks up this many bits: the entries of one register.  No instruction permutes 4 doubles by lane
+ * indices. */
+#define EXP2_TABLE_BITS_f32 3
+#define EXP2_TABLE_BITS_f64 0
+/* Rows that softmax_update works on side by side: 2 x 5 registers and the constants that stay fill 16. */
+#define SOFTMAX_ROWS_f32 2
+#define SOFTMAX_ROWS_f64 2
 
 static inline vec_f32 v_zero_f32(void) { return _mm256_setzero_ps(); }
 static inline vec_f64 v_zero_f64(void) { return _mm256_setzero_pd(); }
@@ -97,12 +104,22 @@ static inline int v_any_gt_f64(vec_f64 x, vec_f64 limit)
     return _mm256_movemask_pd(_mm256_cmp_pd(x, limit, _CMP_GT_OQ));
 }
 
-/* 2^n where the low bits of t hold n + exponent bias (see EXP2_ROUND): they become the exponent. */
-static inline vec_f32 v_power_f32(vec_f32 t)
+/* 2^(i / 8) as bit patterns, less i << (23 - 3): what exp2_scale adds holds i in those places and n in the
+ * exponent. */
+static const uint32_t exp2_table_f32[8] = {
+    0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7, 0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7,
+};
+
+/* 2^m for the integer m, in units of 2^-EXP2_TABLE_BITS, that the low bits of t hold (see EXP2_ROUND).
+ * The permutation looks at the index bits of each lane only. */
+static inline vec_f32 v_exp2_scale_f32(vec_f32 t)
 {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(t), 23));
+    __m256i m = _mm256_castps_si256(t);
+    __m256i table = _mm256_loadu_si256((const __m256i *)exp2_table_f32);
+    __m256i root = _mm256_permutevar8x32_epi32(table, m);
+    return _mm256_castsi256_ps(_mm256_add_epi32(root, _mm256_slli_epi32(m, 20)));
 }
-static inline vec_f64 v_power_f64(vec_f64 t)
+static inline vec_f64 v_exp2_scale_f64(vec_f64 t)
 {
     return _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(t), 52));
 }

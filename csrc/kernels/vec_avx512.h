@@ -20,6 +20,13 @@ typedef __m512d vec_f64;
 #define MR_f64 12
 #define NR_VECTORS_f32 2
 #define NR_VECTORS_f64 2
+/* exp2 looks up this many bits: the entries of one register. */
+#define EXP2_TABLE_BITS_f32 4
+#define EXP2_TABLE_BITS_f64 3
+/* Rows that softmax_update works on side by side: chains enough to fill the time that one exponential takes
+ * from its first operation to its last.  4 x 5 registers and the constants are 29 of 32. */
+#define SOFTMAX_ROWS_f32 4
+#define SOFTMAX_ROWS_f64 4
 
 static inline vec_f32 v_zero_f32(void) { return _mm512_setzero_ps(); }
 static inline vec_f64 v_zero_f64(void) { return _mm512_setzero_pd(); }
@@ -95,14 +102,30 @@ static inline int v_any_gt_f64(vec_f64 x, vec_f64 limit)
     return _mm512_cmp_pd_mask(x, limit, _CMP_GT_OQ);
 }
 
-/* 2^n where the low bits of t hold n + exponent bias (see EXP2_ROUND): they become the exponent. */
-static inline vec_f32 v_power_f32(vec_f32 t)
+/* 2^(i / 16) and 2^(i / 8) as bit patterns, less i << (mantissa bits - table bits): what exp2_scale adds
+ * holds i in those places and n in the exponent. */
+static const uint32_t exp2_table_f32[16] = {
+    0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532, 0x3f75fed7, 0x3f75583f,
+    0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c, 0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d,
+};
+static const uint64_t exp2_table_f64[8] = {
+    0x3ff0000000000000, 0x3fef72b83c7d517b, 0x3fef06fe0a31b715, 0x3feebfdad5362a27,
+    0x3feea09e667f3bcd, 0x3feeace5422aa0db, 0x3feee89f995ad3ad, 0x3fef5818dcfba487,
+};
+
+/* 2^m for the integer m, in units of 2^-EXP2_TABLE_BITS, that the low bits of t hold (see EXP2_ROUND).
+ * A permutation looks at the index bits of each lane only. */
+static inline vec_f32 v_exp2_scale_f32(vec_f32 t)
 {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(t), 23));
+    __m512i m = _mm512_castps_si512(t);
+    __m512i root = _mm512_permutexvar_epi32(m, _mm512_loadu_si512(exp2_table_f32));
+    return _mm512_castsi512_ps(_mm512_add_epi32(root, _mm512_slli_epi32(m, 19)));
 }
-static inline vec_f64 v_power_f64(vec_f64 t)
+static inline vec_f64 v_exp2_scale_f64(vec_f64 t)
 {
-    return _mm512_castsi512_pd(_mm512_slli_epi64(_mm512_castpd_si512(t), 52));
+    __m512i m = _mm512_castpd_si512(t);
+    __m512i root = _mm512_permutexvar_epi64(m, _mm512_loadu_si512(exp2_table_f64));
+    return _mm512_castsi512_pd(_mm512_add_epi64(root, _mm512_slli_epi64(m, 49)));
 }
 
 /* mask[lane] != 0 ? x : other.  Reads VL bytes. */

@@ -24,6 +24,12 @@ typedef float64x2_t vec_f64;
 #define MR_f64 6
 #define NR_VECTORS_f32 4
 #define NR_VECTORS_f64 4
+/* exp2 looks up no bits: tbl permutes bytes, not lanes. */
+#define EXP2_TABLE_BITS_f32 0
+#define EXP2_TABLE_BITS_f64 0
+/* Rows that softmax_update works on side by side: 3 x 5 registers and the constants fit 32. */
+#define SOFTMAX_ROWS_f32 3
+#define SOFTMAX_ROWS_f64 3
 
 static inline vec_f32 v_zero_f32(void) { return vdupq_n_f32(0); }
 static inline vec_f64 v_zero_f64(void) { return vdupq_n_f64(0); }
@@ -97,11 +103,11 @@ static inline int v_any_gt_f64(vec_f64 x, vec_f64 limit)
 }
 
 /* 2^n where the low bits of t hold n + exponent bias (see EXP2_ROUND): they become the exponent. */
-static inline vec_f32 v_power_f32(vec_f32 t)
+static inline vec_f32 v_exp2_scale_f32(vec_f32 t)
 {
     return vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(t), 23));
 }
-static inline vec_f64 v_power_f64(vec_f64 t)
+static inline vec_f64 v_exp2_scale_f64(vec_f64 t)
 {
     return vreinterpretq_f64_u64(vshlq_n_u64(vreinterpretq_u64_f64(t), 52));
 }

@@ -25,6 +25,10 @@ typedef double vec_f64;
 #define MR_f64 4
 #define NR_VECTORS_f32 2
 #define NR_VECTORS_f64 2
+#define EXP2_TABLE_BITS_f32 0
+#define EXP2_TABLE_BITS_f64 0
+#define SOFTMAX_ROWS_f32 1
+#define SOFTMAX_ROWS_f64 1
 
 static inline float v_zero_f32(void) { return 0.0f; }
 static inline double v_zero_f64(void) { return 0.0; }
@@ -70,7 +74,7 @@ static inline double v_select_lt_f64(double x, double limit, double a, double b)
 static inline int v_any_gt_f32(float x, float limit) { return x > limit; }
 static inline int v_any_gt_f64(double x, double limit) { return x > limit; }
 
-static inline float v_power_f32(float t)
+static inline float v_exp2_scale_f32(float t)
 {
     uint32_t bits;
     memcpy(&bits, &t, sizeof bits);
@@ -78,7 +82,7 @@ static inline float v_power_f32(float t)
     memcpy(&t, &bits, sizeof t);
     return t;
 }
-static inline double v_power_f64(double t)
+static inline double v_exp2_scale_f64(double t)
 {
     uint64_t bits;
     memcpy(&bits, &t, sizeof bits);
