@@ -49,16 +49,17 @@ static void run(const struct bench *b, enum loop loop)
     const struct fa_ops *ops = b->ops;
     const struct fa_geometry *g = &b->geometry;
     const struct fa_workspace *ws = &b->ws;
+    struct fa_wanted nothing = {0};
     const size_t dim = (size_t)g->params->head_dim, block_k = (size_t)g->block_k;
     const int64_t row = (int64_t)(dim * ops->size), size = (int64_t)ops->size;
     switch (loop) {
     case SCORES:
         ops->matmul(FA_TILE_Q, dim, block_k / ops->nr, ws->q, dim, ws->k, dim * ops->nr, ws->scores,
-                    block_k, false);
+                    block_k, false, &nothing);
         break;
     case VALUES:
         ops->matmul(FA_TILE_Q, block_k, dim / ops->nr, ws->scores, block_k, ws->v,
-                    block_k * ops->nr, ws->acc, dim, true);
+                    block_k * ops->nr, ws->acc, dim, true, &nothing);
         break;
     case SOFTMAX:
         ops->softmax_update(ws->scores, block_k, FA_TILE_Q, block_k, ws->row_max, ws->row_sum,

@@ -44,6 +44,7 @@ static void run_column_task(struct fa_job *job, int64_t index, int thread)
             packed = true;
         }
         fa_load_rows(&head, &ws, row, rows);
+        fa_want_bias(&head, &ws, row + rows, fa_min(FA_TILE_Q, g->rows - row - rows), block_key);
         fa_tile_scores(&tile, &ws);
         ops->column_update(fa_tile_score_data(&tile, &ws), (size_t)g->block_k, (size_t)rows,
                            (size_t)tile.columns, col_max + tile.begin * size,

@@ -28,14 +28,6 @@ static inline int64_t fa_ceil_div(int64_t a, int64_t b) { return a / b + (a % b 
 /* a rounded up to a multiple of step > 0, for a far from INT64_MAX. */
 static inline int64_t fa_round_up(int64_t a, int64_t step) { return fa_ceil_div(a, step) * step; }
 
-/* Ask for bytes [p, p + bytes) to be brought to L1; harmless for any address. */
-static inline void fa_prefetch(const char *p, int64_t bytes)
-{
-    for (int64_t at = 0; at < bytes; at += FA_ALIGNMENT) {
-        __builtin_prefetch(p + at);
-    }
-}
-
 /* *total += count * size, rounded up to FA_ALIGNMENT.  False when it leaves int64. */
 static inline bool fa_add_bytes(int64_t *total, int64_t count, int64_t size)
 {

@@ -62,7 +62,7 @@ static void add_weighted_values(const struct fa_tile *tile, struct fa_workspace 
         char *acc = ws->acc + (tile->row_offset + r) * g->block_dv * size;
         if (finite) {
             ops->matmul((size_t)group, depth, panels, a, (size_t)g->block_k, v, panel_stride, acc,
-                        (size_t)g->block_dv, true);
+                        (size_t)g->block_dv, true, &ws->wanted);
         } else {
             ops->matmul_skip_zeros((size_t)fa_min(group, tile->rows - r), depth, panels, a,
                                    (size_t)g->block_k, v, panel_stride, acc, (size_t)g->block_dv);
@@ -91,6 +91,18 @@ static void weigh_tile(const struct fa_forward *forward, const struct fa_tile *t
     }
 }
 
+/* The bias of the tile that follows: of the rows from r on, or of the first rows and the next block. */
+static void want_next(const struct task *task, struct fa_workspace *ws, int64_t r,
+                      int64_t block_key)
+{
+    if (r == task->rows) {
+        r = 0;
+        block_key += task->head.geometry->block_k;
+    }
+    fa_want_bias(&task->head, ws, task->first_row + r, fa_min(FA_TILE_Q, task->rows - r),
+                 block_key);
+}
+
 /* One key block against all rows of the task. */
 static void attend_block(const struct fa_forward *forward, const struct task *task,
                          struct fa_workspace *ws, int64_t block_key, int64_t keys)
@@ -113,6 +125,7 @@ static void attend_block(const struct fa_forward *forward, const struct task *ta
                 head->v + block_key * p->v.row + task->first_col * p->v.col, p->v.row, p->v.col);
             packed = true;
         }
+        want_next(task, ws, r + rows, block_key);
         fa_tile_scores(&tile, ws);
         weigh_tile(forward, &tile, ws, task->head_index);
         add_weighted_values(&tile, ws, task->cols, finite);

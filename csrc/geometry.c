@@ -22,8 +22,10 @@
  * buffer grows with head_dim_v; at 1024 that costs at most head_dim / 1024 of the work. */
 #define BLOCK_DV 1024
 
-/* Tasks per thread below which a block of rows is halved, for balance at the end of a call. */
-#define MIN_TASKS_PER_THREAD 4
+/* Tasks per thread that a call is cut into, rows permitting, for balance at its end: a thread that waits
+ * for another's last task loses half a task on average, 4 % of the call at 12.  More tasks pack K and V more
+ * often. */
+#define TASKS_PER_THREAD 12
 
 /* Multiply-adds that pay for waking one more thread: about 80 us at 50 per nanosecond, ten times the
  * cost of entering a parallel region on idle cores.  Where other programs keep the cores busy, a thread
@@ -41,19 +43,19 @@ static int64_t choose_block_k(const struct fa_geometry *g)
     return block_k;
 }
 
+/* Blocks of equal size, as few as memory and balance allow. */
 static int64_t choose_block_q(const struct fa_geometry *g)
 {
     int64_t size = (int64_t)g->ops->size;
     int64_t width = fa_max(1, g->params->head_dim + fa_min(g->params->head_dim_v, g->block_dv));
-    int64_t tiles =
-        fa_max(1, fa_min(MAX_BLOCK_Q / FA_TILE_Q, ROW_BLOCK_BYTES / size / width / FA_TILE_Q));
-    int64_t heads = g->batch * g->heads * g->dv_blocks;
-    while (tiles > 1 && g->num_threads > 1 &&
-           heads * fa_ceil_div(g->rows, tiles * FA_TILE_Q) <
-               MIN_TASKS_PER_THREAD * g->num_threads) {
-        tiles /= 2;
+    int64_t most = fa_min(MAX_BLOCK_Q, fa_max(FA_TILE_Q, ROW_BLOCK_BYTES / size / width));
+    int64_t blocks = fa_ceil_div(g->rows, most);
+    if (g->num_threads > 1) {
+        int64_t heads = fa_max(1, g->batch * g->heads * g->dv_blocks);
+        blocks = fa_max(blocks, fa_ceil_div(TASKS_PER_THREAD * g->num_threads, heads));
     }
-    return fa_min(tiles * FA_TILE_Q, fa_round_up(g->rows, (int64_t)g->ops->mr));
+    int64_t rows = fa_ceil_div(g->rows, fa_max(1, blocks));
+    return fa_min(fa_round_up(rows, FA_TILE_Q), fa_round_up(g->rows, (int64_t)g->ops->mr));
 }
 
 /* Threads that the work pays for; task counts may lower it further. */

@@ -25,6 +25,17 @@
  * and one packed panel share a 32 KiB L1 (24 x 128 float32 scores = 12 KiB). */
 #define FA_TILE_Q 24
 
+/* Bytes of a cache line on the machines that the kernel sets are for. */
+#define FA_LINE 64
+
+/* Caller memory that is wanted soon, for the products to fetch while they compute: `rows` stretches of
+ * `bytes` bytes.  Zero bytes want nothing. */
+struct fa_wanted {
+    const char *row[FA_TILE_Q];
+    size_t rows, bytes;
+    size_t next_row, next_byte; /* not asked for yet */
+};
+
 /* One finished row of the online softmax, on its way to caller memory. */
 struct fa_row_result {
     size_t row;             /* index into row_max, row_sum and acc */
@@ -58,9 +69,10 @@ struct fa_ops {
 
     /* c[rows][panels * nr] = (accumulate ? c : 0) + a[rows][depth] b[depth][panels * nr], each product
      * one chain of fused multiply-adds in order of depth.  rows: multiple of mr; depth may be 0.
-     * b: panels of [depth][nr], panel_stride elements apart. */
+     * b: panels of [depth][nr], panel_stride elements apart.  Asks for some of what is wanted on the way. */
     void (*matmul)(size_t rows, size_t depth, size_t panels, const void *a, size_t lda,
-                   const void *b, size_t panel_stride, void *c, size_t ldc, bool accumulate);
+                   const void *b, size_t panel_stride, void *c, size_t ldc, bool accumulate,
+                   struct fa_wanted *wanted);
 
     /* The same chain, but terms whose a is exactly zero are left out: for b with infinities and NaN,
      * which 0 * b would spread.  Accumulates. */

@@ -248,22 +248,23 @@ static void edit_row(const struct fa_tile *tile, const struct fa_workspace *ws, 
     }
 }
 
-/* A bias is read once, in stretches of a row that the hardware does not foresee: ask for it before the
- * product, which takes longer than memory does. */
-static void prefetch_bias(const struct fa_tile *tile)
+void fa_want_bias(const struct fa_head *head, struct fa_workspace *ws, int64_t first_row,
+                  int64_t rows, int64_t block_key)
 {
-    const struct fa_head *head = tile->head;
     const struct fa_geometry *g = head->geometry;
     const struct fa_input *bias = &g->params->bias;
     const int64_t size = fa_dtype_size(g->params->bias_dtype);
-    if (head->bias == NULL || bias->row == 0 || bias->col != size) {
+    ws->wanted = (struct fa_wanted){0};
+    if (head->bias == NULL || bias->row == 0 || bias->col != size || rows <= 0) {
         return;
     }
-    for (int64_t r = 0; r < tile->rows; r++) {
-        const int64_t row = tile->first_row + r;
-        fa_prefetch(head->bias + fa_row_member(g, row) * bias->head +
-                        fa_row_token(g, row) * bias->row + (tile->block_key + tile->begin) * size,
-                    tile->keys * size);
+    const int64_t end = fa_rows_keys(head, first_row, first_row + rows - 1).hi;
+    ws->wanted.rows = (size_t)rows;
+    ws->wanted.bytes = (size_t)(fa_max(0, fa_min(g->block_k, end - block_key)) * size);
+    for (int64_t r = 0; r < rows; r++) {
+        const int64_t row = first_row + r;
+        ws->wanted.row[r] = head->bias + fa_row_member(g, row) * bias->head +
+                            fa_row_token(g, row) * bias->row + block_key * size;
     }
 }
 
@@ -283,7 +284,7 @@ static void group_scores(const struct fa_tile *tile, struct fa_workspace *ws, in
     ops->matmul((size_t)rows, (size_t)depth, (size_t)(columns / nr),
                 ws->q + (tile->row_offset + r) * depth * size, (size_t)depth,
                 ws->k + (tile->begin + keys.lo) * depth * size, (size_t)(depth * nr), scores,
-                (size_t)g->block_k, false);
+                (size_t)g->block_k, false, &ws->wanted);
     if (g->params->softcap > 0) {
         ops->softcap(scores, (size_t)g->block_k, (size_t)rows, (size_t)columns,
                      g->params->softcap * FA_LOG2_E);
@@ -304,7 +305,6 @@ static void group_scores(const struct fa_tile *tile, struct fa_workspace *ws, in
 void fa_tile_scores(const struct fa_tile *tile, struct fa_workspace *ws)
 {
     const int64_t group = fa_tile_group(tile);
-    prefetch_bias(tile);
     for (int64_t r = 0; r < tile->rows; r += group) {
         group_scores(tile, ws, r, group);
     }

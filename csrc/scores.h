@@ -39,6 +39,12 @@ void fa_load_rows(const struct fa_head *head, struct fa_workspace *ws, int64_t f
 void fa_pack_keys(const struct fa_head *head, struct fa_workspace *ws, int64_t block_key,
                   int64_t keys);
 
+/* Have the products fetch the bias of rows [first_row, first_row + rows) and the key block at block_key,
+ * for the tile after the present one: it is read once, in stretches of a row that the hardware does not
+ * foresee.  rows <= 0: of nothing. */
+void fa_want_bias(const struct fa_head *head, struct fa_workspace *ws, int64_t first_row,
+                  int64_t rows, int64_t block_key);
+
 /* Base-2 scores of the tile, -inf where a key takes no part, into ws->scores [rows][columns]. */
 void fa_tile_scores(const struct fa_tile *tile, struct fa_workspace *ws);
 

@@ -22,6 +22,7 @@ struct fa_workspace {
     int64_t *segments;  /* [block_k]: segment ids of the keys of a block */
     const char *segments_loaded; /* where they came from; NULL: nowhere yet */
     struct fa_segment_range segment_range;
+    struct fa_wanted wanted; /* what the products fetch meanwhile */
 };
 
 /* Bytes that one thread needs; false on overflow. */

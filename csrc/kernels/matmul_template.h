@@ -54,13 +54,15 @@ static inline void FN(matmul_tile)(size_t depth, const REAL *restrict a, size_t 
 /* Panel outer, row group inner: one panel (depth x NR) stays in L1 for all FA_TILE_Q rows, so B
  * crosses from L2 once per tile: NR elements per FA_TILE_Q * NR multiply-adds. */
 static void FN(matmul)(size_t rows, size_t depth, size_t panels, const void *a, size_t lda,
-                       const void *b, size_t panel_stride, void *c, size_t ldc, bool accumulate)
+                       const void *b, size_t panel_stride, void *c, size_t ldc, bool accumulate,
+                       struct fa_wanted *wanted)
 {
     for (size_t p = 0; p < panels; p++) {
         const REAL *panel = (const REAL *)b + p * panel_stride;
         for (size_t r = 0; r < rows; r += MR) {
             const REAL *tile_a = (const REAL *)a + r * lda;
             REAL *tile_c = (REAL *)c + r * ldc + p * NR;
+            fetch_some(wanted);
             if (accumulate) {
                 FN(matmul_tile)(depth, tile_a, lda, panel, tile_c, ldc, true);
             } else {
