@@ -35,6 +35,7 @@ struct bench {
     struct fa_geometry geometry;
     struct fa_workspace ws;
     char *k, *v; /* one block, as a caller's contiguous arrays */
+    struct fa_keys keys, values;
 };
 
 static double processor_seconds(void)
@@ -51,7 +52,6 @@ static void run(const struct bench *b, enum loop loop)
     const struct fa_workspace *ws = &b->ws;
     struct fa_wanted nothing = {0};
     const size_t dim = (size_t)g->params->head_dim, block_k = (size_t)g->block_k;
-    const int64_t row = (int64_t)(dim * ops->size), size = (int64_t)ops->size;
     switch (loop) {
     case SCORES:
         ops->matmul(FA_TILE_Q, dim, block_k / ops->nr, ws->q, dim, ws->k, dim * ops->nr, ws->scores,
@@ -59,17 +59,16 @@ static void run(const struct bench *b, enum loop loop)
         break;
     case VALUES:
         ops->matmul(FA_TILE_Q, block_k, dim / ops->nr, ws->scores, block_k, ws->v,
-                    block_k * ops->nr, ws->acc, dim, true, &nothing);
+                    block_k * ops->nr, ws->part.acc, dim, true, &nothing);
         break;
     case SOFTMAX:
-        ops->softmax_update(ws->scores, block_k, FA_TILE_Q, block_k, ws->row_max, ws->row_sum,
-                            ws->acc, dim);
+        ops->softmax_update(ws->scores, block_k, FA_TILE_Q, block_k, &ws->part, dim);
         break;
     case PACK_KEYS:
-        ops->pack_keys(ws->k, block_k, dim, b->k, row, size);
+        ops->pack_keys(ws->k, block_k, dim, &b->keys);
         break;
     case PACK_VALUES:
-        ops->pack_values(ws->v, block_k * ops->nr, block_k, dim, b->v, row, size);
+        ops->pack_values(ws->v, block_k * ops->nr, block_k, dim, &b->values);
         break;
     default:
         break;
@@ -115,6 +114,7 @@ static int report(const struct fa_kernels *kernels, enum fa_dtype dtype, int64_t
 {
     struct fa_attention_params params = {
         .dtype = dtype,
+        .kv_dtype = dtype,
         .num_heads = 1,
         .num_kv_heads = 1,
         .seqlen_q = 4096,
@@ -137,10 +137,17 @@ static int report(const struct fa_kernels *kernels, enum fa_dtype dtype, int64_t
         return 1;
     }
     b.ws = fa_workspace_of(&b.geometry, memory, 0);
+    const int64_t size = (int64_t)b.ops->size;
+    for (int64_t j = 0; j < b.geometry.block_k; j++) {
+        b.ws.k_row[j] = b.k + j * head_dim * size;
+        b.ws.v_row[j] = b.v + j * head_dim * size;
+    }
+    b.keys = (struct fa_keys){.row = b.ws.k_row, .col_stride = size, .dtype = dtype};
+    b.values = (struct fa_keys){.row = b.ws.v_row, .col_stride = size, .dtype = dtype};
     fill(b.k, elements, dtype);
     fill(b.v, elements, dtype);
     fill(b.ws.q, FA_TILE_Q * head_dim, dtype);
-    b.ops->softmax_begin(b.ws.row_max, b.ws.row_sum, b.ws.acc, FA_TILE_Q, (size_t)head_dim);
+    b.ops->softmax_begin(FA_TILE_Q, &b.ws.part, (size_t)head_dim);
 
     double best[LOOPS];
     measure(&b, best);

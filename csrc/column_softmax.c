@@ -11,6 +11,7 @@
  * the same scores bit for bit.  Three matrix products in all, and two numbers per key of memory.
  */
 #include "forward.h"
+#include "keys.h"
 #include "scores.h"
 
 static void run_column_task(struct fa_job *job, int64_t index, int thread)

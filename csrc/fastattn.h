@@ -26,10 +26,29 @@ enum fa_status {
     FA_NO_THREAD,   /* a forked child could not start the thread that carries its team */
 };
 
-enum fa_dtype { FA_F32 = 0, FA_F64 = 1 };
+/* How elements lie in memory.  All but FA_F64 are computed in float32. */
+enum fa_dtype {
+    FA_F32 = 0,
+    FA_F64 = 1,
+    FA_F16 = 2,  /* IEEE binary16 */
+    FA_BF16 = 3, /* the upper half of a float32 */
+    FA_I8 = 4,   /* k and v only: integers, times a float32 scale for each key */
+};
 
 /* Bytes of an element. */
-static inline int64_t fa_dtype_size(enum fa_dtype dtype) { return dtype == FA_F32 ? 4 : 8; }
+static inline int64_t fa_dtype_size(enum fa_dtype dtype)
+{
+    switch (dtype) {
+    case FA_F32:
+        return 4;
+    case FA_F64:
+        return 8;
+    case FA_I8:
+        return 1;
+    default:
+        return 2;
+    }
+}
 
 enum fa_softmax_axis {
     FA_SOFTMAX_KEYS = 0,    /* weights of each query sum to one over the keys */
@@ -55,42 +74,57 @@ struct fa_output {
 /* One call of attention.  All sizes are >= 0.  Aliasing: `out` and `lse` overlap no input, with one
  * exception: `residual` may be exactly `out` (same address, same strides). */
 struct fa_attention_params {
-    enum fa_dtype dtype;          /* of q, k, v, out, residual and lse */
-    enum fa_dtype bias_dtype;     /* of bias */
+    enum fa_dtype dtype; /* of q, out and residual; lse is float64 for FA_F64, else float32 */
+    enum fa_dtype kv_dtype; /* of k and v: FA_F64 exactly if dtype is */
+    enum fa_dtype bias_dtype; /* of bias; not FA_I8 */
     enum fa_softmax_axis softmax_axis;
 
-    int64_t batch_ndim;           /* 0 .. FA_MAX_BATCH_DIMS */
+    int64_t batch_ndim; /* 0 .. FA_MAX_BATCH_DIMS */
     int64_t batch_shape[FA_MAX_BATCH_DIMS];
     int64_t num_heads, num_kv_heads; /* num_heads is a multiple of num_kv_heads */
     int64_t seqlen_q, seqlen_k;
     int64_t head_dim, head_dim_v;
 
-    struct fa_input q;            /* (batch..., num_heads, seqlen_q, head_dim) */
-    struct fa_input k;            /* (batch..., num_kv_heads, seqlen_k, head_dim) */
-    struct fa_input v;            /* (batch..., num_kv_heads, seqlen_k, head_dim_v) */
-    struct fa_output out;         /* (batch..., num_heads, seqlen_q, head_dim_v) */
-    struct fa_output lse;         /* nullable; (batch..., num_heads, seqlen_q), one per `row`;
+    struct fa_input q; /* (batch..., num_heads, seqlen_q, head_dim) */
+    struct fa_input k; /* (batch..., num_kv_heads, seqlen_k, head_dim) */
+    struct fa_input v; /* (batch..., num_kv_heads, seqlen_k, head_dim_v) */
+    struct fa_input
+        k_scale; /* with FA_I8, else absent: float32 (batch..., num_kv_heads, seqlen_k), */
+    struct fa_input v_scale; /* one per `row`: k[j] = k_scale[j] * the integers of key j */
+    struct fa_output out; /* (batch..., num_heads, seqlen_q, head_dim_v) */
+    struct fa_output lse; /* nullable; (batch..., num_heads, seqlen_q), one per `row`;
                                    * softmax over queries: (batch..., num_heads, seqlen_k) */
-    struct fa_input residual;     /* nullable; shape of out; added to it */
+    struct fa_input residual; /* nullable; shape of out; added to it */
 
-    double scale;                 /* finite or not: multiplies <q_i, k_j> */
-    double softcap;               /* 0: none; else > 0 and finite */
-    struct fa_input bias;         /* nullable; (batch..., num_heads, seqlen_q, seqlen_k) */
+    /* Pages: nullable; int64 (batch..., pages), one per `row`.  Key j of a batch entry is then key
+     * j % page_size of page page_table[j / page_size], and k, v, k_scale and v_scale are
+     * (pages, num_kv_heads, page_size, ...), their stride from page to page in batch[0]. */
+    struct fa_input page_table;
+    int64_t page_size; /* >= 1 with page_table */
+
+    /* Packed sequences: nullable, int64 [batch + 1], contiguous, ascending from 0.  q, out, lse and
+     * residual hold all queries one after another, those of batch entry b are rows
+     * [q_starts[b], q_starts[b + 1]), and seqlen_q is the number of all; likewise keys. */
+    const int64_t *q_starts, *k_starts;
+
+    double scale; /* finite or not: multiplies <q_i, k_j> */
+    double softcap; /* 0: none; else > 0 and finite */
+    struct fa_input bias; /* nullable; (batch..., num_heads, seqlen_q, seqlen_k) */
     struct fa_input alibi_slopes; /* nullable; float64 (batch..., num_heads) */
-    struct fa_input sinks;        /* nullable; float64 (num_heads,); softmax over keys only */
+    struct fa_input sinks; /* nullable; float64 (num_heads,); softmax over keys only */
 
-    struct fa_input mask;         /* nullable; one byte each, non-zero = takes part;
+    struct fa_input mask; /* nullable; one byte each, non-zero = takes part;
                                    * (batch..., num_heads, seqlen_q, seqlen_k) */
-    struct fa_input kv_lengths;   /* nullable; int64 (batch...), each 0 .. seqlen_k */
-    struct fa_input q_offset;     /* nullable: bottom-right; int64 (batch...), |x| <= 2^60 */
+    struct fa_input kv_lengths; /* nullable; int64 (batch...), each 0 .. seqlen_k */
+    struct fa_input q_offset; /* nullable: bottom-right; int64 (batch...), |x| <= 2^60 */
     struct fa_input
         q_segment_ids; /* nullable, with k_segment_ids; int64 (batch..., seqlen_q) in row */
     struct fa_input k_segment_ids; /* int64 (batch..., seqlen_k), its sequence axis in `row` */
-    bool causal;                  /* j <= i + q_offset */
-    int64_t window_left;          /* < 0: open; else i + q_offset - window_left <= j; <= 2^60 */
-    int64_t window_right;         /* < 0: open; else j <= i + q_offset + window_right; <= 2^60 */
+    bool causal; /* j <= i + q_offset */
+    int64_t window_left; /* < 0: open; else i + q_offset - window_left <= j; <= 2^60 */
+    int64_t window_right; /* < 0: open; else j <= i + q_offset + window_right; <= 2^60 */
 
-    int num_threads;              /* >= 1: the most threads that may work on this call */
+    int num_threads; /* >= 1: the most threads that may work on this call */
 
     /* nullable; called now and then by the calling thread only.  Non-zero: stop, return
      * FA_INTERRUPTED. */
@@ -101,10 +135,10 @@ struct fa_attention_params {
 /* What a call would do. */
 struct fa_attention_plan {
     int64_t block_q, block_k, tile_q; /* rows per task, keys per block, rows per score tile */
-    int64_t mr, nr, vl;               /* register tile rows and columns, lanes, in elements */
+    int64_t mr, nr, vl; /* register tile rows and columns, lanes, in elements */
     int64_t num_tasks;
-    int64_t num_threads;              /* that would work: never more than asked or than tasks */
-    int64_t workspace_bytes;          /* allocated for the call, all threads together */
+    int64_t num_threads; /* that would work: never more than asked or than tasks */
+    int64_t workspace_bytes; /* allocated for the call, all threads together */
     int64_t tiles_total; /* score tiles (tile_q rows x block_k keys) of the problem */
     int64_t tiles_computed; /* of these, the ones that no mask rules out */
 };

@@ -2,46 +2,29 @@
  *
  *   for each task (batch, head, columns of v, block_q rows)       threads, one atomic counter
  *     load the rows of q, scaled                                  ws->q
- *     for each block of block_k keys that some row may see        absolute boundaries
- *       for each tile of FA_TILE_Q rows
- *         scores = q k^T, options applied                         ws->scores, L1
- *         weights in place; row_max, row_sum and acc kept up      online softmax
- *         acc += weights v                                        ws->acc
+ *     for each split of the keys that some row may see            absolute boundaries
+ *       for each block of block_k keys                            absolute boundaries
+ *         for each tile of FA_TILE_Q rows
+ *           scores = q k^T, options applied                       ws->scores, L1
+ *           weights in place; row_max, row_sum and acc kept up    online softmax, ws->part
+ *           acc += weights v
+ *       fold the split into the rows' total                       ws->total
  *     store acc / row_sum + residual, lse
+ *
+ * Where rows are few and keys are many, as in decoding, a task is one split: its state stays in memory,
+ * and the task that finishes last folds all of them, in order.
  *
  * K and V of a block are packed when the first tile needs them: once per block_q rows, which costs
  * 2.5 / block_q + 0.5 / block_q of the products.  Every row's result depends on its own scores and on
- * key block boundaries only, so threads, batch and neighbours leave no trace in its bits.
+ * boundaries of blocks and splits only, so threads, batch and neighbours leave no trace in its bits.
  */
 #include "forward.h"
 
 #include <math.h>
 #include <string.h>
 
+#include "keys.h"
 #include "scores.h"
-
-struct task {
-    struct fa_head head;
-    int64_t head_index;
-    int64_t first_col, cols;
-    int64_t first_row, rows;
-};
-
-/* Tasks of a head are neighbours, so that threads share its K and V in the last cache; within a head
- * the rows that see the most keys under a causal mask come first. */
-static struct task locate_task(const struct fa_geometry *g, int64_t index)
-{
-    struct task task;
-    int64_t row_block = g->row_blocks - 1 - index % g->row_blocks;
-    index /= g->row_blocks;
-    task.first_col = index % g->dv_blocks * g->block_dv;
-    task.cols = fa_min(g->block_dv, g->params->head_dim_v - task.first_col);
-    task.head_index = index / g->dv_blocks;
-    task.first_row = row_block * g->block_q;
-    task.rows = fa_min(g->block_q, g->rows - task.first_row);
-    fa_head_init(&task.head, g, task.head_index);
-    return task;
-}
 
 /* acc[tile rows] += weights v */
 static void add_weighted_values(const struct fa_tile *tile, struct fa_workspace *ws, int64_t cols,
@@ -59,13 +42,14 @@ static void add_weighted_values(const struct fa_tile *tile, struct fa_workspace 
         const size_t depth = (size_t)(keys.hi - keys.lo);
         const char *a = weights + (r * g->block_k + keys.lo) * size;
         const char *v = ws->v + (tile->begin + keys.lo) * nr * size;
-        char *acc = ws->acc + (tile->row_offset + r) * g->block_dv * size;
+        void *acc = fa_state_from(g, &ws->part, tile->row_offset + r).acc;
+        const size_t rows = (size_t)fa_min(group, tile->rows - r);
         if (finite) {
-            ops->matmul((size_t)group, depth, panels, a, (size_t)g->block_k, v, panel_stride, acc,
+            ops->matmul(rows, depth, panels, a, (size_t)g->block_k, v, panel_stride, acc,
                         (size_t)g->block_dv, true, &ws->wanted);
         } else {
-            ops->matmul_skip_zeros((size_t)fa_min(group, tile->rows - r), depth, panels, a,
-                                   (size_t)g->block_k, v, panel_stride, acc, (size_t)g->block_dv);
+            ops->matmul_skip_zeros(rows, depth, panels, a, (size_t)g->block_k, v, panel_stride, acc,
+                                   (size_t)g->block_dv);
         }
     }
 }
@@ -75,24 +59,21 @@ static void weigh_tile(const struct fa_forward *forward, const struct fa_tile *t
 {
     const struct fa_geometry *g = forward->geometry;
     const struct fa_ops *ops = g->ops;
-    const int64_t size = (int64_t)ops->size;
     void *scores = fa_tile_score_data(tile, ws);
     if (forward->col_max != NULL) {
-        int64_t at =
-            fa_column_offset(g, head_index, tile->block_key / g->block_k) + tile->begin * size;
+        int64_t at = fa_column_offset(g, head_index, tile->block_key / g->block_k) +
+                     tile->begin * (int64_t)ops->size;
         ops->column_weights(scores, (size_t)g->block_k, (size_t)tile->rows, (size_t)tile->columns,
                             forward->col_max + at, forward->col_inverse + at);
     } else {
-        const int64_t rows = fa_round_up(tile->rows, (int64_t)ops->mr);
-        ops->softmax_update(scores, (size_t)g->block_k, (size_t)rows, (size_t)tile->columns,
-                            ws->row_max + tile->row_offset * size,
-                            ws->row_sum + tile->row_offset * (int64_t)ops->vl * size,
-                            ws->acc + tile->row_offset * g->block_dv * size, (size_t)g->block_dv);
+        const struct fa_state state = fa_state_from(g, &ws->part, tile->row_offset);
+        ops->softmax_update(scores, (size_t)g->block_k, (size_t)tile->rows, (size_t)tile->columns,
+                            &state, (size_t)g->block_dv);
     }
 }
 
 /* The bias of the tile that follows: of the rows from r on, or of the first rows and the next block. */
-static void want_next(const struct task *task, struct fa_workspace *ws, int64_t r,
+static void want_next(const struct fa_task *task, struct fa_workspace *ws, int64_t r,
                       int64_t block_key)
 {
     if (r == task->rows) {
@@ -104,11 +85,9 @@ static void want_next(const struct task *task, struct fa_workspace *ws, int64_t 
 }
 
 /* One key block against all rows of the task. */
-static void attend_block(const struct fa_forward *forward, const struct task *task,
+static void attend_block(const struct fa_forward *forward, const struct fa_task *task,
                          struct fa_workspace *ws, int64_t block_key, int64_t keys)
 {
-    const struct fa_geometry *g = forward->geometry;
-    const struct fa_attention_params *p = g->params;
     const struct fa_head *head = &task->head;
     bool packed = false, finite = true;
 
@@ -120,9 +99,7 @@ static void attend_block(const struct fa_forward *forward, const struct task *ta
         }
         if (!packed) {
             fa_pack_keys(head, ws, block_key, keys);
-            finite = g->ops->pack_values(
-                ws->v, (size_t)(g->block_k * (int64_t)g->ops->nr), (size_t)keys, (size_t)task->cols,
-                head->v + block_key * p->v.row + task->first_col * p->v.col, p->v.row, p->v.col);
+            finite = fa_pack_values(head, ws, block_key, keys, task->first_col, task->cols);
             packed = true;
         }
         want_next(task, ws, r + rows, block_key);
@@ -132,8 +109,29 @@ static void attend_block(const struct fa_forward *forward, const struct task *ta
     }
 }
 
-static void store_rows(const struct fa_forward *forward, const struct task *task,
-                       struct fa_workspace *ws)
+/* Keys [lo, hi) of the head against all rows of the task, from nothing into ws->part.  False: stopped. */
+static bool attend_keys(struct fa_job *job, int thread, const struct fa_task *task,
+                        struct fa_workspace *ws, int64_t lo, int64_t hi)
+{
+    const struct fa_forward *forward = job->context;
+    const struct fa_geometry *g = forward->geometry;
+    const struct fa_key_range keys =
+        fa_rows_keys(&task->head, task->first_row, task->first_row + task->rows - 1);
+    hi = fa_min(hi, keys.hi);
+    lo = fa_max(lo, keys.lo) / g->block_k * g->block_k;
+
+    g->ops->softmax_begin((size_t)task->rows, &ws->part, (size_t)g->block_dv);
+    for (int64_t block = lo; block < hi; block += g->block_k) {
+        if (fa_job_checkpoint(job, thread)) {
+            return false;
+        }
+        attend_block(forward, task, ws, block, fa_min(g->block_k, keys.hi - block));
+    }
+    return true;
+}
+
+static void store_rows(const struct fa_forward *forward, const struct fa_task *task,
+                       const struct fa_state *state)
 {
     const struct fa_geometry *g = forward->geometry;
     const struct fa_attention_params *p = g->params;
@@ -144,6 +142,7 @@ static void store_rows(const struct fa_forward *forward, const struct task *task
         struct fa_row_result result = {
             .row = (size_t)r,
             .cols = (size_t)task->cols,
+            .dtype = p->dtype,
             .sink = -INFINITY,
             .out = head->out + member * p->out.head + token * p->out.row +
                    task->first_col * p->out.col,
@@ -155,7 +154,7 @@ static void store_rows(const struct fa_forward *forward, const struct task *task
             result.residual_stride = p->residual.col;
         }
         if (forward->col_max != NULL) {
-            g->ops->store(ws->acc + r * g->block_dv * (int64_t)g->ops->size, &result);
+            g->ops->store(fa_state_from(g, state, r).acc, &result);
             continue;
         }
         if (head->sinks != NULL) {
@@ -165,34 +164,94 @@ static void store_rows(const struct fa_forward *forward, const struct task *task
         if (head->lse != NULL && task->first_col == 0) {
             result.lse = head->lse + member * p->lse.head + token * p->lse.row;
         }
-        g->ops->softmax_store(ws->row_max, ws->row_sum, ws->acc, (size_t)g->block_dv, &result);
+        g->ops->softmax_store(state, (size_t)g->block_dv, &result);
     }
+}
+
+/* All splits of the rows' keys, one after another. */
+static void run_whole(struct fa_job *job, const struct fa_task *task, struct fa_workspace *ws,
+                      int thread)
+{
+    const struct fa_forward *forward = job->context;
+    const struct fa_geometry *g = forward->geometry;
+    const struct fa_key_range keys =
+        fa_rows_keys(&task->head, task->first_row, task->first_row + task->rows - 1);
+    const size_t rows = (size_t)task->rows, ldacc = (size_t)g->block_dv;
+    const bool one = forward->col_max != NULL || keys.hi <= keys.lo ||
+                     keys.lo / g->split_k == (keys.hi - 1) / g->split_k;
+    if (one) {
+        if (attend_keys(job, thread, task, ws, keys.lo, keys.hi)) {
+            store_rows(forward, task, &ws->part);
+        }
+        return;
+    }
+    g->ops->softmax_begin(rows, &ws->total, ldacc);
+    for (int64_t lo = keys.lo / g->split_k * g->split_k; lo < keys.hi; lo += g->split_k) {
+        if (!attend_keys(job, thread, task, ws, lo, lo + g->split_k)) {
+            return;
+        }
+        g->ops->softmax_fold(rows, &ws->total, &ws->part, ldacc);
+    }
+    store_rows(forward, task, &ws->total);
+}
+
+/* One split; whoever is last of the group folds them in order into the first and stores the rows. */
+static void run_split(struct fa_job *job, int64_t index, const struct fa_task *task,
+                      struct fa_workspace *ws, int thread)
+{
+    const struct fa_forward *forward = job->context;
+    const struct fa_geometry *g = forward->geometry;
+    const int64_t lo = task->first_split * g->split_k, first = task->first_in_group;
+    char *parts = forward->parts + first * forward->part_bytes;
+
+    ws->part = fa_state_at(g, g->block_q, forward->parts + index * forward->part_bytes);
+    if (!attend_keys(job, thread, task, ws, lo, lo + task->splits * g->split_k)) {
+        return;
+    }
+    const int before = atomic_fetch_add_explicit(forward->arrived + first, 1, memory_order_acq_rel);
+    if (before + 1 < task->group_size) {
+        return;
+    }
+    const struct fa_state total = fa_state_at(g, g->block_q, parts);
+    for (int64_t i = 1; i < task->group_size; i++) {
+        const struct fa_state part = fa_state_at(g, g->block_q, parts + i * forward->part_bytes);
+        g->ops->softmax_fold((size_t)task->rows, &total, &part, (size_t)g->block_dv);
+    }
+    store_rows(forward, task, &total);
 }
 
 static void run_task(struct fa_job *job, int64_t index, int thread)
 {
     const struct fa_forward *forward = job->context;
-    const struct fa_geometry *g = forward->geometry;
-    struct fa_workspace ws = fa_workspace_of(g, forward->workspaces, thread);
-    const struct task task = locate_task(g, index);
-    const struct fa_key_range keys =
-        fa_rows_keys(&task.head, task.first_row, task.first_row + task.rows - 1);
-
+    const struct fa_task task = fa_plan_task(&forward->plan, index);
+    struct fa_workspace ws = fa_workspace_of(forward->geometry, forward->workspaces, thread);
     fa_load_rows(&task.head, &ws, task.first_row, task.rows);
-    g->ops->softmax_begin(ws.row_max, ws.row_sum, ws.acc,
-                          (size_t)fa_round_up(task.rows, (int64_t)g->ops->mr), (size_t)g->block_dv);
-    for (int64_t block = keys.lo / g->block_k * g->block_k; block < keys.hi; block += g->block_k) {
-        if (fa_job_checkpoint(job, thread)) {
-            return;
-        }
-        attend_block(forward, &task, &ws, block, fa_min(g->block_k, keys.hi - block));
+    if (forward->plan.by_splits) {
+        run_split(job, index, &task, &ws, thread);
+    } else {
+        run_whole(job, &task, &ws, thread);
     }
-    store_rows(forward, &task, &ws);
 }
 
-static int64_t count_tasks(const struct fa_geometry *g)
+/* The states of all tasks, where each has one split. */
+static enum fa_status allocate_parts(struct fa_forward *forward)
 {
-    return g->batch * g->heads * g->dv_blocks * g->row_blocks;
+    const struct fa_geometry *g = forward->geometry;
+    int64_t total, counters = 0;
+    if (!fa_state_bytes(g, g->block_q, &forward->part_bytes) ||
+        !fa_multiply(forward->part_bytes, forward->plan.num_tasks, &total) ||
+        !fa_add_bytes(&counters, forward->plan.num_tasks, (int64_t)sizeof *forward->arrived)) {
+        return FA_OVERFLOW;
+    }
+    forward->parts = fa_allocate(total);
+    forward->arrived = fa_allocate(counters);
+    if (forward->parts == NULL || forward->arrived == NULL) {
+        return FA_NO_MEMORY;
+    }
+    for (int64_t i = 0; i < forward->plan.num_tasks; i++) {
+        atomic_init(forward->arrived + i, 0);
+    }
+    return FA_OK;
 }
 
 static enum fa_status allocate(struct fa_forward *forward)
@@ -214,7 +273,31 @@ static enum fa_status allocate(struct fa_forward *forward)
             return FA_NO_MEMORY;
         }
     }
-    return forward->workspaces == NULL ? FA_NO_MEMORY : FA_OK;
+    if (forward->workspaces == NULL) {
+        return FA_NO_MEMORY;
+    }
+    return forward->plan.by_splits ? allocate_parts(forward) : FA_OK;
+}
+
+static enum fa_status run_passes(struct fa_forward *forward)
+{
+    const struct fa_geometry *g = forward->geometry;
+    struct fa_job job = {
+        .num_threads = g->num_threads,
+        .context = forward,
+        .poll = g->params->poll,
+        .poll_arg = g->params->poll_arg,
+    };
+    if (g->params->softmax_axis == FA_SOFTMAX_QUERIES) {
+        enum fa_status status = fa_column_softmax(forward, &job);
+        if (status != FA_OK) {
+            return status;
+        }
+    }
+    job.run = run_task;
+    job.num_tasks = forward->plan.num_tasks;
+    job.num_threads = (int)fa_min(g->num_threads, fa_max(job.num_tasks, 1));
+    return fa_job_run(&job);
 }
 
 enum fa_status fa_attention(const struct fa_attention_params *params,
@@ -226,24 +309,18 @@ enum fa_status fa_attention(const struct fa_attention_params *params,
         return status;
     }
     struct fa_forward forward = {.geometry = &geometry};
-    struct fa_job job = {
-        .num_threads = geometry.num_threads,
-        .context = &forward,
-        .poll = params->poll,
-        .poll_arg = params->poll_arg,
-    };
-    status = allocate(&forward);
-    if (status == FA_OK && params->softmax_axis == FA_SOFTMAX_QUERIES) {
-        status = fa_column_softmax(&forward, &job);
+    status = fa_plan_init(&forward.plan, &geometry);
+    if (status == FA_OK) {
+        status = allocate(&forward);
     }
     if (status == FA_OK) {
-        job.run = run_task;
-        job.num_tasks = count_tasks(&geometry);
-        job.num_threads = (int)fa_min(geometry.num_threads, fa_max(job.num_tasks, 1));
-        status = fa_job_run(&job);
+        status = run_passes(&forward);
     }
+    fa_plan_release(&forward.plan);
     fa_release(forward.workspaces);
     fa_release(forward.col_max);
     fa_release(forward.col_inverse);
+    fa_release(forward.parts);
+    fa_release(forward.arrived);
     return status;
 }

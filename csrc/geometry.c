@@ -22,10 +22,11 @@
  * buffer grows with head_dim_v; at 1024 that costs at most head_dim / 1024 of the work. */
 #define BLOCK_DV 1024
 
-/* Tasks per thread that a call is cut into, rows permitting, for balance at its end: a thread that waits
- * for another's last task loses half a task on average, 4 % of the call at 12.  More tasks pack K and V more
- * often. */
-#define TASKS_PER_THREAD 12
+/* Keys per split.  A row's softmax starts anew at every multiple of it, and the splits are folded in order:
+ * so threads may share the keys of a few queries, and yet nobody's bits depend on whether they do.  K and V
+ * of a split are 1 MiB at head_dim 128, 50 us of reading, ten times what a task costs beside; in prefill a
+ * new start costs 1 / split_k * 20 cycles per row and key. */
+#define SPLIT_K 1024
 
 /* Multiply-adds that pay for waking one more thread: about 80 us at 50 per nanosecond, ten times the
  * cost of entering a parallel region on idle cores.  Where other programs keep the cores busy, a thread
@@ -43,29 +44,59 @@ static int64_t choose_block_k(const struct fa_geometry *g)
     return block_k;
 }
 
-/* Blocks of equal size, as few as memory and balance allow. */
+/* Blocks of equal size, as few as memory and balance allow.  Few rows stay together and share the keys by
+ * splits (plan.c): cut, each part would pack all of K and V. */
 static int64_t choose_block_q(const struct fa_geometry *g)
 {
     int64_t size = (int64_t)g->ops->size;
     int64_t width = fa_max(1, g->params->head_dim + fa_min(g->params->head_dim_v, g->block_dv));
     int64_t most = fa_min(MAX_BLOCK_Q, fa_max(FA_TILE_Q, ROW_BLOCK_BYTES / size / width));
     int64_t blocks = fa_ceil_div(g->rows, most);
-    if (g->num_threads > 1) {
+    if (g->num_threads > 1 && g->rows > FA_MAX_SPLIT_ROWS) {
         int64_t heads = fa_max(1, g->batch * g->heads * g->dv_blocks);
-        blocks = fa_max(blocks, fa_ceil_div(TASKS_PER_THREAD * g->num_threads, heads));
+        blocks = fa_max(blocks, fa_ceil_div(FA_TASKS_PER_THREAD * g->num_threads, heads));
     }
     int64_t rows = fa_ceil_div(g->rows, fa_max(1, blocks));
-    return fa_min(fa_round_up(rows, FA_TILE_Q), fa_round_up(g->rows, (int64_t)g->ops->mr));
+    return fa_min(fa_round_up(rows, FA_TILE_Q), g->rows);
+}
+
+/* Queries or keys of a batch entry. */
+static int64_t length_of(const int64_t *starts, int64_t entry, int64_t seqlen)
+{
+    return starts == NULL ? seqlen : starts[entry + 1] - starts[entry];
+}
+
+/* Scores of one head of every batch entry: what the work grows with. */
+static double count_scores(const struct fa_geometry *g)
+{
+    const struct fa_attention_params *p = g->params;
+    if (p->q_starts == NULL && p->k_starts == NULL) {
+        return (double)g->batch * (double)g->rows * (double)p->seqlen_k;
+    }
+    double scores = 0;
+    for (int64_t i = 0; i < g->batch; i++) {
+        scores += (double)length_of(p->q_starts, i, p->seqlen_q) * (double)g->stacked *
+                  (double)length_of(p->k_starts, i, p->seqlen_k);
+    }
+    return scores;
 }
 
 /* Threads that the work pays for; task counts may lower it further. */
 static int choose_num_threads(const struct fa_geometry *g)
 {
     const struct fa_attention_params *p = g->params;
-    double work = (double)g->batch * (double)g->heads * (double)g->rows * (double)p->seqlen_k *
-                  (double)(p->head_dim + p->head_dim_v + 1);
+    double work = (double)g->heads * count_scores(g) * (double)(p->head_dim + p->head_dim_v + 1);
     double paid = 1 + work / WORK_PER_THREAD;
     return paid < p->num_threads ? (int)paid : p->num_threads;
+}
+
+static int64_t longest(const struct fa_geometry *g, const int64_t *starts, int64_t seqlen)
+{
+    int64_t length = starts == NULL ? seqlen : 0;
+    for (int64_t i = 0; starts != NULL && i < g->batch; i++) {
+        length = fa_max(length, starts[i + 1] - starts[i]);
+    }
+    return length;
 }
 
 enum fa_status fa_geometry_init(struct fa_geometry *geometry,
@@ -97,14 +128,15 @@ enum fa_status fa_geometry_init(struct fa_geometry *geometry,
         !fa_multiply(fa_max(g.rows, params->seqlen_k), 4 * FA_TILE_Q, &padded)) {
         return FA_OVERFLOW;
     }
+    g.rows = longest(&g, params->q_starts, params->seqlen_q) * g.stacked;
     g.block_k = choose_block_k(&g);
     g.block_dv = fa_min(BLOCK_DV, fa_round_up(params->head_dim_v, (int64_t)ops->nr));
     /* head_dim_v 0 still has an lse to compute. */
     g.dv_blocks = g.block_dv == 0 ? 1 : fa_ceil_div(params->head_dim_v, g.block_dv);
+    g.split_k = SPLIT_K;
     g.key_blocks = fa_ceil_div(params->seqlen_k, g.block_k);
     g.num_threads = choose_num_threads(&g);
     g.block_q = choose_block_q(&g);
-    g.row_blocks = g.block_q == 0 ? 0 : fa_ceil_div(g.rows, g.block_q);
     *geometry = g;
     return FA_OK;
 }
@@ -145,25 +177,41 @@ static char *skip_output_heads(char *p, int64_t heads, const struct fa_output *o
     return p == NULL ? NULL : p + heads * output->head;
 }
 
+static const char *skip_rows(const char *p, int64_t rows, int64_t stride)
+{
+    return p == NULL ? NULL : p + rows * stride;
+}
+
+static char *skip_output_rows(char *p, int64_t rows, int64_t stride)
+{
+    return p == NULL ? NULL : p + rows * stride;
+}
+
 void fa_head_init(struct fa_head *head, const struct fa_geometry *geometry, int64_t index)
 {
     const struct fa_attention_params *p = geometry->params;
     const int64_t n = p->batch_ndim;
     int64_t at[FA_MAX_BATCH_DIMS];
-    int64_t entry = index / geometry->heads;
+    const int64_t entry = index / geometry->heads;
+    int64_t rest = entry;
     int64_t first_head = index % geometry->heads * geometry->stacked;
     int64_t kv_head = first_head / (p->num_heads / p->num_kv_heads);
 
     FA_ASSERT(index >= 0 && index < geometry->batch * geometry->heads);
     for (int64_t i = n - 1; i >= 0; i--) {
-        at[i] = entry % p->batch_shape[i];
-        entry /= p->batch_shape[i];
+        at[i] = rest % p->batch_shape[i];
+        rest /= p->batch_shape[i];
     }
+    const bool paged = p->page_table.data != NULL;
+    const int64_t kv_ndim = paged ? 0 : n; /* pages have no batch axis of their own */
     *head = (struct fa_head){
         .geometry = geometry,
         .q = skip_heads(locate(&p->q, at, n), first_head, &p->q),
-        .k = skip_heads(locate(&p->k, at, n), kv_head, &p->k),
-        .v = skip_heads(locate(&p->v, at, n), kv_head, &p->v),
+        .k = skip_heads(locate(&p->k, at, kv_ndim), kv_head, &p->k),
+        .v = skip_heads(locate(&p->v, at, kv_ndim), kv_head, &p->v),
+        .k_scale = skip_heads(locate(&p->k_scale, at, kv_ndim), kv_head, &p->k_scale),
+        .v_scale = skip_heads(locate(&p->v_scale, at, kv_ndim), kv_head, &p->v_scale),
+        .page_table = locate(&p->page_table, at, n),
         .bias = skip_heads(locate(&p->bias, at, n), first_head, &p->bias),
         .mask = skip_heads(locate(&p->mask, at, n), first_head, &p->mask),
         .residual = skip_heads(locate(&p->residual, at, n), first_head, &p->residual),
@@ -174,9 +222,23 @@ void fa_head_init(struct fa_head *head, const struct fa_geometry *geometry, int6
         .out = skip_output_heads(locate_output(&p->out, at, n), first_head, &p->out),
         .lse = skip_output_heads(locate_output(&p->lse, at, n), first_head, &p->lse),
     };
+    if (p->q_starts != NULL) {
+        const int64_t start = p->q_starts[entry];
+        head->q = skip_rows(head->q, start, p->q.row);
+        head->residual = skip_rows(head->residual, start, p->residual.row);
+        head->out = skip_output_rows(head->out, start, p->out.row);
+        head->lse = skip_output_rows(head->lse, start, p->lse.row);
+    }
+    if (p->k_starts != NULL) {
+        head->k = skip_rows(head->k, p->k_starts[entry], p->k.row);
+        head->v = skip_rows(head->v, p->k_starts[entry], p->v.row);
+    }
     const char *length = locate(&p->kv_lengths, at, n), *offset = locate(&p->q_offset, at, n);
-    head->kv_length = length == NULL ? p->seqlen_k : read_int64(length);
-    head->q_offset = offset == NULL ? head->kv_length - p->seqlen_q : read_int64(offset);
+    const int64_t seqlen_q = length_of(p->q_starts, entry, p->seqlen_q);
+    head->rows = seqlen_q * geometry->stacked;
+    head->kv_length =
+        length == NULL ? length_of(p->k_starts, entry, p->seqlen_k) : read_int64(length);
+    head->q_offset = offset == NULL ? head->kv_length - seqlen_q : read_int64(offset);
     FA_ASSERT(head->kv_length >= 0 && head->kv_length <= p->seqlen_k);
 }
 

@@ -7,6 +7,15 @@
 #include "fastattn.h"
 #include "kernels.h"
 
+/* Tasks per thread that a call is cut into, rows permitting, for balance at its end: a thread that waits
+ * for another's last task loses half a task on average, 4 % of the call at 12.  More tasks pack K and V more
+ * often. */
+#define FA_TASKS_PER_THREAD 12
+
+/* Rows of a head up to which threads share its keys rather than its rows: packing costs 5 % of the time at
+ * this number, and partial results are at most FA_MAX_SPLIT_ROWS / (2 * SPLIT_K) = 9 % of K and V. */
+#define FA_MAX_SPLIT_ROWS 192
+
 /* One call's loop nest.
  *
  * Rows that share keys are stacked: softmax over keys stacks the group_size query heads of a key head,
@@ -17,12 +26,13 @@ struct fa_geometry {
     const struct fa_ops *ops;
     int64_t heads;       /* key heads, or query heads for softmax over queries */
     int64_t stacked;     /* query heads stacked in a block of rows */
-    int64_t rows;        /* per head: seqlen_q * stacked */
+    int64_t rows; /* of a head: seqlen_q * stacked; the longest's with packed sequences */
     int64_t batch;       /* product of batch_shape */
-    int64_t block_k;     /* keys per block: fixed by head_dim and dtype alone */
+    int64_t block_k; /* keys per block: fixed by head_dim and dtype alone */
+    int64_t split_k; /* keys per split, a whole number of blocks: likewise */
     int64_t block_q;     /* rows per task */
     int64_t block_dv;    /* columns of v per task */
-    int64_t row_blocks, key_blocks, dv_blocks;
+    int64_t key_blocks, dv_blocks;
     int num_threads;     /* that will work */
 };
 
@@ -34,8 +44,9 @@ enum fa_status fa_geometry_init(struct fa_geometry *geometry,
 struct fa_head {
     const struct fa_geometry *geometry;
     const char *q, *k, *v, *bias, *mask, *residual, *alibi_slopes, *sinks;
-    const char *q_segment_ids, *k_segment_ids;
+    const char *q_segment_ids, *k_segment_ids, *k_scale, *v_scale, *page_table;
     char *out, *lse;
+    int64_t rows;      /* queries times stacked heads */
     int64_t kv_length; /* keys [0, kv_length) are valid */
     int64_t q_offset;  /* position of token 0 on the key axis */
 };

@@ -36,10 +36,26 @@ struct fa_wanted {
     size_t next_row, next_byte; /* not asked for yet */
 };
 
+/* The keys, or the values, of a block, wherever each of them lies. */
+struct fa_keys {
+    const char *const *row; /* the first element of each key */
+    int64_t col_stride;
+    enum fa_dtype dtype;
+    const float *scale; /* of each key; NULL: 1 */
+};
+
+/* Rows of online softmax over the keys seen so far. */
+struct fa_state {
+    void *row_max; /* real [rows] */
+    void *row_sum; /* real [rows][vl] */
+    void *acc;     /* real [rows][ldacc]: unnormalised output */
+};
+
 /* One finished row of the online softmax, on its way to caller memory. */
 struct fa_row_result {
     size_t row;             /* index into row_max, row_sum and acc */
     size_t cols;            /* elements to store */
+    enum fa_dtype dtype;    /* of out and residual */
     double sink;            /* base-2 logit that joins the denominator; -inf: none */
     void *out;              /* cols elements, out_stride bytes apart */
     int64_t out_stride;
@@ -54,21 +70,20 @@ struct fa_ops {
     size_t mr, nr;   /* rows and columns of the register tile; nr is a whole number of vectors */
     size_t vl;       /* lanes of a vector */
 
-    /* dst[r][0..cols) = factor * src[r][...]; src[r] == NULL: a zero row. */
-    void (*load_rows)(void *dst, size_t rows, const void *const *src, int64_t col_stride,
-                      size_t cols, double factor);
+    /* dst[r][0..cols) = factor * src[r][...] */
+    void (*load_rows)(void *dst, size_t rows, const char *const *src, int64_t col_stride,
+                      size_t cols, enum fa_dtype dtype, double factor);
 
     /* Transpose keys into panels dst[key / nr][col][key % nr], zero beyond `keys` up to whole panels. */
-    void (*pack_keys)(void *dst, size_t keys, size_t cols, const void *src, int64_t row_stride,
-                      int64_t col_stride);
+    void (*pack_keys)(void *dst, size_t keys, size_t cols, const struct fa_keys *from);
 
     /* Copy values into panels dst[col / nr][key][col % nr], panel_stride elements apart, zero beyond
      * `cols` up to a whole panel.  Returns whether every value is finite. */
-    bool (*pack_values)(void *dst, size_t panel_stride, size_t keys, size_t cols, const void *src,
-                        int64_t row_stride, int64_t col_stride);
+    bool (*pack_values)(void *dst, size_t panel_stride, size_t keys, size_t cols,
+                        const struct fa_keys *from);
 
     /* c[rows][panels * nr] = (accumulate ? c : 0) + a[rows][depth] b[depth][panels * nr], each product
-     * one chain of fused multiply-adds in order of depth.  rows: multiple of mr; depth may be 0.
+     * one chain of fused multiply-adds in order of depth.  Any number of rows; depth may be 0.
      * b: panels of [depth][nr], panel_stride elements apart.  Asks for some of what is wanted on the way. */
     void (*matmul)(size_t rows, size_t depth, size_t panels, const void *a, size_t lda,
                    const void *b, size_t panel_stride, void *c, size_t ldc, bool accumulate,
@@ -89,15 +104,17 @@ struct fa_ops {
     /* s = -inf outside [lo, hi); 0 <= lo <= hi <= n */
     void (*mask_range)(void *s, size_t n, size_t lo, size_t hi);
 
-    /* Start `rows` rows of online softmax: row_max is the lowest finite number, row_sum = 0, acc = 0. */
-    void (*softmax_begin)(void *row_max, void *row_sum, void *acc, size_t rows, size_t cols);
+    /* Start rows of online softmax: row_max is the lowest finite number, row_sum = 0, acc = 0. */
+    void (*softmax_begin)(size_t rows, const struct fa_state *state, size_t ldacc);
     /* Replace scores by weights relative to row_max, raising row_max and rescaling row_sum and acc
-     * where a row needs it.  rows: multiple of mr; n: multiple of vl.  row_sum: [rows][vl], acc:
-     * [rows][ldacc]. */
-    void (*softmax_update)(void *s, size_t ld, size_t rows, size_t n, void *row_max, void *row_sum,
-                           void *acc, size_t ldacc);
+     * where a row needs it.  n: multiple of vl. */
+    void (*softmax_update)(void *s, size_t ld, size_t rows, size_t n, const struct fa_state *state,
+                           size_t ldacc);
+    /* total = total and part together: the same rows over other keys. */
+    void (*softmax_fold)(size_t rows, const struct fa_state *total, const struct fa_state *part,
+                         size_t ldacc);
     /* out = acc / sum (+ residual), and lse.  A row that saw no key stores 0 (+ residual), lse -inf. */
-    void (*softmax_store)(const void *row_max, const void *row_sum, const void *acc, size_t ldacc,
+    void (*softmax_store)(const struct fa_state *state, size_t ldacc,
                           const struct fa_row_result *result);
 
     /* Softmax over queries: running column maxima and sums of one key block. */
@@ -128,9 +145,10 @@ struct fa_kernels {
 extern const struct fa_kernels fa_kernels_scalar, fa_kernels_avx2, fa_kernels_avx512,
     fa_kernels_neon;
 
+/* The operations that compute with elements of a type. */
 static inline const struct fa_ops *fa_ops_for(const struct fa_kernels *kernels, enum fa_dtype dtype)
 {
-    return dtype == FA_F32 ? kernels->f32 : kernels->f64;
+    return dtype == FA_F64 ? kernels->f64 : kernels->f32;
 }
 
 #endif

@@ -155,8 +155,7 @@ bool fa_tile_init(struct fa_tile *tile, const struct fa_head *head, struct fa_wo
 
 int64_t fa_tile_group(const struct fa_tile *tile)
 {
-    const int64_t mr = (int64_t)tile->head->geometry->ops->mr;
-    return tile->use_range ? mr : fa_round_up(tile->rows, mr);
+    return tile->use_range ? (int64_t)tile->head->geometry->ops->mr : tile->rows;
 }
 
 struct fa_key_range fa_group_keys(const struct fa_tile *tile, int64_t r)
@@ -179,31 +178,18 @@ void fa_load_rows(const struct fa_head *head, struct fa_workspace *ws, int64_t f
 {
     const struct fa_geometry *g = head->geometry;
     const struct fa_attention_params *p = g->params;
-    const int64_t mr = (int64_t)g->ops->mr;
     const double scale = p->softcap > 0 ? p->scale / p->softcap : p->scale * FA_LOG2_E;
-    const void *src[FA_TILE_Q];
+    const char *src[FA_TILE_Q];
 
     for (int64_t r = 0; r < rows; r += FA_TILE_Q) {
         const int64_t count = fa_min(FA_TILE_Q, rows - r);
-        const int64_t padded = fa_round_up(count, mr);
-        for (int64_t i = 0; i < padded; i++) {
+        for (int64_t i = 0; i < count; i++) {
             const int64_t row = first_row + r + i;
-            src[i] = i < count ? head->q + fa_row_member(g, row) * p->q.head +
-                                     fa_row_token(g, row) * p->q.row
-                               : NULL;
+            src[i] = head->q + fa_row_member(g, row) * p->q.head + fa_row_token(g, row) * p->q.row;
         }
-        g->ops->load_rows(ws->q + r * p->head_dim * (int64_t)g->ops->size, (size_t)padded, src,
-                          p->q.col, (size_t)p->head_dim, scale);
+        g->ops->load_rows(ws->q + r * p->head_dim * (int64_t)g->ops->size, (size_t)count, src,
+                          p->q.col, (size_t)p->head_dim, p->dtype, scale);
     }
-}
-
-void fa_pack_keys(const struct fa_head *head, struct fa_workspace *ws, int64_t block_key,
-                  int64_t keys)
-{
-    const struct fa_geometry *g = head->geometry;
-    const struct fa_attention_params *p = g->params;
-    g->ops->pack_keys(ws->k, (size_t)keys, (size_t)p->head_dim, head->k + block_key * p->k.row,
-                      p->k.row, p->k.col);
 }
 
 static double read_double(const char *p)
@@ -268,7 +254,7 @@ void fa_want_bias(const struct fa_head *head, struct fa_workspace *ws, int64_t f
     }
 }
 
-/* Scores of the tile's rows [r, r + rows), rows a multiple of mr. */
+/* Scores of the tile's rows [r, r + rows). */
 static void group_scores(const struct fa_tile *tile, struct fa_workspace *ws, int64_t r,
                          int64_t rows)
 {
@@ -292,13 +278,8 @@ static void group_scores(const struct fa_tile *tile, struct fa_workspace *ws, in
     if (head->bias == NULL && head->alibi_slopes == NULL && !tile->use_mask && !tile->use_range) {
         return;
     }
-    for (int64_t i = r; i < r + rows; i++, row += g->block_k * size) {
-        if (i < tile->rows) {
-            edit_row(tile, ws, i, row, keys.lo, columns);
-        } else if (tile->use_range) {
-            /* Padding rows weigh nothing that is kept, but not what the memory held before. */
-            ops->mask_range(row, (size_t)tile->columns, 0, 0);
-        }
+    for (int64_t i = r; i < r + rows; i++) {
+        edit_row(tile, ws, i, row + (i - r) * g->block_k * size, keys.lo, columns);
     }
 }
 
@@ -306,6 +287,6 @@ void fa_tile_scores(const struct fa_tile *tile, struct fa_workspace *ws)
 {
     const int64_t group = fa_tile_group(tile);
     for (int64_t r = 0; r < tile->rows; r += group) {
-        group_scores(tile, ws, r, group);
+        group_scores(tile, ws, r, fa_min(group, tile->rows - r));
     }
 }

@@ -31,13 +31,9 @@ int64_t fa_tile_group(const struct fa_tile *tile);
 /* Keys of the tile, from its first on, that its rows [r, r + group) may see; lo is a whole panel. */
 struct fa_key_range fa_group_keys(const struct fa_tile *tile, int64_t r);
 
-/* Scale rows [first_row, first_row + rows) of q into ws->q, padded with zero rows to a multiple of mr. */
+/* Scale rows [first_row, first_row + rows) of q into ws->q. */
 void fa_load_rows(const struct fa_head *head, struct fa_workspace *ws, int64_t first_row,
                   int64_t rows);
-
-/* Pack keys [block_key, block_key + keys) into ws->k. */
-void fa_pack_keys(const struct fa_head *head, struct fa_workspace *ws, int64_t block_key,
-                  int64_t keys);
 
 /* Have the products fetch the bias of rows [first_row, first_row + rows) and the key block at block_key,
  * for the tile after the present one: it is read once, in stretches of a row that the hardware does not

@@ -10,8 +10,48 @@ static bool reserve(int64_t *total, int64_t *offset, int64_t rows, int64_t cols,
     return fa_multiply(rows, cols, &elements) && fa_add_bytes(total, elements, size);
 }
 
+struct state_layout {
+    int64_t row_max, row_sum, acc;
+};
+
+static bool lay_out_state(const struct fa_geometry *g, int64_t rows, int64_t *total,
+                          struct state_layout *at)
+{
+    const int64_t size = (int64_t)g->ops->size;
+    return reserve(total, &at->row_max, rows, 1, size) &&
+           reserve(total, &at->row_sum, rows, (int64_t)g->ops->vl, size) &&
+           reserve(total, &at->acc, rows, g->block_dv, size);
+}
+
+static struct fa_state state_at(char *base, const struct state_layout *at)
+{
+    return (struct fa_state){
+        .row_max = base + at->row_max,
+        .row_sum = base + at->row_sum,
+        .acc = base + at->acc,
+    };
+}
+
+bool fa_state_bytes(const struct fa_geometry *geometry, int64_t rows, int64_t *bytes)
+{
+    struct state_layout at;
+    *bytes = 0;
+    return lay_out_state(geometry, rows, bytes, &at);
+}
+
+struct fa_state fa_state_at(const struct fa_geometry *geometry, int64_t rows, char *memory)
+{
+    struct state_layout at = {0};
+    int64_t bytes = 0;
+    bool ok = lay_out_state(geometry, rows, &bytes, &at);
+    FA_ASSERT(ok);
+    (void)ok;
+    return state_at(memory, &at);
+}
+
 struct layout {
-    int64_t q, acc, row_max, row_sum, k, v, scores, mask, segments, bytes;
+    struct state_layout part, total;
+    int64_t q, k, v, scores, mask, segments, k_row, v_row, k_scale, v_scale, bytes;
 };
 
 static bool lay_out(const struct fa_geometry *g, struct layout *at)
@@ -19,15 +59,19 @@ static bool lay_out(const struct fa_geometry *g, struct layout *at)
     const int64_t size = (int64_t)g->ops->size;
     int64_t total = 0;
     *at = (struct layout){0};
-    bool ok = reserve(&total, &at->q, g->block_q, g->params->head_dim, size) &&
-              reserve(&total, &at->acc, g->block_q, g->block_dv, size) &&
-              reserve(&total, &at->row_max, g->block_q, 1, size) &&
-              reserve(&total, &at->row_sum, g->block_q, (int64_t)g->ops->vl, size) &&
-              reserve(&total, &at->k, g->block_k, g->params->head_dim, size) &&
-              reserve(&total, &at->v, g->block_k, g->block_dv, size) &&
-              reserve(&total, &at->scores, FA_TILE_Q, g->block_k, size) &&
-              reserve(&total, &at->mask, FA_TILE_Q, g->block_k, 1) &&
-              reserve(&total, &at->segments, g->block_k, 1, (int64_t)sizeof(int64_t));
+    bool ok =
+        reserve(&total, &at->q, g->block_q, g->params->head_dim, size) &&
+        lay_out_state(g, g->block_q, &total, &at->part) &&
+        lay_out_state(g, g->params->seqlen_k > g->split_k ? g->block_q : 0, &total, &at->total) &&
+        reserve(&total, &at->k, g->block_k, g->params->head_dim, size) &&
+        reserve(&total, &at->v, g->block_k, g->block_dv, size) &&
+        reserve(&total, &at->scores, FA_TILE_Q, g->block_k, size) &&
+        reserve(&total, &at->mask, FA_TILE_Q, g->block_k, 1) &&
+        reserve(&total, &at->segments, g->block_k, 1, (int64_t)sizeof(int64_t)) &&
+        reserve(&total, &at->k_row, g->block_k, 1, (int64_t)sizeof(char *)) &&
+        reserve(&total, &at->v_row, g->block_k, 1, (int64_t)sizeof(char *)) &&
+        reserve(&total, &at->k_scale, g->block_k, 1, (int64_t)sizeof(float)) &&
+        reserve(&total, &at->v_scale, g->block_k, 1, (int64_t)sizeof(float));
     at->bytes = total;
     return ok;
 }
@@ -49,14 +93,17 @@ struct fa_workspace fa_workspace_of(const struct fa_geometry *geometry, char *me
     char *base = memory + thread * at.bytes;
     return (struct fa_workspace){
         .q = base + at.q,
-        .acc = base + at.acc,
-        .row_max = base + at.row_max,
-        .row_sum = base + at.row_sum,
+        .part = state_at(base, &at.part),
+        .total = state_at(base, &at.total),
         .k = base + at.k,
         .v = base + at.v,
         .scores = base + at.scores,
         .mask = (uint8_t *)base + at.mask,
         .segments = (int64_t *)(void *)(base + at.segments),
+        .k_row = (const char **)(void *)(base + at.k_row),
+        .v_row = (const char **)(void *)(base + at.v_row),
+        .k_scale = (float *)(void *)(base + at.k_scale),
+        .v_scale = (float *)(void *)(base + at.v_scale),
     };
 }
 

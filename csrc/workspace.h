@@ -12,9 +12,8 @@ struct fa_segment_range {
 /* One thread's buffers, FA_ALIGNMENT-aligned.  `real` is the element type of the geometry's ops. */
 struct fa_workspace {
     char *q;            /* real [block_q][head_dim]: scaled rows */
-    char *acc;          /* real [block_q][block_dv]: unnormalised output */
-    char *row_max;      /* real [block_q] */
-    char *row_sum;      /* real [block_q][vl] */
+    struct fa_state part;  /* [block_q] rows, ldacc block_dv: of one split */
+    struct fa_state total; /* of all splits so far */
     char *k;            /* real [block_k / nr][head_dim][nr]: packed keys */
     char *v;            /* real [block_dv / nr][block_k][nr]: packed values */
     char *scores;       /* real [FA_TILE_Q][block_k] */
@@ -22,6 +21,9 @@ struct fa_workspace {
     int64_t *segments;  /* [block_k]: segment ids of the keys of a block */
     const char *segments_loaded; /* where they came from; NULL: nowhere yet */
     struct fa_segment_range segment_range;
+    /* [block_k]: where the keys of a block and their scales lie, */
+    const char **k_row, **v_row;
+    float *k_scale, *v_scale;
     struct fa_wanted wanted; /* what the products fetch meanwhile */
 };
 
@@ -30,6 +32,22 @@ bool fa_workspace_bytes(const struct fa_geometry *geometry, int64_t *bytes);
 
 /* Thread `thread`'s buffers inside an allocation of num_threads * fa_workspace_bytes. */
 struct fa_workspace fa_workspace_of(const struct fa_geometry *geometry, char *memory, int thread);
+
+/* Bytes of a state of `rows` rows, and one laid out in memory; false on overflow. */
+bool fa_state_bytes(const struct fa_geometry *geometry, int64_t rows, int64_t *bytes);
+struct fa_state fa_state_at(const struct fa_geometry *geometry, int64_t rows, char *memory);
+
+/* Rows from `row` on of a state. */
+static inline struct fa_state fa_state_from(const struct fa_geometry *g,
+                                            const struct fa_state *state, int64_t row)
+{
+    const int64_t size = (int64_t)g->ops->size;
+    return (struct fa_state){
+        .row_max = (char *)state->row_max + row * size,
+        .row_sum = (char *)state->row_sum + row * (int64_t)g->ops->vl * size,
+        .acc = (char *)state->acc + row * g->block_dv * size,
+    };
+}
 
 /* FA_ALIGNMENT-aligned memory, or NULL.  bytes is a multiple of FA_ALIGNMENT; 0 gives a pointer too. */
 void *fa_allocate(int64_t bytes);

@@ -28,6 +28,11 @@ def attention(
     window_right: int,
     softmax_over_queries: bool,
     num_threads: int,
+    k_scale: NDArray[np.float32] | None = None,
+    v_scale: NDArray[np.float32] | None = None,
+    page_table: NDArray[np.int64] | None = None,
+    q_starts: NDArray[np.int64] | None = None,
+    k_starts: NDArray[np.int64] | None = None,
 ) -> None: ...
 def describe(
     isa: str,
@@ -52,6 +57,11 @@ def describe(
     window_right: int,
     softmax_over_queries: bool,
     num_threads: int,
+    k_scale: NDArray[np.float32] | None = None,
+    v_scale: NDArray[np.float32] | None = None,
+    page_table: NDArray[np.int64] | None = None,
+    q_starts: NDArray[np.int64] | None = None,
+    k_starts: NDArray[np.int64] | None = None,
 ) -> dict[str, int]: ...
 def probe_fma(
     isa: str, double_precision: bool, rounds: int, num_threads: int

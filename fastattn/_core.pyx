@@ -8,6 +8,7 @@ buffer protocol, so that neither NumPy's headers nor its ABI are needed.
 import os
 
 from cpython.buffer cimport (
+    PyBUF_FORMAT,
     PyBUF_SIMPLE,
     PyBUF_STRIDED,
     PyBUF_STRIDES,
@@ -27,10 +28,10 @@ cdef extern from *:
     const char *FA_BUILD_SWITCHES
 
 
-# Arrays of one call: q k v out lse residual bias alibi_slopes sinks mask kv_lengths q_offset and
-# two of segment ids.
+# Arrays of one call: q k v out lse residual bias alibi_slopes sinks mask kv_lengths q_offset, two of
+# segment ids, two scales, page_table, and the starts of packed sequences.
 cdef enum:
-    MAX_VIEWS = 14
+    MAX_VIEWS = 19
 
 
 cdef struct views:
@@ -64,7 +65,7 @@ cdef int read_input(
     cdef int axis = 0
     if array is None:
         return 0
-    view = acquire(held, array, PyBUF_STRIDES)
+    view = acquire(held, array, PyBUF_STRIDES | PyBUF_FORMAT)
     to.data = view.buf
     for i in range(batch_ndim):
         to.batch[i] = next_stride(view, &axis)
@@ -91,8 +92,21 @@ cdef int read_output(
     return 0
 
 
+cdef const int64_t *read_starts(views *held, object array) except? NULL:
+    if array is None:
+        return NULL
+    return <const int64_t *>acquire(held, array, PyBUF_SIMPLE).buf
+
+
 cdef inline fa_dtype dtype_of(const Py_buffer *view) noexcept:
-    return FA_F32 if view.itemsize == 4 else FA_F64
+    """bfloat16, which the buffer protocol does not know, comes as uint16."""
+    if view.itemsize == 4:
+        return FA_F32
+    if view.itemsize == 8:
+        return FA_F64
+    if view.itemsize == 1:
+        return FA_I8
+    return FA_F16 if view.format[0] == b"e" else FA_BF16
 
 
 cdef int fill(
@@ -100,14 +114,15 @@ cdef int fill(
     object residual, double scale, double softcap, object bias, object alibi_slopes, object sinks,
     object mask, object kv_lengths, object q_offset, object q_segment_ids, object k_segment_ids,
     bint causal, int64_t window_left, int64_t window_right, bint softmax_over_queries,
-    int num_threads,
+    int num_threads, object k_scale, object v_scale, object page_table, object q_starts,
+    object k_starts,
 ) except -1:
     cdef Py_buffer *view
-    cdef int64_t nb
+    cdef int64_t nb, kv_nb
     memset(p, 0, sizeof(fa_attention_params))
     held.count = 0
 
-    view = acquire(held, q, PyBUF_STRIDES)
+    view = acquire(held, q, PyBUF_STRIDES | PyBUF_FORMAT)
     nb = view.ndim - 3
     p.dtype = dtype_of(view)
     p.batch_ndim = nb
@@ -122,11 +137,15 @@ cdef int fill(
     p.q.row = view.strides[nb + 1]
     p.q.col = view.strides[nb + 2]
 
-    read_input(&p.k, held, k, nb, True, True, True)
-    p.num_kv_heads = held.view[1].shape[nb]
-    p.seqlen_k = held.view[1].shape[nb + 1]
-    read_input(&p.v, held, v, nb, True, True, True)
-    p.head_dim_v = held.view[2].shape[nb + 2]
+    # Pages stand where the batch axis would.
+    kv_nb = nb if page_table is None else 1
+    read_input(&p.k, held, k, kv_nb, True, True, True)
+    view = &held.view[1]
+    p.kv_dtype = dtype_of(view)
+    p.num_kv_heads = view.shape[kv_nb]
+    p.seqlen_k = view.shape[kv_nb + 1]
+    read_input(&p.v, held, v, kv_nb, True, True, True)
+    p.head_dim_v = held.view[2].shape[kv_nb + 2]
     read_output(&p.out, held, out, nb, True)
     read_output(&p.lse, held, lse, nb, False)
     read_input(&p.residual, held, residual, nb, True, True, True)
@@ -148,6 +167,18 @@ cdef int fill(
     p.window_right = window_right
     p.softmax_axis = FA_SOFTMAX_QUERIES if softmax_over_queries else FA_SOFTMAX_KEYS
     p.num_threads = num_threads
+
+    read_input(&p.k_scale, held, k_scale, kv_nb, True, True, False)
+    read_input(&p.v_scale, held, v_scale, kv_nb, True, True, False)
+    if page_table is not None:
+        read_input(&p.page_table, held, page_table, nb, False, True, False)
+        p.page_size = p.seqlen_k
+        p.seqlen_k = p.page_size * held.view[held.count - 1].shape[nb]
+    if q_starts is not None:
+        p.batch_ndim = 1
+        p.batch_shape[0] = len(q_starts) - 1
+        p.q_starts = read_starts(held, q_starts)
+        p.k_starts = read_starts(held, k_starts)
     return 0
 
 
@@ -195,7 +226,8 @@ cdef const fa_kernels *find_kernels(str isa) except NULL:
 def attention(
     str isa, q, k, v, out, lse, residual, double scale, double softcap, bias, alibi_slopes, sinks,
     mask, kv_lengths, q_offset, q_segment_ids, k_segment_ids, bint causal, int64_t window_left,
-    int64_t window_right, bint softmax_over_queries, int num_threads,
+    int64_t window_right, bint softmax_over_queries, int num_threads, k_scale=None, v_scale=None,
+    page_table=None, q_starts=None, k_starts=None,
 ):
     cdef fa_attention_params params
     cdef views held
@@ -206,7 +238,8 @@ def attention(
         fill(
             &params, &held, q, k, v, out, lse, residual, scale, softcap, bias, alibi_slopes, sinks,
             mask, kv_lengths, q_offset, q_segment_ids, k_segment_ids, causal, window_left,
-            window_right, softmax_over_queries, num_threads,
+            window_right, softmax_over_queries, num_threads, k_scale, v_scale, page_table, q_starts,
+            k_starts,
         )
         params.poll = poll_signals
         params.poll_arg = <void *>raised
@@ -220,7 +253,8 @@ def attention(
 def describe(
     str isa, q, k, v, out, lse, residual, double scale, double softcap, bias, alibi_slopes, sinks,
     mask, kv_lengths, q_offset, q_segment_ids, k_segment_ids, bint causal, int64_t window_left,
-    int64_t window_right, bint softmax_over_queries, int num_threads,
+    int64_t window_right, bint softmax_over_queries, int num_threads, k_scale=None, v_scale=None,
+    page_table=None, q_starts=None, k_starts=None,
 ):
     cdef fa_attention_params params
     cdef fa_attention_plan plan
@@ -231,7 +265,8 @@ def describe(
         fill(
             &params, &held, q, k, v, out, lse, residual, scale, softcap, bias, alibi_slopes, sinks,
             mask, kv_lengths, q_offset, q_segment_ids, k_segment_ids, causal, window_left,
-            window_right, softmax_over_queries, num_threads,
+            window_right, softmax_over_queries, num_threads, k_scale, v_scale, page_table, q_starts,
+            k_starts,
         )
         with nogil:
             status = fa_attention_describe(&params, kernels, &plan)

@@ -16,6 +16,9 @@ cdef extern from "fastattn.h" nogil:
     enum fa_dtype:
         FA_F32
         FA_F64
+        FA_F16
+        FA_BF16
+        FA_I8
 
     enum fa_softmax_axis:
         FA_SOFTMAX_KEYS
@@ -33,6 +36,7 @@ cdef extern from "fastattn.h" nogil:
 
     struct fa_attention_params:
         fa_dtype dtype
+        fa_dtype kv_dtype
         fa_dtype bias_dtype
         fa_softmax_axis softmax_axis
         int64_t batch_ndim
@@ -40,9 +44,13 @@ cdef extern from "fastattn.h" nogil:
         int64_t num_heads, num_kv_heads
         int64_t seqlen_q, seqlen_k
         int64_t head_dim, head_dim_v
-        fa_input q, k, v
+        fa_input q, k, v, k_scale, v_scale
         fa_output out, lse
         fa_input residual
+        fa_input page_table
+        int64_t page_size
+        const int64_t *q_starts
+        const int64_t *k_starts
         double scale, softcap
         fa_input bias, alibi_slopes, sinks
         fa_input mask, kv_lengths, q_offset, q_segment_ids, k_segment_ids

@@ -8,18 +8,18 @@
  * grow with the block's length plus the number of blocks, not with their product.
  */
 
-/* c[MR][NR] (+)= a[MR][depth] b[depth][NR]
- * Live: MR * NR_VECTORS accumulators, NR_VECTORS columns, one broadcast.  Not unrolled over depth: one
+/* c[rows][NR] (+)= a[rows][depth] b[depth][NR], rows a constant up to MR
+ * Live: rows * NR_VECTORS accumulators, NR_VECTORS columns, one broadcast.  Not unrolled over depth: one
  * step is 24 instructions with AVX2, which 4 a cycle deliver in the 6 cycles that its 12 multiply-adds
  * take, and where it is unrolled GCC 12 spills accumulators (5 % of the whole forward pass). */
-static inline void FN(matmul_tile)(size_t depth, const REAL *restrict a, size_t lda,
-                                   const REAL *restrict b, REAL *restrict c, size_t ldc,
-                                   bool accumulate)
+FA_INLINE void FN(matmul_tile)(const size_t rows, size_t depth, const REAL *restrict a, size_t lda,
+                               const REAL *restrict b, REAL *restrict c, size_t ldc,
+                               bool accumulate)
 {
     const REAL *row[MR];
     VEC acc[MR][NR_VECTORS];
     FA_UNROLL
-    for (size_t i = 0; i < MR; i++) {
+    for (size_t i = 0; i < rows; i++) {
         row[i] = a + i * lda;
         FA_UNROLL
         for (size_t j = 0; j < NR_VECTORS; j++) {
@@ -33,7 +33,7 @@ static inline void FN(matmul_tile)(size_t depth, const REAL *restrict a, size_t 
             column[j] = V(load)(b + k * NR + j * VL);
         }
         FA_UNROLL
-        for (size_t i = 0; i < MR; i++) {
+        for (size_t i = 0; i < rows; i++) {
             VEC x = V(broadcast)(row[i] + k);
             FA_UNROLL
             for (size_t j = 0; j < NR_VECTORS; j++) {
@@ -41,14 +41,45 @@ static inline void FN(matmul_tile)(size_t depth, const REAL *restrict a, size_t 
             }
         }
     }
-    FA_UNROLL
-    for (size_t i = 0; i < MR; i++) {
+    if (accumulate) {
         FA_UNROLL
-        for (size_t j = 0; j < NR_VECTORS; j++) {
-            REAL *to = c + i * ldc + j * VL;
-            V(store)(to, accumulate ? V(add)(V(load)(to), acc[i][j]) : acc[i][j]);
+        for (size_t i = 0; i < rows; i++) {
+            FA_UNROLL
+            for (size_t j = 0; j < NR_VECTORS; j++) {
+                acc[i][j] = V(add)(V(load)(c + i * ldc + j * VL), acc[i][j]);
+            }
         }
     }
+    FA_UNROLL
+    for (size_t i = 0; i < rows; i++) {
+        FA_UNROLL
+        for (size_t j = 0; j < NR_VECTORS; j++) {
+            V(store)(c + i * ldc + j * VL, acc[i][j]);
+        }
+    }
+}
+
+FA_NOINLINE void FN(matmul_tile_full)(size_t depth, const REAL *a, size_t lda, const REAL *b,
+                                      REAL *c, size_t ldc, bool accumulate)
+{
+    FN(matmul_tile)(MR, depth, a, lda, b, c, ldc, accumulate);
+}
+
+/* What is left of the rows, and the few rows of decoding: 4, 2 and 1 at a time, whose accumulators cover
+ * less of the latency but whose time reading b takes anyway.  Returns how many. */
+FA_NOINLINE size_t FN(matmul_tile_part)(size_t rows, size_t depth, const REAL *a, size_t lda,
+                                        const REAL *b, REAL *c, size_t ldc, bool accumulate)
+{
+    if (rows >= 4) {
+        FN(matmul_tile)(4, depth, a, lda, b, c, ldc, accumulate);
+        return 4;
+    }
+    if (rows >= 2) {
+        FN(matmul_tile)(2, depth, a, lda, b, c, ldc, accumulate);
+        return 2;
+    }
+    FN(matmul_tile)(1, depth, a, lda, b, c, ldc, accumulate);
+    return 1;
 }
 
 /* Panel outer, row group inner: one panel (depth x NR) stays in L1 for all FA_TILE_Q rows, so B
@@ -59,15 +90,16 @@ static void FN(matmul)(size_t rows, size_t depth, size_t panels, const void *a, 
 {
     for (size_t p = 0; p < panels; p++) {
         const REAL *panel = (const REAL *)b + p * panel_stride;
-        for (size_t r = 0; r < rows; r += MR) {
-            const REAL *tile_a = (const REAL *)a + r * lda;
-            REAL *tile_c = (REAL *)c + r * ldc + p * NR;
+        size_t r = 0;
+        for (; r + MR <= rows; r += MR) {
             fetch_some(wanted);
-            if (accumulate) {
-                FN(matmul_tile)(depth, tile_a, lda, panel, tile_c, ldc, true);
-            } else {
-                FN(matmul_tile)(depth, tile_a, lda, panel, tile_c, ldc, false);
-            }
+            FN(matmul_tile_full)(depth, (const REAL *)a + r * lda, lda, panel,
+                                 (REAL *)c + r * ldc + p * NR, ldc, accumulate);
+        }
+        while (r < rows) {
+            fetch_some(wanted);
+            r += FN(matmul_tile_part)(rows - r, depth, (const REAL *)a + r * lda, lda, panel,
+                                      (REAL *)c + r * ldc + p * NR, ldc, accumulate);
         }
     }
 }

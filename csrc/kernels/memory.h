@@ -20,6 +20,80 @@ static inline double read_f64(const void *p)
     return x;
 }
 
+/* The 16-bit types in integer arithmetic, for single elements and for the scalar set; vectors have
+ * instructions that do the same, NaN included. */
+
+static inline float float_from_bits(uint32_t bits)
+{
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+static inline uint32_t bits_from_float(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+static inline float read_bf16(const void *p)
+{
+    uint16_t bits;
+    memcpy(&bits, p, sizeof bits);
+    return float_from_bits((uint32_t)bits << 16);
+}
+
+/* Halves hold 5 bits of exponent, biased by 15, and 10 of mantissa; a float's exponent is biased by 127. */
+static inline float read_f16(const void *p)
+{
+    uint16_t bits;
+    memcpy(&bits, p, sizeof bits);
+    const uint32_t sign = (uint32_t)(bits & 0x8000) << 16, magnitude = bits & 0x7fff;
+    if (magnitude >= 0x7c00) {
+        uint32_t quiet = magnitude > 0x7c00 ? 0x400000 : 0;
+        return float_from_bits(sign | 0x7f800000 | quiet | (magnitude & 0x3ff) << 13);
+    }
+    if (magnitude >= 0x400) {
+        return float_from_bits(sign | ((magnitude << 13) + ((127 - 15) << 23)));
+    }
+    return float_from_bits(sign | bits_from_float((float)magnitude * 0x1p-24f));
+}
+
+static inline float read_i8(const void *p)
+{
+    int8_t x;
+    memcpy(&x, p, sizeof x);
+    return (float)x;
+}
+
+/* To nearest, ties to even; a NaN keeps its sign and the top of its payload, and is made quiet. */
+static inline void write_bf16(void *p, float x)
+{
+    const uint32_t bits = bits_from_float(x);
+    const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    const uint16_t y = (uint16_t)(x != x ? bits >> 16 | 0x40 : rounded);
+    memcpy(p, &y, sizeof y);
+}
+
+static inline void write_f16(void *p, float x)
+{
+    const uint32_t bits = bits_from_float(x), magnitude = bits & 0x7fffffff;
+    uint32_t y;
+    if (magnitude > 0x7f800000) {
+        y = 0x7e00 | (magnitude >> 13 & 0x3ff);
+    } else if (magnitude >= bits_from_float(65520.0f)) {
+        y = 0x7c00; /* what lies half-way to the first power of two that does not fit rounds up to it */
+    } else if (magnitude < bits_from_float(0x1p-14f)) {
+        /* Subnormal: multiples of 2^-24, the distance of floats between 0.5 and 1. */
+        y = bits_from_float(float_from_bits(magnitude) + 0.5f) - bits_from_float(0.5f);
+    } else {
+        y = (magnitude + 0xfff + (magnitude >> 13 & 1) - ((127 - 15) << 23)) >> 13;
+    }
+    const uint16_t half = (uint16_t)((bits >> 16 & 0x8000) | y);
+    memcpy(p, &half, sizeof half);
+}
+
 static inline void write_f32(void *p, float x) { memcpy(p, &x, sizeof x); }
 
 static inline void write_f64(void *p, double x) { memcpy(p, &x, sizeof x); }

@@ -36,8 +36,19 @@ typedef double real_f64;
 #define MAX_f64 1.7976931348623157e+308
 #define REAL_MAX FN(MAX)
 
-/* The fa_dtype of the element type. */
-#define FA_DTYPE_f32 FA_F32
-#define FA_DTYPE_f64 FA_F64
+/* Whether narrower types are computed in the element type. */
+#define WIDENS_f32 1
+#define WIDENS_f64 0
+#define WIDENS FN(WIDENS)
+
+#if defined(__GNUC__)
+/* For a body with an argument that every caller gives as a constant: each call is a version of its own. */
+#define FA_INLINE static inline __attribute__((always_inline))
+/* For a loop whose registers are its own, and that is looked for in the disassembly. */
+#define FA_NOINLINE static __attribute__((noinline))
+#else
+#define FA_INLINE static inline
+#define FA_NOINLINE static
+#endif
 
 #endif

@@ -15,6 +15,8 @@
 
 #include "matmul_template.h"
 
+#include "storage_template.h"
+
 #include "pack_template.h"
 
 #include "scores_template.h"
@@ -42,6 +44,7 @@ static const struct fa_ops FN(ops) = {
     .mask_range = FN(mask_range),
     .softmax_begin = FN(softmax_begin),
     .softmax_update = FN(softmax_update),
+    .softmax_fold = FN(softmax_fold),
     .softmax_store = FN(softmax_store),
     .column_begin = FN(column_begin),
     .column_update = FN(column_update),

@@ -25,23 +25,22 @@ static inline VEC FN(bias_to_base2)(VEC bias)
     return V(select_lt)(max, V(abs)(bias), bias, b2);
 }
 
-static void FN(add_bias)(void *s, size_t n, const void *bias, int64_t stride,
-                         enum fa_dtype bias_dtype)
+static void FN(add_bias)(void *s, size_t n, const void *bias, int64_t stride, enum fa_dtype dtype)
 {
     const char *from = bias;
+    const int64_t size = fa_dtype_size(dtype);
     REAL *row = s;
     size_t l = 0;
-    if (bias_dtype == FN(FA_DTYPE) && stride == (int64_t)sizeof(REAL)) {
+    if (FN(knows)(dtype) && stride == size) {
         for (; l + VL <= n; l += VL) {
-            VEC b = V(load)(from + l * sizeof(REAL));
+            VEC b = FN(widen)(from + (int64_t)l * size, dtype);
             V(store)(row + l, V(add)(V(load)(row + l), FN(bias_to_base2)(b)));
         }
     }
     for (; l < n; l += VL) {
         REAL lanes[VL] = {0};
         for (size_t i = 0; i < VL && l + i < n; i++) {
-            const char *p = from + (int64_t)(l + i) * stride;
-            lanes[i] = bias_dtype == FA_F32 ? (REAL)read_f32(p) : (REAL)read_f64(p);
+            lanes[i] = FN(read_as)(from + (int64_t)(l + i) * stride, dtype);
         }
         V(store)(row + l, V(add)(V(load)(row + l), FN(bias_to_base2)(V(load)(lanes))));
     }

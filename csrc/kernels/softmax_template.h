@@ -14,13 +14,13 @@
 
 /* row_max starts at the lowest finite number, not at -inf: a score of -inf less row_max is then never NaN,
  * and the first score that is more than that raises it. */
-static void FN(softmax_begin)(void *row_max, void *row_sum, void *acc, size_t rows, size_t cols)
+static void FN(softmax_begin)(size_t rows, const struct fa_state *state, size_t ldacc)
 {
     for (size_t r = 0; r < rows; r++) {
-        ((REAL *)row_max)[r] = -REAL_MAX;
+        ((REAL *)state->row_max)[r] = -REAL_MAX;
     }
-    memset(row_sum, 0, rows * VL * sizeof(REAL));
-    memset(acc, 0, rows * cols * sizeof(REAL));
+    memset(state->row_sum, 0, rows * VL * sizeof(REAL));
+    memset(state->acc, 0, rows * ldacc * sizeof(REAL));
 }
 
 /* By halves, which compilers turn into vector operations. */
@@ -56,30 +56,30 @@ static void FN(raise_row_max)(VEC block_max, REAL *row_max, REAL *row_sum, REAL 
     }
 }
 
-/* SOFTMAX_ROWS rows; see softmax_update in kernels.h. */
-static inline void FN(softmax_update_rows)(REAL *s, size_t ld, size_t n, REAL *row_max,
-                                           REAL *row_sum, REAL *acc, size_t ldacc)
+/* `rows` rows, a constant up to SOFTMAX_ROWS; see softmax_update in kernels.h. */
+FA_INLINE void FN(softmax_update_rows)(const size_t rows, REAL *s, size_t ld, size_t n,
+                                       REAL *row_max, REAL *row_sum, REAL *acc, size_t ldacc)
 {
     VEC block_max[SOFTMAX_ROWS], shift[SOFTMAX_ROWS], sum[SOFTMAX_ROWS];
     int outgrown = 0;
     FA_UNROLL
-    for (size_t r = 0; r < SOFTMAX_ROWS; r++) {
+    for (size_t r = 0; r < rows; r++) {
         shift[r] = V(broadcast)(row_max + r);
         block_max[r] = shift[r];
         sum[r] = V(zero)();
     }
     for (size_t l = 0; l < n; l += VL) {
         FA_UNROLL
-        for (size_t r = 0; r < SOFTMAX_ROWS; r++) {
+        for (size_t r = 0; r < rows; r++) {
             block_max[r] = V(max)(V(load)(s + r * ld + l), block_max[r]);
         }
     }
     FA_UNROLL
-    for (size_t r = 0; r < SOFTMAX_ROWS; r++) {
+    for (size_t r = 0; r < rows; r++) {
         outgrown |= FN(outgrown)(block_max[r], shift[r]);
     }
     if (outgrown) {
-        for (size_t r = 0; r < SOFTMAX_ROWS; r++) {
+        for (size_t r = 0; r < rows; r++) {
             if (FN(outgrown)(block_max[r], shift[r])) {
                 FN(raise_row_max)(block_max[r], row_max + r, row_sum + r * VL, acc + r * ldacc,
                                   ldacc);
@@ -89,24 +89,54 @@ static inline void FN(softmax_update_rows)(REAL *s, size_t ld, size_t n, REAL *r
     }
     for (size_t l = 0; l < n; l += VL) {
         FA_UNROLL
-        for (size_t r = 0; r < SOFTMAX_ROWS; r++) {
+        for (size_t r = 0; r < rows; r++) {
             VEC p = FN(exp2)(V(sub)(V(load)(s + r * ld + l), shift[r]));
             V(store)(s + r * ld + l, p);
             sum[r] = V(add)(sum[r], p);
         }
     }
     FA_UNROLL
-    for (size_t r = 0; r < SOFTMAX_ROWS; r++) {
+    for (size_t r = 0; r < rows; r++) {
         V(store)(row_sum + r * VL, V(add)(V(load)(row_sum + r * VL), sum[r]));
     }
 }
 
-static void FN(softmax_update)(void *s, size_t ld, size_t rows, size_t n, void *row_max,
-                               void *row_sum, void *acc, size_t ldacc)
+static void FN(softmax_update)(void *s, size_t ld, size_t rows, size_t n,
+                               const struct fa_state *state, size_t ldacc)
 {
-    for (size_t r = 0; r < rows; r += SOFTMAX_ROWS) {
-        FN(softmax_update_rows)((REAL *)s + r * ld, ld, n, (REAL *)row_max + r,
-                                (REAL *)row_sum + r * VL, (REAL *)acc + r * ldacc, ldacc);
+    REAL *row_max = state->row_max, *row_sum = state->row_sum, *acc = state->acc;
+    size_t r = 0;
+    for (; r + SOFTMAX_ROWS <= rows; r += SOFTMAX_ROWS) {
+        FN(softmax_update_rows)(SOFTMAX_ROWS, (REAL *)s + r * ld, ld, n, row_max + r,
+                                row_sum + r * VL, acc + r * ldacc, ldacc);
+    }
+    for (; r < rows; r++) {
+        FN(softmax_update_rows)(1, (REAL *)s + r * ld, ld, n, row_max + r, row_sum + r * VL,
+                                acc + r * ldacc, ldacc);
+    }
+}
+
+/* A stretch without keys changes no bit of the other: its factor is 0, or its sums are. */
+static void FN(softmax_fold)(size_t rows, const struct fa_state *total, const struct fa_state *part,
+                             size_t ldacc)
+{
+    for (size_t r = 0; r < rows; r++) {
+        REAL *total_max = (REAL *)total->row_max + r;
+        REAL *total_sum = (REAL *)total->row_sum + r * VL,
+             *total_acc = (REAL *)total->acc + r * ldacc;
+        const REAL part_max = ((const REAL *)part->row_max)[r];
+        const REAL *part_sum = (const REAL *)part->row_sum + r * VL;
+        const REAL *part_acc = (const REAL *)part->acc + r * ldacc;
+        const REAL max = *total_max > part_max ? *total_max : part_max;
+        const VEC keep = FN(exp2)(V(set)(*total_max - max)),
+                  join = FN(exp2)(V(set)(part_max - max));
+        *total_max = max;
+        V(store)(total_sum,
+                 V(add)(V(mul)(V(load)(total_sum), keep), V(mul)(V(load)(part_sum), join)));
+        for (size_t c = 0; c < ldacc; c += VL) {
+            VEC kept = V(mul)(V(load)(total_acc + c), keep);
+            V(store)(total_acc + c, V(add)(kept, V(mul)(V(load)(part_acc + c), join)));
+        }
     }
 }
 
@@ -125,11 +155,12 @@ static inline double FN(sum_lanes)(const REAL *row_sum)
 }
 
 /* Once per row: in double, so that the divisor adds no error of its own. */
-static void FN(softmax_store)(const void *row_max, const void *row_sum, const void *acc,
-                              size_t ldacc, const struct fa_row_result *result)
+static void FN(softmax_store)(const struct fa_state *state, size_t ldacc,
+                              const struct fa_row_result *result)
 {
-    double top = (double)((const REAL *)row_max)[result->row];
-    double total = FN(sum_lanes)((const REAL *)row_sum + result->row * VL), weight = 1;
+    const size_t row = result->row;
+    double top = (double)((const REAL *)state->row_max)[row];
+    double total = FN(sum_lanes)((const REAL *)state->row_sum + row * VL), weight = 1;
     const bool empty = total == 0; /* no key takes part, nor a NaN */
     if (result->sink != -INFINITY) {
         const double max = top;
@@ -137,8 +168,8 @@ static void FN(softmax_store)(const void *row_max, const void *row_sum, const vo
         weight = exp2(max - top);
         total = total * weight + exp2(result->sink - top);
     }
-    FN(store_row)((const REAL *)acc + result->row * ldacc, empty ? 0 : (REAL)(weight / total),
-                  result);
+    const REAL factor = empty ? 0 : (REAL)(weight / total);
+    FN(store_row)((const REAL *)state->acc + row * ldacc, factor, result);
     if (result->lse != NULL) {
         FN(write)(result->lse, empty ? (REAL)-INFINITY : (REAL)((top + log2(total)) * FA_LN_2));
     }

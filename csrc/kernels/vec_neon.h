@@ -44,6 +44,37 @@ static inline vec_f32 v_load_f32(const void *p) { return vreinterpretq_f32_u8(vl
 static inline vec_f64 v_load_f64(const void *p) { return vreinterpretq_f64_u8(vld1q_u8(p)); }
 static inline void v_store_f32(void *p, vec_f32 x) { vst1q_u8(p, vreinterpretq_u8_f32(x)); }
 static inline void v_store_f64(void *p, vec_f64 x) { vst1q_u8(p, vreinterpretq_u8_f64(x)); }
+
+/* VL elements of another type, from and to memory; see memory.h. */
+static inline vec_f32 v_widen_f16(const void *p)
+{
+    return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p)));
+}
+static inline vec_f32 v_widen_bf16(const void *p)
+{
+    return vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u8(vld1_u8(p)), 16));
+}
+static inline vec_f32 v_widen_i8(const void *p)
+{
+    int32_t bytes;
+    memcpy(&bytes, p, sizeof bytes);
+    int8x8_t narrow = vreinterpret_s8_s32(vdup_n_s32(bytes));
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(narrow))));
+}
+static inline void v_narrow_f16(void *p, vec_f32 x)
+{
+    vst1_u8(p, vreinterpret_u8_f16(vcvt_f16_f32(x)));
+}
+static inline void v_narrow_bf16(void *p, vec_f32 x)
+{
+    const uint32x4_t bits = vreinterpretq_u32_f32(x);
+    const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+    const uint32x4_t rounded = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
+    const uint32x4_t nan = vorrq_u32(bits, vdupq_n_u32(0x400000));
+    const uint32x4_t upper = vbslq_u32(vceqq_f32(x, x), rounded, nan);
+    vst1_u8(p, vreinterpret_u8_u16(vshrn_n_u32(upper, 16)));
+}
+
 static inline vec_f32 v_add_f32(vec_f32 a, vec_f32 b) { return vaddq_f32(a, b); }
 static inline vec_f64 v_add_f64(vec_f64 a, vec_f64 b) { return vaddq_f64(a, b); }
 static inline vec_f32 v_sub_f32(vec_f32 a, vec_f32 b) { return vsubq_f32(a, b); }

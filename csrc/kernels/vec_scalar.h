@@ -40,6 +40,11 @@ static inline float v_load_f32(const void *p) { return read_f32(p); }
 static inline double v_load_f64(const void *p) { return read_f64(p); }
 static inline void v_store_f32(void *p, float x) { write_f32(p, x); }
 static inline void v_store_f64(void *p, double x) { write_f64(p, x); }
+static inline float v_widen_f16(const void *p) { return read_f16(p); }
+static inline float v_widen_bf16(const void *p) { return read_bf16(p); }
+static inline float v_widen_i8(const void *p) { return read_i8(p); }
+static inline void v_narrow_f16(void *p, float x) { write_f16(p, x); }
+static inline void v_narrow_bf16(void *p, float x) { write_bf16(p, x); }
 static inline float v_add_f32(float a, float b) { return a + b; }
 static inline double v_add_f64(double a, double b) { return a + b; }
 static inline float v_sub_f32(float a, float b) { return a - b; }

@@ -383,6 +383,7 @@ static void problem_init(struct problem *p, const struct shape *s, enum fa_dtype
     *p = (struct problem){.shape = s, .kind = kind};
     p->params = (struct fa_attention_params){
         .dtype = dtype,
+        .kv_dtype = dtype,
         .bias_dtype = options & BIAS_F64 ? FA_F64 : FA_F32,
         .softmax_axis = options & QUERIES ? FA_SOFTMAX_QUERIES : FA_SOFTMAX_KEYS,
         .batch_ndim = 1,

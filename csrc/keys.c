@@ -1,0 +1,70 @@
+#include "keys.h"
+
+#include <string.h>
+
+static int64_t read_page(const char *p)
+{
+    int64_t page;
+    memcpy(&page, p, sizeof page);
+    return page;
+}
+
+/* Where elements (key, first column) of keys [first, first + keys) lie: side by side, or page by page. */
+static void locate_rows(const struct fa_head *head, const char *data, const struct fa_input *in,
+                        int64_t first, int64_t keys, const char **row)
+{
+    const struct fa_attention_params *p = head->geometry->params;
+    if (head->page_table == NULL) {
+        for (int64_t j = 0; j < keys; j++) {
+            row[j] = data + (first + j) * in->row;
+        }
+        return;
+    }
+    int64_t page = first / p->page_size, slot = first % p->page_size;
+    for (int64_t j = 0; j < keys; page++, slot = 0) {
+        const int64_t number = read_page(head->page_table + page * p->page_table.row);
+        for (; slot < p->page_size && j < keys; slot++, j++) {
+            row[j] = data + number * in->batch[0] + slot * in->row;
+        }
+    }
+}
+
+/* Read the scales of the same keys; NULL where there are none.  `row` is scratch. */
+static const float *read_scales(const struct fa_head *head, const char *data,
+                                const struct fa_input *in, int64_t first, int64_t keys,
+                                const char **row, float *scale)
+{
+    if (data == NULL) {
+        return NULL;
+    }
+    locate_rows(head, data, in, first, keys, row);
+    for (int64_t j = 0; j < keys; j++) {
+        memcpy(scale + j, row[j], sizeof *scale);
+    }
+    return scale;
+}
+
+void fa_pack_keys(const struct fa_head *head, struct fa_workspace *ws, int64_t block_key,
+                  int64_t keys)
+{
+    const struct fa_geometry *g = head->geometry;
+    const struct fa_attention_params *p = g->params;
+    struct fa_keys from = {.row = ws->k_row, .col_stride = p->k.col, .dtype = p->kv_dtype};
+    from.scale =
+        read_scales(head, head->k_scale, &p->k_scale, block_key, keys, ws->k_row, ws->k_scale);
+    locate_rows(head, head->k, &p->k, block_key, keys, ws->k_row);
+    g->ops->pack_keys(ws->k, (size_t)keys, (size_t)p->head_dim, &from);
+}
+
+bool fa_pack_values(const struct fa_head *head, struct fa_workspace *ws, int64_t block_key,
+                    int64_t keys, int64_t first_col, int64_t cols)
+{
+    const struct fa_geometry *g = head->geometry;
+    const struct fa_attention_params *p = g->params;
+    struct fa_keys from = {.row = ws->v_row, .col_stride = p->v.col, .dtype = p->kv_dtype};
+    from.scale =
+        read_scales(head, head->v_scale, &p->v_scale, block_key, keys, ws->v_row, ws->v_scale);
+    locate_rows(head, head->v + first_col * p->v.col, &p->v, block_key, keys, ws->v_row);
+    return g->ops->pack_values(ws->v, (size_t)(g->block_k * (int64_t)g->ops->nr), (size_t)keys,
+                               (size_t)cols, &from);
+}

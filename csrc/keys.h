@@ -1,0 +1,16 @@
+/* The keys and values of a block: where they lie, and packed for the products. */
+#ifndef FA_KEYS_H
+#define FA_KEYS_H
+
+#include "geometry.h"
+#include "workspace.h"
+
+/* Pack keys [block_key, block_key + keys) into ws->k. */
+void fa_pack_keys(const struct fa_head *head, struct fa_workspace *ws, int64_t block_key,
+                  int64_t keys);
+
+/* Pack columns [first_col, first_col + cols) of their values into ws->v.  Returns whether all are finite. */
+bool fa_pack_values(const struct fa_head *head, struct fa_workspace *ws, int64_t block_key,
+                    int64_t keys, int64_t first_col, int64_t cols);
+
+#endif

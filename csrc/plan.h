@@ -1,0 +1,36 @@
+/* How a call is cut into tasks. */
+#ifndef FA_PLAN_H
+#define FA_PLAN_H
+
+#include "geometry.h"
+
+/* A task: block_q rows of one head, some columns of v, and all the keys or one split of them. */
+struct fa_task {
+    struct fa_head head;
+    int64_t head_index;
+    int64_t first_col, cols;
+    int64_t first_row, rows;
+    int64_t first_split, splits; /* of the task */
+    int64_t group_size;          /* tasks that share the rows and columns: one per split, or 1 */
+    int64_t first_in_group;      /* index of the first of them */
+};
+
+struct fa_plan {
+    const struct fa_geometry *geometry;
+    bool by_splits;    /* a task has one split of the keys */
+    int64_t num_tasks;
+    int64_t *entry;    /* [batch]: batch entries in the order in which they are worked on */
+    int64_t *first;    /* [batch + 1]: the first task of each of them, then num_tasks */
+};
+
+/* FA_NO_MEMORY or FA_OVERFLOW if there is no plan; else fa_plan_release it. */
+enum fa_status fa_plan_init(struct fa_plan *plan, const struct fa_geometry *geometry);
+void fa_plan_release(struct fa_plan *plan);
+
+/* 0 <= index < num_tasks */
+struct fa_task fa_plan_task(const struct fa_plan *plan, int64_t index);
+
+/* Keys that some row of the head may see, and the splits that hold them. */
+struct fa_key_range fa_head_splits(const struct fa_head *head);
+
+#endif
