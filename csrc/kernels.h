@@ -39,6 +39,7 @@ struct fa_wanted {
 /* The keys, or the values, of a block, wherever each of them lies. */
 struct fa_keys {
     const char *const *row; /* the first element of each key */
+    size_t located;         /* of which there are more than are packed: they come next */
     int64_t col_stride;
     enum fa_dtype dtype;
     const float *scale; /* of each key; NULL: 1 */

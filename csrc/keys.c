@@ -49,10 +49,14 @@ void fa_pack_keys(const struct fa_head *head, struct fa_workspace *ws, int64_t b
 {
     const struct fa_geometry *g = head->geometry;
     const struct fa_attention_params *p = g->params;
-    struct fa_keys from = {.row = ws->k_row, .col_stride = p->k.col, .dtype = p->kv_dtype};
+    const int64_t located = fa_min(keys + FA_KEYS_AHEAD, head->kv_length - block_key);
+    struct fa_keys from = {.row = ws->k_row,
+                           .located = (size_t)located,
+                           .col_stride = p->k.col,
+                           .dtype = p->kv_dtype};
     from.scale =
         read_scales(head, head->k_scale, &p->k_scale, block_key, keys, ws->k_row, ws->k_scale);
-    locate_rows(head, head->k, &p->k, block_key, keys, ws->k_row);
+    locate_rows(head, head->k, &p->k, block_key, located, ws->k_row);
     g->ops->pack_keys(ws->k, (size_t)keys, (size_t)p->head_dim, &from);
 }
 
@@ -61,10 +65,14 @@ bool fa_pack_values(const struct fa_head *head, struct fa_workspace *ws, int64_t
 {
     const struct fa_geometry *g = head->geometry;
     const struct fa_attention_params *p = g->params;
-    struct fa_keys from = {.row = ws->v_row, .col_stride = p->v.col, .dtype = p->kv_dtype};
+    const int64_t located = fa_min(keys + FA_KEYS_AHEAD, head->kv_length - block_key);
+    struct fa_keys from = {.row = ws->v_row,
+                           .located = (size_t)located,
+                           .col_stride = p->v.col,
+                           .dtype = p->kv_dtype};
     from.scale =
         read_scales(head, head->v_scale, &p->v_scale, block_key, keys, ws->v_row, ws->v_scale);
-    locate_rows(head, head->v + first_col * p->v.col, &p->v, block_key, keys, ws->v_row);
+    locate_rows(head, head->v + first_col * p->v.col, &p->v, block_key, located, ws->v_row);
     return g->ops->pack_values(ws->v, (size_t)(g->block_k * (int64_t)g->ops->nr), (size_t)keys,
                                (size_t)cols, &from);
 }

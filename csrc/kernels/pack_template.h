@@ -5,6 +5,10 @@
  * vectors are read only where every lane is an element of the array: guard-page tests hold it to that.
  */
 
+#ifndef AHEAD
+#define AHEAD 16
+#endif
+
 static void FN(load_rows)(void *dst, size_t rows, const char *const *src, int64_t col_stride,
                           size_t cols, enum fa_dtype dtype, double factor)
 {
@@ -33,10 +37,14 @@ static inline void FN(pack_key_panel)(REAL *panel, size_t cols, const struct fa_
     for (size_t first = 0; first < NR; first += VL) {
         const char *const *src = from->row + key + first;
         const float *scale = from->scale == NULL ? NULL : from->scale + key + first;
+        const bool more = key + first + AHEAD + VL <= from->located;
         size_t c = 0;
         if (contiguous && first + VL <= keys) {
             for (; c + VL <= cols; c += VL) {
                 VEC square[VL];
+                for (size_t i = 0; more && i < VL; i++) {
+                    __builtin_prefetch(src[AHEAD + i] + (int64_t)c * size);
+                }
                 for (size_t i = 0; i < VL; i++) {
                     square[i] = FN(widen)(src[i] + (int64_t)c * size, from->dtype);
                     if (scale != NULL) {
@@ -102,8 +110,12 @@ static bool FN(pack_values)(void *dst, size_t panel_stride, size_t keys, size_t 
     for (size_t key = 0; key < keys; key++) {
         const REAL scale = from->scale == NULL ? 1 : (REAL)from->scale[key];
         const char *row = from->row[key];
+        const int64_t ahead = key + AHEAD < from->located ? from->row[key + AHEAD] - row : 0;
         REAL *panel = (REAL *)dst + key * NR;
         for (size_t c = 0; c < cols; c += NR) {
+            for (int64_t at = 0; at < panel_bytes; at += FA_LINE) {
+                __builtin_prefetch(row + ahead + at);
+            }
             VEC found =
                 FN(pack_value_row)(panel, cols - c, row, from->col_stride, from->dtype, scale);
             probe = V(add)(probe, found);
