@@ -70,12 +70,12 @@ class KVCache(TokenStore):
     of its row.  A row of zeros has scale 0.
 
     **Window.**  Storage is the sinks, the window and slack: ``max_seqlen - num_sinks - window``
-    slots.  When a sequence is full, `append` moves its window to the front of the slack, so a
-    token is moved once in about ``slack / window`` rounds: slack as large as the window makes
-    that negligible.  Tokens keep their absolute positions, in `lengths`, `positions`, `q_offset`
-    and in the order of time; keys keep the rotation (RoPE) that they were appended with.  After an
-    append of up to slack + 1 tokens all of the new queries find their whole window; queries whose
-    window is not there any more are refused, never computed from what is left.
+    slots.  When a sequence is full, `append` moves its last ``window - 1`` tokens to the front, once
+    in ``slack + 1`` tokens: with slack as large as the window, a token is moved about once in its
+    life.  Tokens stay in the order of time and keep their absolute positions, which `lengths`,
+    `positions` and `q_offset` speak of; keys keep the rotation (RoPE) that they were appended with.
+    After an append of up to slack + 1 tokens all of the new queries find their whole window;
+    queries whose window is not there any more are refused, never computed from what is left.
 
     A cache does not lock: append to it from one thread at a time.
 

@@ -23,6 +23,7 @@ from hypothesis.stateful import (
 )
 
 import fastattn as fa
+from fastattn import _storage
 
 # Whether `attention` reads K and V of float16, bfloat16 and int8.
 SMALL_DTYPES_ATTEND = False
@@ -967,6 +968,14 @@ def test_pages_that_are_not_in_the_table_are_not_read(rng):
         array[cache._sequences[seq_id].pages[-1], :, 1] = np.nan  # after its last token
     q = make_queries(rng, 2, new=1)
     assert np.isfinite(cache.attention(q, [seq_id, long])).all()
+
+    # Nor are the entries that pad the table.
+    table, lengths = cache.page_table([seq_id, long, long]), cache.lengths([seq_id, long, long])
+    lengths[2], table[2, 1:] = 1, 2**40
+    k, v, *scales = cache._operands
+    out = _storage.attend_pages(q[[0, 1, 1]], k, v, table, lengths, *scales, {})
+    expected = fa.attention(q[1], *(x[:, :1] for x in cache.to_arrays(long)))
+    np.testing.assert_array_equal(out[2], expected)
 
 
 # --- fuzzing ----------------------------------------------------------------------------------
