@@ -6,7 +6,6 @@ lengths, positions and files.
 
 from __future__ import annotations
 
-import json
 from os import PathLike
 from typing import Any, Self
 
@@ -70,9 +69,9 @@ class KVCache(TokenStore):
     of its row.  A row of zeros has scale 0.
 
     **Window.**  Storage is the sinks, the window and slack: ``max_seqlen - num_sinks - window``
-    slots.  When a sequence is full, `append` moves its last ``window - 1`` tokens to the front, once
-    in ``slack + 1`` tokens: with slack as large as the window, a token is moved about once in its
-    life.  Tokens stay in the order of time and keep their absolute positions, which `lengths`,
+    slots.  When a sequence is full, `append` moves its last ``window - 1`` tokens to the front,
+    once in ``slack + 1`` tokens: with slack as large as the window, a token is moved about once in
+    its life.  Tokens stay in the order of time and keep their absolute positions, which `lengths`,
     `positions` and `q_offset` speak of; keys keep the rotation (RoPE) that they were appended with.
     After an append of up to slack + 1 tokens all of the new queries find their whole window;
     queries whose window is not there any more are refused, never computed from what is left.
@@ -629,6 +628,8 @@ class KVCache(TokenStore):
         ...     fa.KVCache.load(path)
         KVCache(batch_size=1, num_kv_heads=1, max_seqlen=4, head_dim=2, dtype=float32): 3 tokens
         """
+        import json  # not with the package: few processes write or read a file
+
         stored = self._stored.tolist()
         header = {"format": FILE_FORMAT, **self._parameters(), "dtype": self.dtype.name}
         members: dict[str, Any] = {
@@ -681,6 +682,8 @@ class KVCache(TokenStore):
 
     @classmethod
     def _restore(cls, members: dict[str, Array]) -> Self:
+        import json
+
         header = json.loads(str(members["header"]))
         file_format = header.pop("format")
         if file_format != FILE_FORMAT:
