@@ -13,12 +13,17 @@ from typing import TYPE_CHECKING
 
 from fastattn import reference
 from fastattn.attention import Explanation, attention, explain, merge_attention, self_attention
+from fastattn.cache import KVCache
 from fastattn.config import show_config
 from fastattn.layers import MultiHeadAttention
+from fastattn.paged_cache import OutOfPagesError, PagedKVCache
 
 __all__ = [
     "Explanation",
+    "KVCache",
     "MultiHeadAttention",
+    "OutOfPagesError",
+    "PagedKVCache",
     "attention",
     "explain",
     "merge_attention",

@@ -1,0 +1,320 @@
+"""Storage of tokens' keys and values in any dtype, and the attention over it.
+
+What `KVCache` and `PagedKVCache` share.  They reach the core through `attend` and `attend_pages`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from fastattn._validate import Array, Shape, _integer_array, _kind, as_array, count
+from fastattn.attention import AttentionOptions, _refuse_unknown, attention
+
+Lengths = NDArray[np.int64]
+
+# By name, because bfloat16 is the dtype of a library that is not imported here.
+FLOAT_NAMES = ("float16", "bfloat16", "float32", "float64")
+DTYPE_NAMES = (*FLOAT_NAMES, "int8")
+# What queries may be beside each storage: its own dtype, or float32 where it is smaller than that.
+QUERY_NAMES = {
+    "float64": ("float64",),
+    "float32": ("float32",),
+    "float16": ("float16", "float32"),
+    "bfloat16": ("bfloat16", "float32"),
+    "int8": ("float32",),
+}
+INT8_MAX = 127  # -128 is not used: the codes are symmetric
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+FLOAT32_TINY = float(np.finfo(np.float32).tiny)
+
+
+class TokenStore:
+    """Keys and values of tokens in blocks (sequences or pages) of slots, in one dtype.
+
+    ``_arrays`` is ``(k, v)``, or ``(k, v, k_scale, v_scale)`` for int8.  All have shape (blocks,
+    num_kv_heads, slots, ...), so that one index finds the same tokens in each.
+    """
+
+    # What the constructor takes, in order.
+    _PARAMETERS: tuple[str, ...]
+
+    def __init__(
+        self,
+        blocks: int,
+        slots: int,
+        num_kv_heads: int,
+        head_dim: int,
+        head_dim_v: int | None,
+        dtype: DTypeLike,
+    ) -> None:
+        self.num_kv_heads = count("num_kv_heads", num_kv_heads)
+        self.head_dim = count("head_dim", head_dim)
+        self.head_dim_v = self.head_dim if head_dim_v is None else count("head_dim_v", head_dim_v)
+        self.dtype = _cache_dtype(dtype)
+        rows = (blocks, self.num_kv_heads, slots)
+        arrays = [_zeros((*rows, width), self.dtype) for width in (self.head_dim, self.head_dim_v)]
+        if self.dtype == np.int8:
+            arrays += [_zeros(rows, np.dtype(np.float32)) for _ in range(2)]
+        self._arrays = tuple(arrays)
+
+    def _parameters(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self._PARAMETERS}
+
+    def _call(self) -> str:
+        """The constructor's call, without what is as by default."""
+        default = {"head_dim_v": self.head_dim, "window": None, "num_sinks": 0}
+        given = (
+            f"{name}={value}"
+            for name, value in self._parameters().items()
+            if name not in default or value != default[name]
+        )
+        return f"{type(self).__name__}({', '.join(given)})"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the storage: keys, values and scales.
+
+        The operating system provides them as they are first written.
+        """
+        return sum(array.nbytes for array in self._arrays)
+
+    @property
+    def _operands(self) -> tuple[Array, Array, Array | None, Array | None]:
+        """k, v, k_scale and v_scale."""
+        k, v, *scales = self._arrays
+        return (k, v, scales[0], scales[1]) if scales else (k, v, None, None)
+
+    def _encode(
+        self, k: ArrayLike, v: ArrayLike, lead: Shape, counts: ArrayLike | None = None
+    ) -> tuple[tuple[Array, ...], Lengths]:
+        """New tokens as they will be stored, and how many of them each sequence takes.
+
+        Everything that can be wrong with them is found here, before any storage is written.
+        """
+        k, v = _float_array("k", k), _float_array("v", v)
+        rows = (*lead, self.num_kv_heads)
+        if k.ndim != len(rows) + 2 or (k.shape[:-2], k.shape[-1]) != (rows, self.head_dim):
+            raise ValueError(
+                f"`k` must have shape ({', '.join(map(str, rows))}, new, {self.head_dim}), "
+                f"got {k.shape}"
+            )
+        if v.shape != (*k.shape[:-1], self.head_dim_v):
+            raise ValueError(
+                f"`v` must have shape {(*k.shape[:-1], self.head_dim_v)} to match `k`, "
+                f"got {v.shape}"
+            )
+        num_sequences, new = lead[0] if lead else 1, k.shape[-2]
+        if counts is None:
+            taken = np.full(num_sequences, new, np.int64)
+        else:
+            taken = _counts(counts, num_sequences, new)
+            # What pads a ragged batch may be anything, so it is not looked at.
+            real = np.arange(new) < taken[:, np.newaxis, np.newaxis]
+            k, v = (np.where(real[..., np.newaxis], x, x.dtype.type(0)) for x in (k, v))
+        # Views of this very storage would change while it is written.
+        k, v = (
+            x.copy() if any(np.may_share_memory(x, array) for array in self._arrays) else x
+            for x in (k, v)
+        )
+        if self.dtype == np.int8:
+            (k, k_scale), (v, v_scale) = _quantize("k", k), _quantize("v", v)
+            return (k, v, k_scale, v_scale), taken
+        return (_rounded("k", k, self.dtype), _rounded("v", v, self.dtype)), taken
+
+    def _decode(self, index: Any) -> tuple[Array, Array]:
+        """Copies of stored keys and values, int8 times its scale in float32."""
+        k, v, *scales = (array[index].copy() for array in self._arrays)
+        if scales:
+            k, v = (x * scale[..., np.newaxis] for x, scale in zip((k, v), scales, strict=True))
+        return k, v
+
+    def _queries(self, q: ArrayLike, num_sequences: int) -> Array:
+        q = as_array("q", q)
+        names = QUERY_NAMES[self.dtype.name]
+        if q.dtype.name not in names:
+            raise TypeError(
+                f"`q` must be {' or '.join(names)} with a cache of {self.dtype}, got {q.dtype}"
+            )
+        if (
+            q.ndim != 4
+            or (q.shape[0], q.shape[3]) != (num_sequences, self.head_dim)
+            or q.shape[1] % self.num_kv_heads
+        ):
+            raise ValueError(
+                f"`q` must have shape ({num_sequences}, a multiple of {self.num_kv_heads} heads, "
+                f"seqlen_q, {self.head_dim}), got {q.shape}"
+            )
+        return q
+
+
+def copy_tokens(
+    to: tuple[Array, ...], to_index: Any, source: tuple[Array, ...], source_index: Any
+) -> None:
+    for array, tokens in zip(to, source, strict=True):
+        array[to_index] = tokens[source_index]
+
+
+def at_slots(block: int, start: int, stop: int) -> tuple[Any, ...]:
+    """The index of some slots of a block, in each of the arrays of a store."""
+    return block, slice(None), slice(start, stop)
+
+
+def own_options(function: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Options for `attention`, with what is different in a cache."""
+    known = {name: value for name, value in options.items() if name != "return_lse"}
+    _refuse_unknown(function, known, AttentionOptions)
+    if options.get("kv_lengths") is not None:
+        raise ValueError("`kv_lengths` must be None: the cache knows its lengths")
+    return {"causal": True, **{k: v for k, v in options.items() if k != "kv_lengths"}}
+
+
+# --- dtypes and checks ------------------------------------------------------------------------
+
+
+def _cache_dtype(dtype: DTypeLike) -> np.dtype[Any]:
+    try:
+        result = None if dtype is None else np.dtype(dtype)
+    except TypeError:
+        result = None
+    if result is None or result.name not in DTYPE_NAMES or not result.isnative:
+        raise TypeError(
+            "`dtype` must be float32, float64, float16, bfloat16 (ml_dtypes.bfloat16) or int8, "
+            f"got {dtype!r}"
+        )
+    return result
+
+
+def _zeros(shape: Shape, dtype: np.dtype[Any]) -> Array:
+    try:
+        return np.zeros(shape, dtype)
+    except ValueError as error:  # more bytes than an address can tell apart
+        raise MemoryError(f"a cache of shape {shape} and dtype {dtype} is too large") from error
+
+
+def _float_array(name: str, x: ArrayLike) -> Array:
+    array = as_array(name, x)
+    if array.dtype.name not in FLOAT_NAMES:
+        raise TypeError(f"`{name}` must be {', '.join(FLOAT_NAMES)}, got {_kind(x, array)}")
+    return array
+
+
+def _counts(counts: ArrayLike, num_sequences: int, new: int) -> Lengths:
+    array = _integer_array("counts", counts)
+    if array.shape != (num_sequences,):
+        raise ValueError(f"`counts` must have shape ({num_sequences},), got shape {array.shape}")
+    wrong = array[(array < 0) | (array > new)]
+    if wrong.size:
+        raise ValueError(f"`counts` must be 0 to the {new} new tokens of `k`, got {wrong[0]}")
+    return array.astype(np.int64)
+
+
+@np.errstate(all="ignore")
+def _rounded(name: str, x: Array, dtype: np.dtype[Any]) -> Array:
+    """`x` in another float dtype, each element rounded once."""
+    if x.dtype == dtype:
+        return x
+    # ml_dtypes goes through float32, which would round twice.
+    twice = x.dtype == np.float64 and dtype.name == "bfloat16"
+    rounded = (_round_to_odd(x) if twice else x).astype(dtype)
+    overflown = np.isinf(rounded) & np.isfinite(x)
+    if overflown.any():
+        wrong = float(x[overflown][0])
+        raise ValueError(f"`{name}` must be within the range of {dtype}, got {wrong:.6g}")
+    return rounded
+
+
+def _round_to_odd(x: NDArray[np.float64]) -> NDArray[np.float32]:
+    """float32 from which a further rounding, to 22 bits or less, gives what it would from `x`.
+
+    Toward zero, with the last bit set if anything was lost: S. Boldo, G. Melquiond, "Emulation of
+    FMA and correctly rounded sums", 2008, https://doi.org/10.1109/TC.2007.70819.
+    """
+    rounded = x.astype(np.float32)
+    bits = rounded.view(np.uint32)
+    inexact = rounded != x
+    bits -= np.abs(rounded) > np.abs(x)
+    bits |= inexact
+    return rounded
+
+
+@np.errstate(all="ignore")
+def _quantize(name: str, x: Array) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """int8 codes and one scale per row, with ``abs(x - code * scale) <= scale / 2``."""
+    if x.dtype.itemsize == 2:
+        x = x.astype(np.float32)
+    magnitudes = np.abs(x)
+    fits = magnitudes <= FLOAT32_MAX  # NaN does not
+    if not fits.all():
+        wrong = float(x[~fits][0])
+        raise ValueError(
+            f"`{name}` must be finite and within the range of float32 for int8, got {wrong:.6g}"
+        )
+    largest = magnitudes.max(axis=-1)
+    # A subnormal scale would be too coarse to code the largest element with 127.
+    scale = np.maximum(largest / INT8_MAX, FLOAT32_TINY).astype(np.float32)
+    scale[largest == 0] = 0
+    divisor = np.where(scale == 0, np.float32(1), scale)
+    codes = np.clip(np.rint(x / divisor[..., np.newaxis]), -INT8_MAX, INT8_MAX)
+    return codes.astype(np.int8), scale
+
+
+# --- attention over storage -------------------------------------------------------------------
+
+
+def attend(
+    q: Array,
+    k_storage: Array,
+    v_storage: Array,
+    kv_lengths: Lengths,
+    k_scale: Array | None,
+    v_scale: Array | None,
+    options: dict[str, Any],
+) -> Array | tuple[Array, Array]:
+    """Attention of (batch, num_heads, seqlen_q, head_dim) over contiguous storage, in place."""
+    longest = int(kv_lengths.max(initial=0))
+    if k_scale is not None and v_scale is not None:
+        options = {
+            **options,
+            "k_scale": k_scale[:, :, :longest],
+            "v_scale": v_scale[:, :, :longest],
+        }
+    k, v = k_storage[:, :, :longest], v_storage[:, :, :longest]
+    result: Array | tuple[Array, Array] = attention(q, k, v, kv_lengths=kv_lengths, **options)
+    return result
+
+
+def attend_pages(
+    q: Array,
+    k_pages: Array,
+    v_pages: Array,
+    page_table: Lengths,
+    kv_lengths: Lengths,
+    k_scale_pages: Array | None,
+    v_scale_pages: Array | None,
+    options: dict[str, Any],
+) -> Array | tuple[Array, Array]:
+    """Attention of (n, num_heads, seqlen_q, head_dim) over the pages in each row of a table.
+
+    Pages are (num_pages, num_kv_heads, page_size, ...).  Of row i of `page_table` only the first
+    ``ceil(kv_lengths[i] / page_size)`` entries are read.
+    """
+    num_pages_of = -(-kv_lengths // k_pages.shape[2])
+
+    def gather(pages: Array | None) -> Array | None:
+        if pages is None:
+            return None
+        _, num_kv_heads, page_size, *width = pages.shape
+        slots = page_table.shape[1] * page_size
+        gathered = np.zeros((len(page_table), num_kv_heads, slots, *width), pages.dtype)
+        for row, table, num_pages in zip(gathered, page_table, num_pages_of, strict=True):
+            by_head = pages[table[:num_pages]].swapaxes(0, 1)
+            live = num_pages * page_size
+            row[:, :live] = by_head.reshape(num_kv_heads, live, *width)
+        return gathered
+
+    k, v = gather(k_pages), gather(v_pages)
+    assert k is not None and v is not None
+    return attend(q, k, v, kv_lengths, gather(k_scale_pages), gather(v_scale_pages), options)

@@ -1,0 +1,732 @@
+"""A cache of keys and values for decoding a batch of sequences, contiguous or with a window.
+
+The storage itself, its dtypes and the attention over it are in ``_storage.py``; this module knows
+lengths, positions and files.
+"""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
+
+from fastattn._storage import Lengths, TokenStore, at_slots, attend, copy_tokens, own_options
+from fastattn._validate import (
+    MAX_POSITION,
+    Array,
+    _integer,
+    _integer_array,
+    _q_offset,
+    count,
+    flag,
+)
+
+# What a file of KVCache.save says that it is, and the names of its arrays.
+FILE_FORMAT = "fastattn.KVCache 1"
+ARRAY_NAMES = ("k", "v", "k_scale", "v_scale")
+
+
+class KVCache(TokenStore):
+    """Keys and values of a batch of sequences, appended in place.
+
+    Parameters
+    ----------
+    batch_size : int
+        Number of sequences, each of a length of its own.
+    num_kv_heads : int
+        Heads of the keys and values.
+    max_seqlen : int
+        Tokens that there is room for in each sequence.  With `window`, which forgets, sequences may
+        grow longer than that; it is then at least ``num_sinks + window``.
+    head_dim : int
+        Width of a key.
+    head_dim_v : int, optional
+        Width of a value.  Default: `head_dim`.
+    dtype : dtype_like, optional
+        Of the storage: float32, float64, float16, bfloat16 (``ml_dtypes.bfloat16``) or int8.
+    window : int, optional
+        Every query sees the last `window` tokens only, its own included, and the first `num_sinks`
+        tokens of its sequence; what no later query may see is forgotten.  Default: all tokens.
+    num_sinks : int, optional
+        First tokens of each sequence that a cache with a window keeps forever.
+
+    Raises
+    ------
+    TypeError
+        An argument has the wrong kind, or `dtype` is none of these.
+    ValueError
+        A size is less than 1, or `max_seqlen` has no room for the window.
+    MemoryError
+        The storage cannot be allocated.
+
+    Notes
+    -----
+    **Precision.**  Appended floats are converted to the storage's dtype with one rounding.  int8
+    stores ``rint(x / scale)`` with one float32 scale per token and head, ``max(abs(x)) / 127``, for
+    keys and values each: every element is kept to within half a scale, 0.4 % of the largest element
+    of its row.  A row of zeros has scale 0.
+
+    **Window.**  Storage is the sinks, the window and slack: ``max_seqlen - num_sinks - window``
+    slots.  When a sequence is full, `append` moves its last ``window - 1`` tokens to the front,
+    once in ``slack + 1`` tokens: with slack as large as the window, a token is moved about once in
+    its life.  Tokens stay in the order of time and keep their absolute positions, which `lengths`,
+    `positions` and `q_offset` speak of; keys keep the rotation (RoPE) that they were appended with.
+    After an append of up to slack + 1 tokens all of the new queries find their whole window;
+    queries whose window is not there any more are refused, never computed from what is left.
+
+    A cache does not lock: append to it from one thread at a time.
+
+    See Also
+    --------
+    PagedKVCache : Sequences that come and go, and share prefixes.
+
+    References
+    ----------
+    Windows: A. Q. Jiang et al., "Mistral 7B", 2023, https://arxiv.org/abs/2310.06825.  Sinks:
+    G. Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2023,
+    https://arxiv.org/abs/2309.17453.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn as fa
+    >>> rng = np.random.default_rng(0)
+    >>> q = rng.standard_normal((1, 4, 6, 8), dtype=np.float32)
+    >>> k, v = rng.standard_normal((2, 1, 2, 6, 8), dtype=np.float32)
+    >>> cache = fa.KVCache(batch_size=1, num_kv_heads=2, max_seqlen=100, head_dim=8)
+
+    A prompt of five tokens, then one more:
+
+    >>> cache.append(k[:, :, :5], v[:, :, :5])
+    >>> prompt = cache.attention(q[:, :, :5])
+    >>> cache.append(k[:, :, 5:], v[:, :, 5:])
+    >>> last = cache.attention(q[:, :, 5:])
+    >>> cache
+    KVCache(batch_size=1, num_kv_heads=2, max_seqlen=100, head_dim=8, dtype=float32): 6 tokens
+
+    The same as all at once:
+
+    >>> out = fa.attention(q, k, v, causal=True)
+    >>> bool(np.array_equal(out, np.concatenate([prompt, last], axis=2)))
+    True
+    """
+
+    _PARAMETERS = (
+        "batch_size", "num_kv_heads", "max_seqlen", "head_dim", "head_dim_v", "dtype", "window",
+        "num_sinks",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        batch_size: int,
+        num_kv_heads: int,
+        max_seqlen: int,
+        head_dim: int,
+        *,
+        head_dim_v: int | None = None,
+        dtype: DTypeLike = np.float32,
+        window: int | None = None,
+        num_sinks: int = 0,
+    ) -> None:
+        self.batch_size = count("batch_size", batch_size)
+        self.max_seqlen = count("max_seqlen", max_seqlen)
+        self.window = None if window is None else count("window", window)
+        self.num_sinks = _integer("num_sinks", num_sinks, "an int >= 0")
+        if self.num_sinks < 0:
+            raise ValueError(f"`num_sinks` must be at least 0, got {self.num_sinks}")
+        if self.window is None and self.num_sinks:
+            raise ValueError(f"`num_sinks` must be 0 without `window`, got {self.num_sinks}")
+        if self.window is not None and self.max_seqlen < self.num_sinks + self.window:
+            raise ValueError(
+                f"`max_seqlen` must be at least num_sinks {self.num_sinks} + window {self.window}, "
+                f"got {self.max_seqlen}"
+            )
+        super().__init__(
+            self.batch_size, self.max_seqlen, num_kv_heads, head_dim, head_dim_v, dtype
+        )
+        self._lengths: Lengths = np.zeros(self.batch_size, np.int64)
+        # The token at position p is in slot p if it is a sink, and else in slot p - evicted: the
+        # tokens that are gone are always the first ones after the sinks.
+        self._evicted: Lengths = np.zeros(self.batch_size, np.int64)
+
+    def __repr__(self) -> str:
+        return f"{self._call()}: {self._lengths.sum():,} tokens"
+
+    # --- what is there ---
+
+    @property
+    def lengths(self) -> Lengths:
+        """Tokens appended to each sequence so far, (batch_size,) int64: the next one's position.
+
+        A read-only view, which follows the cache; copy it to keep it.
+        """
+        return _read_only(self._lengths)
+
+    @property
+    def k(self) -> Array:
+        """Stored keys, (batch_size, num_kv_heads, longest, head_dim): a read-only view.
+
+        Of sequence b the first ``len(cache.positions(b))`` are alive.
+        """
+        return _read_only(self._arrays[0][:, :, : self._stored.max()])
+
+    @property
+    def v(self) -> Array:
+        """Stored values, (batch_size, num_kv_heads, longest, head_dim_v): a read-only view."""
+        return _read_only(self._arrays[1][:, :, : self._stored.max()])
+
+    @property
+    def _stored(self) -> Lengths:
+        return self._lengths - self._evicted
+
+    def positions(self, index: int) -> Lengths:
+        """Positions of the tokens of one sequence that are stored, in the order of storage.
+
+        Parameters
+        ----------
+        index : int
+            Which sequence, 0 to batch_size - 1.
+
+        Returns
+        -------
+        ndarray of int64
+            0 to length - 1; with a window, without those that are forgotten.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import fastattn as fa
+        >>> cache = fa.KVCache(1, 1, max_seqlen=4, head_dim=2, window=2, num_sinks=1)
+        >>> tokens = np.ones((1, 1, 9, 2), np.float32)
+        >>> cache.append(tokens, tokens)
+        >>> print(cache.positions(0))
+        [0 6 7 8]
+        """
+        index = self._index(index)
+        slots = np.arange(self._stored[index])
+        return slots + np.where(slots < self.num_sinks, 0, self._evicted[index])
+
+    def to_arrays(self, index: int) -> tuple[Array, Array]:
+        """Copies of the stored keys and values of one sequence.
+
+        Parameters
+        ----------
+        index : int
+            Which sequence, 0 to batch_size - 1.
+
+        Returns
+        -------
+        k : ndarray, (num_kv_heads, stored, head_dim)
+            In the storage's dtype; float32 for int8, codes times scales.
+        v : ndarray, (num_kv_heads, stored, head_dim_v)
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import fastattn as fa
+        >>> cache = fa.KVCache(1, 1, max_seqlen=4, head_dim=2, dtype=np.int8)
+        >>> cache.append(np.array([[[[1.0, 0.3]]]]), np.zeros((1, 1, 1, 2)))
+        >>> cache.to_arrays(0)[0]
+        array([[[1.       , 0.2992126]]], dtype=float32)
+        """
+        index = self._index(index)
+        return self._decode(at_slots(index, 0, self._stored[index]))
+
+    def _index(self, index: int) -> int:
+        value = _integer("index", index, f"an int from 0 to {self.batch_size - 1}")
+        if not 0 <= value < self.batch_size:
+            raise ValueError(f"`index` must be 0 to {self.batch_size - 1}, got {value}")
+        return value
+
+    # --- changes ---
+
+    def append(self, k: ArrayLike, v: ArrayLike, *, counts: ArrayLike | None = None) -> None:
+        """Append tokens to the sequences, in place.
+
+        Parameters
+        ----------
+        k : array_like, (batch_size, num_kv_heads, new, head_dim)
+            Keys in float16, bfloat16, float32 or float64, whatever the cache stores.
+        v : array_like, (batch_size, num_kv_heads, new, head_dim_v)
+            Values, likewise.
+        counts : array_like of int, (batch_size,), optional
+            How many of the `new` tokens, from the first on, each sequence takes; the others are not
+            looked at.  Default: all.
+
+        Raises
+        ------
+        TypeError
+            An argument has the wrong dtype.
+        ValueError
+            An argument has the wrong shape; a number is too large for the cache's dtype, or not
+            finite where it is int8; or, without a window, the tokens do not fit in `max_seqlen`.
+            The cache is unchanged then.
+
+        Notes
+        -----
+        A cache with a window takes any number of tokens, and keeps at least the sinks and the last
+        window.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import fastattn as fa
+        >>> cache = fa.KVCache(2, 1, max_seqlen=4, head_dim=2)
+        >>> tokens = np.ones((2, 1, 3, 2), np.float32)
+        >>> cache.append(tokens, tokens, counts=[3, 1])
+        >>> print(cache.lengths)
+        [3 1]
+        """
+        tokens, taken = self._encode(k, v, (self.batch_size,), counts)
+        if self.window is None:
+            full = np.flatnonzero(self._lengths + taken > self.max_seqlen)
+            if full.size:
+                b = full[0]
+                raise ValueError(
+                    f"`k` must have at most {self.max_seqlen - self._lengths[b]} new tokens for "
+                    f"sequence {b}, which has {self._lengths[b]} of max_seqlen {self.max_seqlen}, "
+                    f"got {taken[b]}"
+                )
+        for b, new in enumerate(taken.tolist()):
+            if new:
+                self._write(b, tokens, new)
+        self._lengths += taken
+
+    def _write(self, b: int, tokens: tuple[Array, ...], new: int) -> None:
+        start = int(self._lengths[b])
+        stop = start + new
+        if start - self._evicted[b] + new > self.max_seqlen:
+            self._evict(b, new)
+        evicted = int(self._evicted[b])
+        # A long chunk may itself be sinks and what is still in the window, with a gap between.
+        sinks = (start, min(stop, self.num_sinks), 0)
+        others = (max(start, self.num_sinks + evicted), stop, evicted)
+        for first, last, shift in (sinks, others):
+            if first < last:
+                copy_tokens(
+                    self._arrays,
+                    at_slots(b, first - shift, last - shift),
+                    tokens,
+                    at_slots(b, first - start, last - start),
+                )
+
+    def _evict(self, b: int, new: int) -> None:
+        """Move the window of sequence b to the front, to make room for `new` tokens."""
+        assert self.window is not None
+        length, before = int(self._lengths[b]), int(self._evicted[b])
+        # The first of the new queries sees window - 1 tokens from before.  If even that leaves no
+        # room, as many of the last tokens as possible stay.
+        evicted = max(
+            before,
+            length - (self.window - 1) - self.num_sinks,
+            length + new - self.max_seqlen,
+        )
+        kept = max(length - self.num_sinks - evicted, 0)
+        source = self.num_sinks + evicted - before
+        copy_tokens(
+            self._arrays,
+            at_slots(b, self.num_sinks, self.num_sinks + kept),
+            self._arrays,
+            at_slots(b, source, source + kept),
+        )
+        self._evicted[b] = evicted
+
+    def truncate(self, lengths: ArrayLike) -> None:
+        """Forget the last tokens, for example those of a rejected draft.
+
+        Parameters
+        ----------
+        lengths : int or array_like of int, (batch_size,)
+            The new length of every sequence, 0 to its present one.
+
+        Raises
+        ------
+        TypeError
+            `lengths` is not of integers.
+        ValueError
+            `lengths` has the wrong shape, is negative or more than there is; or tokens that the
+            next query would see are gone from a window.  The last append (of up to slack + 1
+            tokens) can always be undone.  The cache is unchanged.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import fastattn as fa
+        >>> cache = fa.KVCache(1, 1, max_seqlen=4, head_dim=2)
+        >>> cache.append(np.ones((1, 1, 3, 2)), np.ones((1, 1, 3, 2)))
+        >>> cache.truncate(1)
+        >>> print(cache.lengths)
+        [1]
+        """
+        array = _integer_array("lengths", lengths)
+        if array.shape not in ((), (self.batch_size,)):
+            raise ValueError(
+                f"`lengths` must be an int or have shape ({self.batch_size},), "
+                f"got shape {array.shape}"
+            )
+        new = np.broadcast_to(array, (self.batch_size,))
+        wrong = np.flatnonzero((new < 0) | (new > self._lengths))
+        if wrong.size:
+            b = wrong[0]
+            raise ValueError(
+                f"`lengths` must be 0 to {self._lengths[b]} for sequence {b}, got {new[b]}"
+            )
+        new = new.astype(np.int64)
+        # Sinks are never gone, so a sequence of sinks alone is whole.
+        evicted = np.where(new > self.num_sinks, self._evicted, 0)
+        shortest = self._first_exact(evicted)
+        wrong = np.flatnonzero(new < shortest)
+        if wrong.size:
+            b = wrong[0]
+            raise ValueError(
+                f"`lengths` must be at least {shortest[b]} for sequence {b} (or at most num_sinks "
+                f"{self.num_sinks}), whose earlier tokens have left the window, got {new[b]}"
+            )
+        self._lengths[...] = new
+        self._evicted[...] = evicted
+
+    def _first_exact(self, evicted: Lengths) -> Lengths:
+        """The first position whose window, or whole past, is stored."""
+        if self.window is None:
+            return np.zeros_like(evicted)
+        return np.where(evicted > 0, evicted + self.num_sinks + self.window - 1, 0)
+
+    def reset(self) -> None:
+        """Forget every token.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import fastattn as fa
+        >>> cache = fa.KVCache(1, 1, max_seqlen=4, head_dim=2)
+        >>> cache.append(np.ones((1, 1, 3, 2)), np.ones((1, 1, 3, 2)))
+        >>> cache.reset()
+        >>> print(cache.lengths)
+        [0]
+        """
+        self.truncate(0)
+
+    def reorder(self, indices: ArrayLike) -> None:
+        """Replace sequence b by what was sequence ``indices[b]``, as beam search does, in place.
+
+        Parameters
+        ----------
+        indices : array_like of int, (batch_size,)
+            Any mapping; sequences may be repeated or dropped.
+
+        Raises
+        ------
+        TypeError
+            `indices` is not of integers.
+        ValueError
+            `indices` has the wrong shape, or an entry that is no sequence.
+
+        Notes
+        -----
+        Beside the storage this takes the memory of one head of the sequences that move.
+        `PagedKVCache.fork` shares tokens instead of copying them.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import fastattn as fa
+        >>> cache = fa.KVCache(3, 1, max_seqlen=4, head_dim=1)
+        >>> tokens = np.arange(3.0).reshape(3, 1, 1, 1)
+        >>> cache.append(tokens, tokens)
+        >>> cache.reorder([2, 0, 0])
+        >>> print(cache.k.ravel())
+        [2. 0. 0.]
+        """
+        array = _integer_array("indices", indices)
+        if array.shape != (self.batch_size,):
+            raise ValueError(
+                f"`indices` must have shape ({self.batch_size},), got shape {array.shape}"
+            )
+        wrong = array[(array < 0) | (array >= self.batch_size)]
+        if wrong.size:
+            raise ValueError(f"`indices` must be 0 to {self.batch_size - 1}, got {wrong[0]}")
+        source = array.astype(np.int64)
+        moved = np.flatnonzero(source != np.arange(self.batch_size))
+        if not moved.size:
+            return
+        longest = int(self._stored[source[moved]].max())
+        for array in self._arrays:
+            for head in range(self.num_kv_heads):
+                # Fancy indexing reads all of a head before any of it is written.
+                array[moved, head, :longest] = array[source[moved], head, :longest]
+        self._lengths[...] = self._lengths[source]
+        self._evicted[...] = self._evicted[source]
+
+    # --- attention ---
+
+    def attention(self, q: ArrayLike, **options: Any) -> Array | tuple[Array, Array]:
+        """Attention of new queries over all that the cache holds, their own tokens included.
+
+        Append the keys and values of the new tokens first.
+
+        Parameters
+        ----------
+        q : array_like, (batch_size, num_heads, seqlen_q, head_dim)
+            Queries of the last `seqlen_q` tokens of each sequence, in the cache's dtype, or float32
+            where that is smaller.  `num_heads` is a multiple of `num_kv_heads`.
+        **options
+            As in `fastattn.attention`, except:
+
+            causal : bool, optional
+                Default: True, unlike there, so that a chunk of several tokens does not see its own
+                future.  With one query, the last token, it makes no difference.
+            q_offset : int or array_like of int, (batch_size,), optional
+                Position of query 0.  Default: ``lengths - seqlen_q``.  After a ragged append it is
+                what `lengths` were before; the rows after ``counts[b]`` are then of no use.
+            bias, mask, segment_ids
+                Their seqlen_k is ``lengths.max()``.
+            kv_lengths
+                Is the cache's.
+
+            In a cache with a window, `causal` must be True, and `bias`, `mask`, `segment_ids`,
+            `window` and ``softmax_axis="queries"`` are refused, as is `alibi_slopes` with sinks.
+
+        Returns
+        -------
+        out : ndarray, (batch_size, num_heads, seqlen_q, head_dim_v)
+            In q's dtype.
+        lse : ndarray, (batch_size, num_heads, seqlen_q)
+            With ``return_lse=True``.
+
+        Raises
+        ------
+        TypeError
+            An argument has the wrong dtype or kind, or there is no such option.
+        ValueError
+            An argument has the wrong shape or value, or part of a query's window is forgotten.
+
+        Notes
+        -----
+        With a window and sinks, a mask of ``batch_size * seqlen_q * stored`` bytes says which of
+        the slack a query no longer sees.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import fastattn as fa
+        >>> cache = fa.KVCache(1, 1, max_seqlen=4, head_dim=2)
+        >>> tokens = np.array([[[[1.0, 0.0], [0.0, 1.0]]]], dtype=np.float32)
+        >>> cache.append(tokens, tokens)
+        >>> cache.attention(np.zeros((1, 3, 2, 2), np.float32))[0, 2]
+        array([[1. , 0. ],
+               [0.5, 0.5]], dtype=float32)
+        """
+        q = self._queries(q, self.batch_size)
+        options = own_options("KVCache.attention", options)
+        if self.window is not None:
+            options = self._window_options(q.shape[2], self.window, options)
+        k, v, k_scale, v_scale = self._operands
+        return attend(q, k, v, self._stored, k_scale, v_scale, options)
+
+    def _window_options(
+        self, seqlen_q: int, window: int, options: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Options that make `attention` see, in slots, what the queries see in positions."""
+        if not flag("causal", options["causal"]):
+            raise ValueError("`causal` must be True in a cache with a window, got False")
+        if options.get("softmax_axis", "keys") != "keys":
+            raise ValueError(
+                '`softmax_axis` must be "keys" in a cache with a window, '
+                f"got {options['softmax_axis']!r}"
+            )
+        # Their keys are positions, which slots are not; ALiBi's distances to sinks are not either.
+        by_position = ("window", "bias", "mask", "segment_ids", "alibi_slopes")
+        for name in by_position if self.num_sinks else by_position[:-1]:
+            if options.get(name) is not None:
+                sinks = " and sinks" if name == "alibi_slopes" else ""
+                raise ValueError(f"`{name}` must be None in a cache with a window{sinks}")
+
+        given = options.get("q_offset")
+        if given is None:
+            offset = self._lengths - seqlen_q
+        else:
+            offset = _q_offset(given, (self.batch_size,))
+        first = np.maximum(offset, 0)
+        earliest = self._first_exact(self._evicted)
+        # Rows before the first token or after the last one are nobody's queries.
+        is_query = (offset + seqlen_q > 0) & (first < self._lengths) & (seqlen_q > 0)
+        wrong = np.flatnonzero(is_query & (first < earliest))
+        if wrong.size:
+            b = wrong[0]
+            rule = (
+                f"`q` must have at most {self._lengths[b] - earliest[b]} queries"
+                if given is None
+                else f"`q_offset` must be at least {earliest[b]}"
+            )
+            raise ValueError(
+                f"{rule} for sequence {b}, because earlier tokens have left the window, "
+                f"got {seqlen_q if given is None else offset[b]}"
+            )
+
+        options = {**options, "q_offset": offset - self._evicted}
+        if not self.num_sinks:
+            return {**options, "window": (window - 1, 0)}
+        before_window = offset[:, np.newaxis] + np.arange(seqlen_q) - window
+        if np.any(before_window >= (self.num_sinks + self._evicted)[:, np.newaxis]):
+            slots = np.arange(self._stored.max())
+            is_sink = slots < self.num_sinks
+            positions = slots + np.where(is_sink, 0, self._evicted[:, np.newaxis])
+            seen = is_sink | (positions[:, np.newaxis] > before_window[..., np.newaxis])
+            options["mask"] = seen[:, np.newaxis]
+        return options
+
+    # --- copies and files ---
+
+    def copy(self) -> Self:
+        """A cache of its own with the same tokens.
+
+        Returns
+        -------
+        KVCache
+
+        Examples
+        --------
+        >>> import fastattn as fa
+        >>> fa.KVCache(1, 1, max_seqlen=4, head_dim=2).copy()
+        KVCache(batch_size=1, num_kv_heads=1, max_seqlen=4, head_dim=2, dtype=float32): 0 tokens
+        """
+        other = type(self)(**self._parameters())
+        for b, stored in enumerate(self._stored):
+            live = at_slots(b, 0, stored)  # the rest of the storage stays untouched
+            copy_tokens(other._arrays, live, self._arrays, live)
+        other._lengths[...] = self._lengths
+        other._evicted[...] = self._evicted
+        return other
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the cache to a file, which holds its live tokens only.
+
+        Parameters
+        ----------
+        path : str or path
+            The file, in the format of `numpy.savez`, without pickle: ``header`` (JSON),
+            ``lengths``, ``evicted``, ``k`` and ``v`` (tokens, num_kv_heads, width), the sequences
+            one after the other, and for int8 ``k_scale`` and ``v_scale``.  bfloat16 is uint16.
+
+        Raises
+        ------
+        OSError
+            The file cannot be written.
+
+        Examples
+        --------
+        >>> import os, tempfile
+        >>> import numpy as np
+        >>> import fastattn as fa
+        >>> cache = fa.KVCache(1, 1, max_seqlen=4, head_dim=2)
+        >>> cache.append(np.ones((1, 1, 3, 2)), np.ones((1, 1, 3, 2)))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = os.path.join(folder, "cache.npz")
+        ...     cache.save(path)
+        ...     fa.KVCache.load(path)
+        KVCache(batch_size=1, num_kv_heads=1, max_seqlen=4, head_dim=2, dtype=float32): 3 tokens
+        """
+        import json  # not with the package: few processes write or read a file
+
+        stored = self._stored.tolist()
+        header = {"format": FILE_FORMAT, **self._parameters(), "dtype": self.dtype.name}
+        members: dict[str, Any] = {
+            "header": np.array(json.dumps(header)),
+            "lengths": self._lengths,
+            "evicted": self._evicted,
+        }
+        for name, array in zip(ARRAY_NAMES, self._arrays, strict=False):
+            live = [array[b, :, :n].swapaxes(0, 1) for b, n in enumerate(stored)]
+            members[name] = _as_plain(np.concatenate(live))
+        with open(path, "wb") as file:
+            np.savez(file, **members)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Self:
+        """Read a cache that `save` wrote.
+
+        Parameters
+        ----------
+        path : str or path
+            The file.
+
+        Returns
+        -------
+        KVCache
+            Equal to the one that was saved.
+
+        Raises
+        ------
+        OSError
+            The file cannot be opened.
+        ValueError
+            The file is damaged, or of another kind.
+        ImportError
+            It holds bfloat16, and ``ml_dtypes``, which defines that, has not been imported.
+        MemoryError
+            The storage cannot be allocated.
+        """
+        with open(path, "rb") as file:
+            try:
+                with np.load(file, allow_pickle=False) as archive:
+                    members = {name: archive[name] for name in archive.files}
+                return cls._restore(members)
+            except (ImportError, MemoryError):
+                raise
+            except Exception as error:  # whatever zipfile, json and NumPy find
+                raise ValueError(
+                    f"`path` must be a file that KVCache.save wrote, got {str(path)!r}: {error}"
+                ) from error
+
+    @classmethod
+    def _restore(cls, members: dict[str, Array]) -> Self:
+        import json
+
+        header = json.loads(str(members["header"]))
+        file_format = header.pop("format")
+        if file_format != FILE_FORMAT:
+            raise ValueError(f"its format is {file_format!r}, not {FILE_FORMAT!r}")
+        if header["dtype"] == "bfloat16":
+            try:
+                np.dtype("bfloat16")
+            except TypeError:
+                raise ImportError(
+                    "`path` holds bfloat16: import ml_dtypes before loading"
+                ) from None
+        cache = cls(**header)
+
+        lengths, evicted = members["lengths"], members["evicted"]
+        for array in (lengths, evicted):
+            if array.dtype != np.int64 or array.shape != (cache.batch_size,):
+                raise ValueError("its lengths are not one per sequence")
+        stored = lengths - evicted
+        if not (
+            np.all((evicted >= 0) & (lengths < MAX_POSITION) & (stored <= cache.max_seqlen))
+            and np.all(lengths >= cache._first_exact(evicted))
+            and (cache.window is not None or not evicted.any())
+        ):
+            raise ValueError("its lengths are not those of a cache")
+        cache._lengths[...], cache._evicted[...] = lengths, evicted
+
+        ends = np.cumsum(stored)
+        for name, array in zip(ARRAY_NAMES, cache._arrays, strict=False):
+            packed = members[name]
+            expected = (ends[-1], *array.shape[1:2], *array.shape[3:])
+            if packed.dtype != _as_plain(array).dtype or packed.shape != expected:
+                raise ValueError(f"its {name!r} is {packed.dtype} of shape {packed.shape}")
+            for b, (end, n) in enumerate(zip(ends, stored, strict=True)):
+                array[b, :, :n] = packed[end - n : end].view(array.dtype).swapaxes(0, 1)
+        return cache
+
+
+def _read_only(array: Array) -> Array:
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+def _as_plain(array: Array) -> Array:
+    """`array` in a dtype of NumPy's own."""
+    return array.view(np.uint16) if array.dtype.name == "bfloat16" else array
