@@ -17,6 +17,7 @@ from fastattn.cache import KVCache
 from fastattn.config import show_config
 from fastattn.layers import MultiHeadAttention
 from fastattn.paged_cache import OutOfPagesError, PagedKVCache
+from fastattn.varlen import attention_varlen
 
 __all__ = [
     "Explanation",
@@ -25,6 +26,7 @@ __all__ = [
     "OutOfPagesError",
     "PagedKVCache",
     "attention",
+    "attention_varlen",
     "explain",
     "merge_attention",
     "reference",

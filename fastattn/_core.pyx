@@ -159,7 +159,8 @@ cdef int fill(
     read_input(&p.sinks, held, sinks, 0, True, False, False)
     read_input(&p.mask, held, mask, nb, True, True, True)
     read_input(&p.kv_lengths, held, kv_lengths, nb, False, False, False)
-    read_input(&p.q_offset, held, q_offset, nb, False, False, False)
+    # Packed sequences have no batch axis, but a position each.
+    read_input(&p.q_offset, held, q_offset, nb if q_starts is None else 1, False, False, False)
     read_input(&p.q_segment_ids, held, q_segment_ids, nb, False, True, False)
     read_input(&p.k_segment_ids, held, k_segment_ids, nb, False, True, False)
     p.causal = causal

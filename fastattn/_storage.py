@@ -1,6 +1,6 @@
 """Storage of tokens' keys and values in any dtype, and the attention over it.
 
-What `KVCache` and `PagedKVCache` share.  They reach the core through `attend` and `attend_pages`.
+What `KVCache` and `PagedKVCache` share.  They reach the core through `attend`.
 """
 
 from __future__ import annotations
@@ -10,13 +10,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastattn._validate import Array, Shape, _integer_array, _kind, as_array, count
+from fastattn import _core
+from fastattn._rounding import round_once
+from fastattn._validate import (
+    CORE_ARGUMENTS,
+    FLOAT_NAMES,
+    Array,
+    Shape,
+    as_array,
+    core_arguments,
+    core_view,
+    count,
+    float_array,
+    integer_array,
+    refuse_overlap,
+)
 from fastattn.attention import AttentionOptions, _refuse_unknown, attention
 
 Lengths = NDArray[np.int64]
 
-# By name, because bfloat16 is the dtype of a library that is not imported here.
-FLOAT_NAMES = ("float16", "bfloat16", "float32", "float64")
 DTYPE_NAMES = (*FLOAT_NAMES, "int8")
 # What queries may be beside each storage: its own dtype, or float32 where it is smaller than that.
 QUERY_NAMES = {
@@ -24,7 +36,7 @@ QUERY_NAMES = {
     "float32": ("float32",),
     "float16": ("float16", "float32"),
     "bfloat16": ("bfloat16", "float32"),
-    "int8": ("float32",),
+    "int8": ("float16", "bfloat16", "float32"),
 }
 INT8_MAX = 127  # -128 is not used: the codes are symmetric
 FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -81,12 +93,6 @@ class TokenStore:
         """
         return sum(array.nbytes for array in self._arrays)
 
-    @property
-    def _operands(self) -> tuple[Array, Array, Array | None, Array | None]:
-        """k, v, k_scale and v_scale."""
-        k, v, *scales = self._arrays
-        return (k, v, scales[0], scales[1]) if scales else (k, v, None, None)
-
     def _encode(
         self, k: ArrayLike, v: ArrayLike, lead: Shape, counts: ArrayLike | None = None
     ) -> tuple[tuple[Array, ...], Lengths]:
@@ -94,7 +100,7 @@ class TokenStore:
 
         Everything that can be wrong with them is found here, before any storage is written.
         """
-        k, v = _float_array("k", k), _float_array("v", v)
+        k, v = float_array("k", k), float_array("v", v)
         rows = (*lead, self.num_kv_heads)
         if k.ndim != len(rows) + 2 or (k.shape[:-2], k.shape[-1]) != (rows, self.head_dim):
             raise ValueError(
@@ -194,15 +200,8 @@ def _zeros(shape: Shape, dtype: np.dtype[Any]) -> Array:
         raise MemoryError(f"a cache of shape {shape} and dtype {dtype} is too large") from error
 
 
-def _float_array(name: str, x: ArrayLike) -> Array:
-    array = as_array(name, x)
-    if array.dtype.name not in FLOAT_NAMES:
-        raise TypeError(f"`{name}` must be {', '.join(FLOAT_NAMES)}, got {_kind(x, array)}")
-    return array
-
-
 def _counts(counts: ArrayLike, num_sequences: int, new: int) -> Lengths:
-    array = _integer_array("counts", counts)
+    array = integer_array("counts", counts)
     if array.shape != (num_sequences,):
         raise ValueError(f"`counts` must have shape ({num_sequences},), got shape {array.shape}")
     wrong = array[(array < 0) | (array > new)]
@@ -211,32 +210,13 @@ def _counts(counts: ArrayLike, num_sequences: int, new: int) -> Lengths:
     return array.astype(np.int64)
 
 
-@np.errstate(all="ignore")
 def _rounded(name: str, x: Array, dtype: np.dtype[Any]) -> Array:
-    """`x` in another float dtype, each element rounded once."""
-    if x.dtype == dtype:
-        return x
-    # ml_dtypes goes through float32, which would round twice.
-    twice = x.dtype == np.float64 and dtype.name == "bfloat16"
-    rounded = (_round_to_odd(x) if twice else x).astype(dtype)
+    """`x` in another float dtype; a number that does not fit is an error, not infinity."""
+    rounded = round_once(x, dtype)
     overflown = np.isinf(rounded) & np.isfinite(x)
     if overflown.any():
         wrong = float(x[overflown][0])
         raise ValueError(f"`{name}` must be within the range of {dtype}, got {wrong:.6g}")
-    return rounded
-
-
-def _round_to_odd(x: NDArray[np.float64]) -> NDArray[np.float32]:
-    """float32 from which a further rounding, to 22 bits or less, gives what it would from `x`.
-
-    Toward zero, with the last bit set if anything was lost: S. Boldo, G. Melquiond, "Emulation of
-    FMA and correctly rounded sums", 2008, https://doi.org/10.1109/TC.2007.70819.
-    """
-    rounded = x.astype(np.float32)
-    bits = rounded.view(np.uint32)
-    inexact = rounded != x
-    bits -= np.abs(rounded) > np.abs(x)
-    bits |= inexact
     return rounded
 
 
@@ -266,55 +246,40 @@ def _quantize(name: str, x: Array) -> tuple[NDArray[np.int8], NDArray[np.float32
 
 def attend(
     q: Array,
-    k_storage: Array,
-    v_storage: Array,
+    arrays: tuple[Array, ...],
     kv_lengths: Lengths,
-    k_scale: Array | None,
-    v_scale: Array | None,
     options: dict[str, Any],
+    page_table: Lengths | None = None,
 ) -> Array | tuple[Array, Array]:
-    """Attention of (batch, num_heads, seqlen_q, head_dim) over contiguous storage, in place."""
-    longest = int(kv_lengths.max(initial=0))
-    if k_scale is not None and v_scale is not None:
-        options = {
-            **options,
-            "k_scale": k_scale[:, :, :longest],
-            "v_scale": v_scale[:, :, :longest],
-        }
-    k, v = k_storage[:, :, :longest], v_storage[:, :, :longest]
-    result: Array | tuple[Array, Array] = attention(q, k, v, kv_lengths=kv_lengths, **options)
-    return result
+    """Attention of (n, num_heads, seqlen_q, head_dim) over storage, in place.
 
-
-def attend_pages(
-    q: Array,
-    k_pages: Array,
-    v_pages: Array,
-    page_table: Lengths,
-    kv_lengths: Lengths,
-    k_scale_pages: Array | None,
-    v_scale_pages: Array | None,
-    options: dict[str, Any],
-) -> Array | tuple[Array, Array]:
-    """Attention of (n, num_heads, seqlen_q, head_dim) over the pages in each row of a table.
-
-    Pages are (num_pages, num_kv_heads, page_size, ...).  Of row i of `page_table` only the first
-    ``ceil(kv_lengths[i] / page_size)`` entries are read.
+    Parameters
+    ----------
+    q : array, (n, num_heads, seqlen_q, head_dim)
+        Of a dtype that `QUERY_NAMES` allows.
+    arrays : tuple of array
+        `TokenStore._arrays`; one block for each row of q, or pages.
+    kv_lengths : int64 array, (n,)
+        Tokens of each row of q.
+    options : dict
+        Of `fastattn.attention`, those that have to do with the storage excepted.
+    page_table : int64 array, (n, pages), optional
+        The pages of each row of q; only the first ``ceil(kv_lengths[i] / page_size)`` are read.
     """
-    num_pages_of = -(-kv_lengths // k_pages.shape[2])
+    k, v, *scales = map(core_view, arrays)
+    _, num_kv_heads, slots, head_dim = k.shape
+    seqlen_k = slots if page_table is None else slots * page_table.shape[1]
 
-    def gather(pages: Array | None) -> Array | None:
-        if pages is None:
-            return None
-        _, num_kv_heads, page_size, *width = pages.shape
-        slots = page_table.shape[1] * page_size
-        gathered = np.zeros((len(page_table), num_kv_heads, slots, *width), pages.dtype)
-        for row, table, num_pages in zip(gathered, page_table, num_pages_of, strict=True):
-            by_head = pages[table[:num_pages]].swapaxes(0, 1)
-            live = num_pages * page_size
-            row[:, :live] = by_head.reshape(num_kv_heads, live, *width)
-        return gathered
+    def stand_in(width: int) -> Array:
+        """Keys as q's own dtype and the batch would have them: what the checks are about."""
+        return np.broadcast_to(np.zeros((), q.dtype), (len(q), num_kv_heads, seqlen_k, width))
 
-    k, v = gather(k_pages), gather(v_pages)
-    assert k is not None and v is not None
-    return attend(q, k, v, kv_lengths, gather(k_scale_pages), gather(v_scale_pages), options)
+    call = {**(attention.__kwdefaults__ or {}), **options, "kv_lengths": kv_lengths}
+    arguments, result, lse = core_arguments(q, stand_in(head_dim), stand_in(v.shape[-1]), **call)
+    if call["out"] is not None:
+        refuse_overlap(result, k=k, v=v)
+    core_call = dict(zip(CORE_ARGUMENTS, arguments, strict=True))
+    k_scale, v_scale = scales or (None, None)
+    core_call |= {"k": k, "v": v, "k_scale": k_scale, "v_scale": v_scale, "page_table": page_table}
+    _core.attention(**core_call)
+    return result if lse is None else (result, lse)

@@ -25,6 +25,7 @@ Array = NDArray[Any]
 Shape = tuple[int, ...]
 Window = Sequence[int | None]
 
+FLOAT16 = np.dtype(np.float16)
 FLOAT32 = np.dtype(np.float32)
 FLOAT64 = np.dtype(np.float64)
 # Positions and window sides are clipped to this magnitude, within which the core's 64-bit sums of
@@ -34,6 +35,9 @@ MAX_C_INT = 2**31 - 1
 # What np.shares_memory may spend on an exact answer.  Views into one packed array need less; what
 # needs more counts as overlapping.
 OVERLAP_WORK: Any = 100_000  # Any: NumPy's stubs know 0 and -1 only
+
+# By name, because bfloat16 is a dtype of ml_dtypes, which is not imported here.
+FLOAT_NAMES = ("float16", "bfloat16", "float32", "float64")
 
 # Names of what ``_core.attention`` and ``_core.describe`` take, in order.
 CORE_ARGUMENTS = (
@@ -129,7 +133,7 @@ def core_arguments(
     if kv_lengths is not None:
         kv_lengths = _kv_lengths(kv_lengths, batch_shape, seqlen_k)
     if q_offset is not None:
-        q_offset = _q_offset(q_offset, batch_shape)
+        q_offset = q_offsets(q_offset, batch_shape)
     q_segment_ids = k_segment_ids = None
     if segment_ids is not None:
         q_segment_ids, k_segment_ids = _segment_ids(segment_ids, batch_shape, seqlen_q, seqlen_k)
@@ -145,19 +149,24 @@ def core_arguments(
         result = check_out(out, out_shape, dtype, "q")
     lse = None
     if return_lse:
-        lse = allocate((*rows_shape[:-1], seqlen_k) if over_queries else rows_shape, dtype)
+        lse_shape = (*rows_shape[:-1], seqlen_k) if over_queries else rows_shape
+        lse = allocate(lse_shape, lse_dtype(dtype))
 
+    core_q, core_k, core_v, core_out, core_residual = q, k, v, result, residual
+    if dtype.itemsize == 2:
+        core_q, core_k, core_v, core_out = map(core_view, (q, k, v, result))
+        core_residual = None if residual is None else core_view(residual)
     arguments = (
         config.ISA,
-        q,
-        k,
-        v,
-        result[np.newaxis] if single_head else result,
+        core_q,
+        core_k,
+        core_v,
+        core_out[np.newaxis] if single_head else core_out,
         lse[np.newaxis] if single_head and lse is not None else lse,
-        residual[np.newaxis] if single_head and residual is not None else residual,
+        core_residual[np.newaxis] if single_head and core_residual is not None else core_residual,
         scale_value,
         softcap_value,
-        bias,
+        None if bias is None else core_view(bias),
         alibi_slopes,
         sinks,
         mask,
@@ -195,7 +204,8 @@ def _are_plain(q: Any, k: Any, v: Any) -> bool:
     if not (type(q) is ndarray and type(k) is ndarray and type(v) is ndarray):
         return False
     dtype = q.dtype
-    if not ((dtype is FLOAT32 or dtype is FLOAT64) and k.dtype is dtype and v.dtype is dtype):
+    known = dtype is FLOAT32 or dtype is FLOAT64 or dtype is FLOAT16
+    if not (known and k.dtype is dtype and v.dtype is dtype):
         return False
     # Whole shapes first: comparing those is quicker than taking them apart.
     q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
@@ -295,14 +305,22 @@ def as_array(name: str, x: ArrayLike) -> Array:
     return array
 
 
-def float_array(name: str, x: ArrayLike) -> Array:
+def float_array(name: str, x: ArrayLike, allowed: Sequence[str] = FLOAT_NAMES) -> Array:
     array = as_array(name, x)
-    if array.dtype != FLOAT32 and array.dtype != FLOAT64:
-        later = ""
-        if array.dtype.name in ("float16", "bfloat16"):
-            later = " (16-bit types are not supported yet in this version)"
-        raise TypeError(f"`{name}` must be float32 or float64{later}, got {_kind(x, array)}")
+    if array.dtype.name not in allowed:
+        listed = " or ".join([", ".join(allowed[:-1]), allowed[-1]])
+        raise TypeError(f"`{name}` must be {listed}, got {_kind(x, array)}")
     return array
+
+
+def lse_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """The dtype of the lse of a result: what its softmax is computed in."""
+    return FLOAT64 if dtype == FLOAT64 else FLOAT32
+
+
+def core_view(array: Array) -> Array:
+    """`array` as the core's buffers take it: bfloat16, which they do not know, as uint16."""
+    return array.view(np.uint16) if array.dtype.name == "bfloat16" else array
 
 
 def _bool_array(name: str, x: ArrayLike) -> Array:
@@ -321,7 +339,7 @@ def _real_array(name: str, x: ArrayLike) -> NDArray[np.float64]:
     return array.astype(np.float64)
 
 
-def _integer_array(name: str, x: ArrayLike) -> Array:
+def integer_array(name: str, x: ArrayLike) -> Array:
     array = as_array(name, x)
     if array.dtype.kind not in "iu":
         raise TypeError(f"`{name}` must be integers of at most 64 bits, got {_kind(x, array)}")
@@ -448,17 +466,17 @@ def _sinks(sinks: ArrayLike, num_heads: int, over_queries: bool) -> NDArray[np.f
 
 
 def _kv_lengths(kv_lengths: ArrayLike, batch_shape: Shape, seqlen_k: int) -> Array:
-    array = _integer_array("kv_lengths", kv_lengths)
+    array = integer_array("kv_lengths", kv_lengths)
     wrong = array[(array < 0) | (array > seqlen_k)]
     if wrong.size:
         raise ValueError(f"`kv_lengths` must be 0 to seqlen_k {seqlen_k}, got {wrong[0]}")
     return _broadcast("kv_lengths", array.astype(np.int64), batch_shape)
 
 
-def _q_offset(q_offset: ArrayLike, batch_shape: Shape) -> Array:
+def q_offsets(q_offset: ArrayLike, batch_shape: Shape) -> Array:
     if type(q_offset) is int:  # which an array of integers may be too small for
         return np.full(batch_shape, max(-MAX_POSITION, min(q_offset, MAX_POSITION)), np.int64)
-    array = _integer_array("q_offset", q_offset)
+    array = integer_array("q_offset", q_offset)
     if array.dtype == np.uint64:
         array = np.minimum(array, np.uint64(MAX_POSITION))
     array = np.clip(array.astype(np.int64), -MAX_POSITION, MAX_POSITION)
@@ -479,7 +497,7 @@ def _segment_ids(
     ids = []
     for index, length in enumerate((seqlen_q, seqlen_k)):
         name = f"segment_ids[{index}]"
-        array = _integer_array(name, segment_ids[index])
+        array = integer_array(name, segment_ids[index])
         if array.dtype == np.uint64 and np.any(array > np.iinfo(np.int64).max):
             raise ValueError(f"`{name}` must be less than 2**63, got {array.max()}")
         array = array.astype(np.int64, copy=False)

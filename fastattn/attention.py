@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn import _core, _validate, config
+from fastattn._rounding import round_once
 
 Array = NDArray[Any]
 
@@ -100,7 +101,7 @@ def attention(
     Parameters
     ----------
     q : array_like, (..., num_heads, seqlen_q, head_dim)
-        Queries, float32 or float64.
+        Queries, float32, float64, float16 or bfloat16 (``ml_dtypes.bfloat16``).
     k : array_like, (..., num_kv_heads, seqlen_k, head_dim)
         Keys, of q's dtype.  ``num_kv_heads`` divides ``num_heads``: query head ``h`` reads key
         head ``h // (num_heads // num_kv_heads)`` (grouped-query attention, nothing is repeated).
@@ -111,7 +112,7 @@ def attention(
     softcap : float, optional
         Bound on the scores, greater than 0: ``softcap * tanh(score / softcap)``.
     bias : array_like, broadcastable to (..., num_heads, seqlen_q, seqlen_k), optional
-        Added to the scores, after `softcap`; float32 or float64, whatever q's dtype is.  Where it
+        Added to the scores, after `softcap`; of any of q's dtypes, whatever q's own is.  Where it
         is -inf, the weight is exactly 0.
     alibi_slopes : array_like, (num_heads,) or broadcastable to (..., num_heads), optional
         Adds ``-slope * abs(i + q_offset - j)`` to the score of query ``i`` and key ``j``.
@@ -152,7 +153,8 @@ def attention(
     out : ndarray, (..., num_heads, seqlen_q, head_dim_v)
         In q's dtype, its axes in memory in the order of q's; `out` itself if it was given.
     lse : ndarray, (..., num_heads, seqlen_q), or (..., num_heads, seqlen_k) over the queries
-        Natural logarithm of the sum that the softmax divides by, in q's dtype; with `return_lse`.
+        Natural logarithm of the sum that the softmax divides by, with `return_lse`; float64 for
+        float64 input, else float32.
 
     Raises
     ------
@@ -191,6 +193,9 @@ def attention(
     of the softmax altogether: whatever those keys and values hold, NaN included, changes nothing.
     A query (over the queries: a key) with no key left, or with every score -inf, gets 0 (plus
     `residual`) and lse -inf.  A score of NaN or +inf makes NaN of its own softmax alone.
+
+    **16-bit types.**  Elements are widened block by block as they are read, everything is computed
+    in float32, and each result is rounded once, to nearest, ties to even.
 
     **Causal.**  ``x`` marks what takes part.  By default the last query sees the last key
     ("bottom-right", what decoding needs); ``q_offset=0`` is "top-left"::
@@ -313,7 +318,7 @@ def self_attention(
     Parameters
     ----------
     x : array_like, (..., seqlen, embed_dim)
-        float32 or float64.
+        float32, float64, float16 or bfloat16.
     num_heads : int, optional
         Number of heads, a divisor of embed_dim; head h is ``x[..., h * head_dim : (h + 1) *
         head_dim]`` with ``head_dim = embed_dim // num_heads``.
@@ -412,23 +417,23 @@ def merge_attention(
     Parameters
     ----------
     outs : sequence of array_like or ndarray, each (..., seqlen_q, head_dim_v)
-        The results, all of one shape and dtype, float32 or float64; or one array of them stacked
+        The results, all of one shape and dtype, any of `attention`'s; or one array of them stacked
         along its first axis.  They hold no residual.
     lses : sequence of array_like or ndarray, each (..., seqlen_q)
-        Their lse (``return_lse=True``), of the same dtype.  -inf is a part without keys; its `out`
-        is not used.  At most one part may have had `sinks`.
+        Their lse (``return_lse=True``), of the dtype that it has with results of such dtype.  -inf
+        is a part without keys; its `out` is not used.  At most one part may have had `sinks`.
 
     Returns
     -------
     out : ndarray, (..., seqlen_q, head_dim_v)
         In the parts' dtype; 0 where every part is without keys.
     lse : ndarray, (..., seqlen_q)
-        In the parts' dtype; -inf where every part is without keys.
+        In the dtype of `lses`; -inf where every part is without keys.
 
     Raises
     ------
     TypeError
-        A part is not float32 or float64, or not of the first part's dtype.
+        A part has a dtype that `attention` does not give, or not the first part's.
     ValueError
         There is no part, or the shapes do not match.
 
@@ -467,11 +472,15 @@ def merge_attention(
             f"`outs[0]` must have at least 2 dimensions, (..., seqlen_q, head_dim_v), "
             f"got shape {shape}"
         )
-    for name, arrays, rule in (("outs", parts, shape), ("lses", part_lses, shape[:-1])):
+    lse_dtype = _validate.lse_dtype(dtype)
+    for name, arrays, rule, kind, of in (
+        ("outs", parts, shape, dtype, "like"),
+        ("lses", part_lses, shape[:-1], lse_dtype, "to match"),
+    ):
         for p, array in enumerate(arrays):
-            if array.dtype != dtype:
+            if array.dtype != kind:
                 raise TypeError(
-                    f"`{name}[{p}]` must have dtype {dtype} like `outs[0]`, got {array.dtype}"
+                    f"`{name}[{p}]` must have dtype {kind} {of} `outs[0]`, got {array.dtype}"
                 )
             if array.shape != rule:
                 raise ValueError(
@@ -497,7 +506,7 @@ def merge_attention(
             # Selected, not multiplied: a part of weight 0 adds nothing, whatever it holds.
             np.add(merged, contribution, out=merged, where=(exps != 0.0)[..., np.newaxis])
         lse = shift + np.log(total)
-        return merged.astype(dtype, copy=False), lse.astype(dtype, copy=False)
+        return round_once(merged, dtype), lse.astype(lse_dtype, copy=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -612,7 +621,7 @@ def explain(
         **options,
         "return_lse": return_lse,
     }
-    arguments, _, _ = _validate.core_arguments(q, k, v, **all_options)
+    arguments, result, _ = _validate.core_arguments(q, k, v, **all_options)
     call = dict(zip(_validate.CORE_ARGUMENTS, arguments, strict=True))
     plan = _core.describe(**call)
     *batch_shape, num_heads, seqlen_q, head_dim = call["q"].shape
@@ -635,7 +644,7 @@ def explain(
 
     return Explanation(
         isa=call["isa"],
-        dtype=str(call["q"].dtype),
+        dtype=str(result.dtype),
         softmax=(
             "over the queries: log-sum-exp of each key first, then weights times values"
             if call["softmax_over_queries"]

@@ -17,10 +17,10 @@ from fastattn._validate import (
     MAX_POSITION,
     Array,
     _integer,
-    _integer_array,
-    _q_offset,
     count,
     flag,
+    integer_array,
+    q_offsets,
 )
 
 # What a file of KVCache.save says that it is, and the names of its arrays.
@@ -360,7 +360,7 @@ class KVCache(TokenStore):
         >>> print(cache.lengths)
         [1]
         """
-        array = _integer_array("lengths", lengths)
+        array = integer_array("lengths", lengths)
         if array.shape not in ((), (self.batch_size,)):
             raise ValueError(
                 f"`lengths` must be an int or have shape ({self.batch_size},), "
@@ -439,7 +439,7 @@ class KVCache(TokenStore):
         >>> print(cache.k.ravel())
         [2. 0. 0.]
         """
-        array = _integer_array("indices", indices)
+        array = integer_array("indices", indices)
         if array.shape != (self.batch_size,):
             raise ValueError(
                 f"`indices` must have shape ({self.batch_size},), got shape {array.shape}"
@@ -522,8 +522,9 @@ class KVCache(TokenStore):
         options = own_options("KVCache.attention", options)
         if self.window is not None:
             options = self._window_options(q.shape[2], self.window, options)
-        k, v, k_scale, v_scale = self._operands
-        return attend(q, k, v, self._stored, k_scale, v_scale, options)
+        longest = int(self._stored.max(initial=0))
+        arrays = tuple(array[:, :, :longest] for array in self._arrays)
+        return attend(q, arrays, self._stored, options)
 
     def _window_options(
         self, seqlen_q: int, window: int, options: dict[str, Any]
@@ -547,7 +548,7 @@ class KVCache(TokenStore):
         if given is None:
             offset = self._lengths - seqlen_q
         else:
-            offset = _q_offset(given, (self.batch_size,))
+            offset = q_offsets(given, (self.batch_size,))
         first = np.maximum(offset, 0)
         earliest = self._first_exact(self._evicted)
         # Rows before the first token or after the last one are nobody's queries.

@@ -612,7 +612,7 @@ def _to_numpy(name: str, value: Any) -> Array:
 def _weight(
     name: str, value: ArrayLike, ndim: int | None = None, dtype: np.dtype[Any] | None = None
 ) -> Array:
-    array = float_array(name, value)
+    array = float_array(name, value, ("float32", "float64"))
     if dtype is not None and array.dtype != dtype:
         raise TypeError(f"`{name}` must have dtype {dtype} like `w_q`, got {array.dtype}")
     if ndim is not None and array.ndim != ndim:

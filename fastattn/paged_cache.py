@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastattn._storage import Lengths, TokenStore, at_slots, attend_pages, copy_tokens, own_options
+from fastattn._storage import Lengths, TokenStore, at_slots, attend, copy_tokens, own_options
 from fastattn._validate import Array, _integer, count
 
 
@@ -446,9 +446,8 @@ class PagedKVCache(TokenStore):
         sequences = self._lookup(seq_ids)
         q = self._queries(q, len(sequences))
         options = own_options("PagedKVCache.attention", options)
-        k, v, k_scale, v_scale = self._operands
         table, lengths = _table_of(sequences), _lengths_of(sequences)
-        return attend_pages(q, k, v, table, lengths, k_scale, v_scale, options)
+        return attend(q, self._arrays, lengths, options, page_table=table)
 
     # --- pages ---
 

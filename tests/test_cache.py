@@ -26,7 +26,7 @@ import fastattn as fa
 from fastattn import _storage
 
 # Whether `attention` reads K and V of float16, bfloat16 and int8.
-SMALL_DTYPES_ATTEND = False
+SMALL_DTYPES_ATTEND = True
 
 FLOAT_DTYPES = [np.dtype(t) for t in (np.float32, np.float64, np.float16, ml_dtypes.bfloat16)]
 DTYPES = [*FLOAT_DTYPES, np.dtype(np.int8)]
@@ -972,8 +972,7 @@ def test_pages_that_are_not_in_the_table_are_not_read(rng):
     # Nor are the entries that pad the table.
     table, lengths = cache.page_table([seq_id, long, long]), cache.lengths([seq_id, long, long])
     lengths[2], table[2, 1:] = 1, 2**40
-    k, v, *scales = cache._operands
-    out = _storage.attend_pages(q[[0, 1, 1]], k, v, table, lengths, *scales, {})
+    out = _storage.attend(q[[0, 1, 1]], cache._arrays, lengths, {}, page_table=table)
     expected = fa.attention(q[1], *(x[:, :1] for x in cache.to_arrays(long)))
     np.testing.assert_array_equal(out[2], expected)
 
