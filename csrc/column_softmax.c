@@ -41,7 +41,9 @@ static void run_column_task(struct fa_job *job, int64_t index, int thread)
             continue;
         }
         if (!packed) {
-            fa_pack_keys(&head, &ws, block_key, fa_min(keys, head.kv_length - block_key));
+            const int64_t live = fa_min(keys, head.kv_length - block_key);
+            fa_locate_keys(&head, &ws, block_key, live, 0);
+            fa_pack_keys(&head, &ws, live);
             packed = true;
         }
         fa_load_rows(&head, &ws, row, rows);

@@ -26,9 +26,17 @@
 #include "keys.h"
 #include "scores.h"
 
+/* A block of keys, as the tiles of a task find it. */
+struct block {
+    int64_t key, keys; /* [key, key + keys) */
+    bool few;          /* read where it lies, not packed */
+    bool ready;        /* located, and packed if it is to be */
+    bool finite;       /* all values are; with few: not known */
+};
+
 /* acc[tile rows] += weights v */
 static void add_weighted_values(const struct fa_tile *tile, struct fa_workspace *ws, int64_t cols,
-                                bool finite)
+                                const struct block *block)
 {
     const struct fa_geometry *g = tile->head->geometry;
     const struct fa_ops *ops = g->ops;
@@ -44,7 +52,15 @@ static void add_weighted_values(const struct fa_tile *tile, struct fa_workspace 
         const char *v = ws->v + (tile->begin + keys.lo) * nr * size;
         void *acc = fa_state_from(g, &ws->part, tile->row_offset + r).acc;
         const size_t rows = (size_t)fa_min(group, tile->rows - r);
-        if (finite) {
+        if (block->few) {
+            const struct fa_keys from = fa_keys_from(&ws->values, tile->begin + keys.lo);
+            if (ops->few_values(rows, depth, (size_t)cols, a, (size_t)g->block_k, &from, ws->v, acc,
+                                (size_t)g->block_dv)) {
+                continue;
+            }
+            fa_pack_values(tile->head, ws, block->keys, cols);
+        }
+        if (block->finite) {
             ops->matmul(rows, depth, panels, a, (size_t)g->block_k, v, panel_stride, acc,
                         (size_t)g->block_dv, true, &ws->wanted);
         } else {
@@ -84,12 +100,28 @@ static void want_next(const struct fa_task *task, struct fa_workspace *ws, int64
                  block_key);
 }
 
+/* Find and pack the keys when the first tile needs them. */
+static void prepare_block(struct block *block, const struct fa_task *task, struct fa_workspace *ws)
+{
+    const struct fa_head *head = &task->head;
+    if (block->ready) {
+        return;
+    }
+    fa_locate_keys(head, ws, block->key, block->keys, task->first_col);
+    if (!block->few) {
+        fa_pack_keys(head, ws, block->keys);
+        block->finite = fa_pack_values(head, ws, block->keys, task->cols);
+    }
+    block->ready = true;
+}
+
 /* One key block against all rows of the task. */
 static void attend_block(const struct fa_forward *forward, const struct fa_task *task,
                          struct fa_workspace *ws, int64_t block_key, int64_t keys)
 {
     const struct fa_head *head = &task->head;
-    bool packed = false, finite = true;
+    struct block block = {.key = block_key, .keys = keys};
+    block.few = task->rows <= (int64_t)forward->geometry->ops->few_rows;
 
     for (int64_t r = 0; r < task->rows; r += FA_TILE_Q) {
         struct fa_tile tile;
@@ -97,15 +129,12 @@ static void attend_block(const struct fa_forward *forward, const struct fa_task 
         if (!fa_tile_init(&tile, head, ws, task->first_row + r, rows, r, block_key)) {
             continue;
         }
-        if (!packed) {
-            fa_pack_keys(head, ws, block_key, keys);
-            finite = fa_pack_values(head, ws, block_key, keys, task->first_col, task->cols);
-            packed = true;
-        }
+        tile.few = block.few;
+        prepare_block(&block, task, ws);
         want_next(task, ws, r + rows, block_key);
         fa_tile_scores(&tile, ws);
         weigh_tile(forward, &tile, ws, task->head_index);
-        add_weighted_values(&tile, ws, task->cols, finite);
+        add_weighted_values(&tile, ws, task->cols, &block);
     }
 }
 

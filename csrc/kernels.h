@@ -83,6 +83,16 @@ struct fa_ops {
     bool (*pack_values)(void *dst, size_t panel_stride, size_t keys, size_t cols,
                         const struct fa_keys *from);
 
+    /* For at most few_rows rows, both products without packing:
+     * s[rows][columns] = q[rows][cols] keys, 0 beyond `keys`; columns: multiple of vl. */
+    size_t few_rows;
+    void (*few_scores)(size_t rows, size_t cols, size_t keys, size_t columns, const void *q,
+                       const struct fa_keys *from, void *s, size_t ld);
+    /* acc[rows][cols] += weights[rows][keys] values.  scratch: [rows][ldacc].  False, and acc as it was, if
+     * a sum is not finite: only matmul_skip_zeros is then right. */
+    bool (*few_values)(size_t rows, size_t keys, size_t cols, const void *weights, size_t ldw,
+                       const struct fa_keys *from, void *scratch, void *acc, size_t ldacc);
+
     /* c[rows][panels * nr] = (accumulate ? c : 0) + a[rows][depth] b[depth][panels * nr], each product
      * one chain of fused multiply-adds in order of depth.  Any number of rows; depth may be 0.
      * b: panels of [depth][nr], panel_stride elements apart.  Asks for some of what is wanted on the way. */

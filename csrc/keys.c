@@ -44,35 +44,40 @@ static const float *read_scales(const struct fa_head *head, const char *data,
     return scale;
 }
 
-void fa_pack_keys(const struct fa_head *head, struct fa_workspace *ws, int64_t block_key,
-                  int64_t keys)
+void fa_locate_keys(const struct fa_head *head, struct fa_workspace *ws, int64_t block_key,
+                    int64_t keys, int64_t first_col)
 {
-    const struct fa_geometry *g = head->geometry;
-    const struct fa_attention_params *p = g->params;
+    const struct fa_attention_params *p = head->geometry->params;
     const int64_t located = fa_min(keys + FA_KEYS_AHEAD, head->kv_length - block_key);
-    struct fa_keys from = {.row = ws->k_row,
-                           .located = (size_t)located,
-                           .col_stride = p->k.col,
-                           .dtype = p->kv_dtype};
-    from.scale =
-        read_scales(head, head->k_scale, &p->k_scale, block_key, keys, ws->k_row, ws->k_scale);
+    ws->keys = (struct fa_keys){
+        .row = ws->k_row,
+        .located = (size_t)located,
+        .col_stride = p->k.col,
+        .dtype = p->kv_dtype,
+        .scale =
+            read_scales(head, head->k_scale, &p->k_scale, block_key, keys, ws->k_row, ws->k_scale),
+    };
+    ws->values = (struct fa_keys){
+        .row = ws->v_row,
+        .located = (size_t)located,
+        .col_stride = p->v.col,
+        .dtype = p->kv_dtype,
+        .scale =
+            read_scales(head, head->v_scale, &p->v_scale, block_key, keys, ws->v_row, ws->v_scale),
+    };
     locate_rows(head, head->k, &p->k, block_key, located, ws->k_row);
-    g->ops->pack_keys(ws->k, (size_t)keys, (size_t)p->head_dim, &from);
+    locate_rows(head, head->v + first_col * p->v.col, &p->v, block_key, located, ws->v_row);
 }
 
-bool fa_pack_values(const struct fa_head *head, struct fa_workspace *ws, int64_t block_key,
-                    int64_t keys, int64_t first_col, int64_t cols)
+void fa_pack_keys(const struct fa_head *head, struct fa_workspace *ws, int64_t keys)
 {
     const struct fa_geometry *g = head->geometry;
-    const struct fa_attention_params *p = g->params;
-    const int64_t located = fa_min(keys + FA_KEYS_AHEAD, head->kv_length - block_key);
-    struct fa_keys from = {.row = ws->v_row,
-                           .located = (size_t)located,
-                           .col_stride = p->v.col,
-                           .dtype = p->kv_dtype};
-    from.scale =
-        read_scales(head, head->v_scale, &p->v_scale, block_key, keys, ws->v_row, ws->v_scale);
-    locate_rows(head, head->v + first_col * p->v.col, &p->v, block_key, located, ws->v_row);
+    g->ops->pack_keys(ws->k, (size_t)keys, (size_t)g->params->head_dim, &ws->keys);
+}
+
+bool fa_pack_values(const struct fa_head *head, struct fa_workspace *ws, int64_t keys, int64_t cols)
+{
+    const struct fa_geometry *g = head->geometry;
     return g->ops->pack_values(ws->v, (size_t)(g->block_k * (int64_t)g->ops->nr), (size_t)keys,
-                               (size_t)cols, &from);
+                               (size_t)cols, &ws->values);
 }

@@ -5,12 +5,16 @@
 #include "geometry.h"
 #include "workspace.h"
 
-/* Pack keys [block_key, block_key + keys) into ws->k. */
-void fa_pack_keys(const struct fa_head *head, struct fa_workspace *ws, int64_t block_key,
-                  int64_t keys);
+/* Find keys [block_key, block_key + keys) and columns [first_col, ...) of their values: ws->keys and
+ * ws->values. */
+void fa_locate_keys(const struct fa_head *head, struct fa_workspace *ws, int64_t block_key,
+                    int64_t keys, int64_t first_col);
 
-/* Pack columns [first_col, first_col + cols) of their values into ws->v.  Returns whether all are finite. */
-bool fa_pack_values(const struct fa_head *head, struct fa_workspace *ws, int64_t block_key,
-                    int64_t keys, int64_t first_col, int64_t cols);
+/* Pack `keys` of them into ws->k. */
+void fa_pack_keys(const struct fa_head *head, struct fa_workspace *ws, int64_t keys);
+
+/* Pack `cols` columns of their values into ws->v.  Returns whether all are finite. */
+bool fa_pack_values(const struct fa_head *head, struct fa_workspace *ws, int64_t keys,
+                    int64_t cols);
 
 #endif

@@ -267,10 +267,16 @@ static void group_scores(const struct fa_tile *tile, struct fa_workspace *ws, in
     char *row = (char *)fa_tile_score_data(tile, ws) + r * g->block_k * size;
     char *scores = row + keys.lo * size;
 
-    ops->matmul((size_t)rows, (size_t)depth, (size_t)(columns / nr),
-                ws->q + (tile->row_offset + r) * depth * size, (size_t)depth,
-                ws->k + (tile->begin + keys.lo) * depth * size, (size_t)(depth * nr), scores,
-                (size_t)g->block_k, false, &ws->wanted);
+    const void *q = ws->q + (tile->row_offset + r) * depth * size;
+    if (tile->few) {
+        const struct fa_keys from = fa_keys_from(&ws->keys, tile->begin + keys.lo);
+        ops->few_scores((size_t)rows, (size_t)depth, (size_t)(keys.hi - keys.lo), (size_t)columns,
+                        q, &from, scores, (size_t)g->block_k);
+    } else {
+        ops->matmul((size_t)rows, (size_t)depth, (size_t)(columns / nr), q, (size_t)depth,
+                    ws->k + (tile->begin + keys.lo) * depth * size, (size_t)(depth * nr), scores,
+                    (size_t)g->block_k, false, &ws->wanted);
+    }
     if (g->params->softcap > 0) {
         ops->softcap(scores, (size_t)g->block_k, (size_t)rows, (size_t)columns,
                      g->params->softcap * FA_LOG2_E);

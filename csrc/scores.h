@@ -11,6 +11,7 @@ struct fa_tile {
     const struct fa_head *head;
     int64_t first_row, rows; /* rows of the head */
     int64_t row_offset; /* of first_row in the workspace's blocks of rows */
+    bool few; /* so few rows that both products read the keys where they lie */
     int64_t block_key; /* first key of the key block */
     int64_t begin; /* first key of the tile within the block; a whole panel */
     int64_t keys; /* that any row may see, from begin on */
@@ -43,6 +44,16 @@ void fa_want_bias(const struct fa_head *head, struct fa_workspace *ws, int64_t f
 
 /* Base-2 scores of the tile, -inf where a key takes no part, into ws->scores [rows][columns]. */
 void fa_tile_scores(const struct fa_tile *tile, struct fa_workspace *ws);
+
+/* The keys of a block from `key` on. */
+static inline struct fa_keys fa_keys_from(const struct fa_keys *keys, int64_t key)
+{
+    struct fa_keys rest = *keys;
+    rest.row += key;
+    rest.located -= (size_t)key;
+    rest.scale = keys->scale == NULL ? NULL : keys->scale + key;
+    return rest;
+}
 
 /* Address of the tile's first score of row 0, and the leading dimension of score rows. */
 static inline void *fa_tile_score_data(const struct fa_tile *tile, struct fa_workspace *ws)

@@ -29,6 +29,7 @@ struct fa_workspace {
     /* [block_k]: where the keys of a block and their scales lie, */
     const char **k_row, **v_row;
     float *k_scale, *v_scale;
+    struct fa_keys keys, values; /* of a block, in caller memory */
     struct fa_wanted wanted; /* what the products fetch meanwhile */
 };
 

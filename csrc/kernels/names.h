@@ -20,6 +20,7 @@ typedef double real_f64;
 #define NR_VECTORS FN(NR_VECTORS)
 #define NR (NR_VECTORS * VL)
 #define SOFTMAX_ROWS FN(SOFTMAX_ROWS)
+#define FEW_ROWS FN(FEW_ROWS)
 
 /* Unroll the next loop fully, early: arrays of vectors indexed by it then live in registers.  GCC 12
  * unrolls such loops by itself only after it has given the arrays stack slots. */

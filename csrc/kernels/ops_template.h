@@ -19,6 +19,8 @@
 
 #include "pack_template.h"
 
+#include "few_template.h"
+
 #include "scores_template.h"
 
 #include "softmax_template.h"
@@ -35,6 +37,9 @@ static const struct fa_ops FN(ops) = {
     .load_rows = FN(load_rows),
     .pack_keys = FN(pack_keys),
     .pack_values = FN(pack_values),
+    .few_rows = FEW_ROWS,
+    .few_scores = FN(few_scores),
+    .few_values = FN(few_values),
     .matmul = FN(matmul),
     .matmul_skip_zeros = FN(matmul_skip_zeros),
     .softcap = FN(softcap),

@@ -5,10 +5,6 @@
  * vectors are read only where every lane is an element of the array: guard-page tests hold it to that.
  */
 
-#ifndef AHEAD
-#define AHEAD 16
-#endif
-
 static void FN(load_rows)(void *dst, size_t rows, const char *const *src, int64_t col_stride,
                           size_t cols, enum fa_dtype dtype, double factor)
 {
@@ -27,54 +23,69 @@ static void FN(load_rows)(void *dst, size_t rows, const char *const *src, int64_
     }
 }
 
-/* NR keys, `keys` of them real, into one panel.  Whole VL x VL squares go through registers (24 shuffles
- * for 64 elements with AVX2), the edges element by element. */
-static inline void FN(pack_key_panel)(REAL *panel, size_t cols, const struct fa_keys *from,
-                                      size_t key, size_t keys)
+/* VL keys from `key` on, `keys` of them real, into one column of vectors of a panel.  Whole squares go
+ * through registers, the edges element by element. */
+FA_INLINE void FN(pack_key_vector)(REAL *panel, size_t cols, const struct fa_keys *from, size_t key,
+                                   size_t keys, enum fa_dtype dtype)
 {
-    const int64_t size = fa_dtype_size(from->dtype);
-    const bool contiguous = from->col_stride == size;
-    for (size_t first = 0; first < NR; first += VL) {
-        const char *const *src = from->row + key + first;
-        const float *scale = from->scale == NULL ? NULL : from->scale + key + first;
-        const bool more = key + first + AHEAD + VL <= from->located;
-        size_t c = 0;
-        if (contiguous && first + VL <= keys) {
-            for (; c + VL <= cols; c += VL) {
-                VEC square[VL];
-                for (size_t i = 0; more && i < VL; i++) {
-                    __builtin_prefetch(src[AHEAD + i] + (int64_t)c * size);
-                }
-                for (size_t i = 0; i < VL; i++) {
-                    square[i] = FN(widen)(src[i] + (int64_t)c * size, from->dtype);
-                    if (scale != NULL) {
-                        square[i] = V(mul)(square[i], V(set)((REAL)scale[i]));
-                    }
-                }
-                V(transpose)(square);
-                for (size_t i = 0; i < VL; i++) {
-                    V(store)(panel + (c + i) * NR + first, square[i]);
-                }
+    const int64_t size = fa_dtype_size(dtype);
+    const size_t parts = FN(parts)(dtype), step = VL * parts;
+    const char *const *row = from->row + key;
+    const bool whole = from->col_stride == size && keys >= VL, scaled = dtype == FA_I8;
+    const bool more = key + KEYS_AHEAD + VL <= from->located;
+    const VEC scale = scaled ? FN(load_scales)(from->scale + key, keys) : V(zero)();
+    size_t c = 0;
+    for (; whole && c + step <= cols; c += step) {
+        VEC square[VL];
+        FN(fetch_square)(row, (int64_t)c * size, more);
+        FN(load_square)(square, row, (int64_t)c * size);
+        FA_UNROLL
+        for (size_t u = 0; u < VL; u++) {
+            for (size_t part = 0; part < parts; part++) {
+                VEC x = FN(part)(square[u], (int)part, dtype);
+                x = scaled ? V(mul)(x, scale) : x;
+                V(store)(panel + (c + u * parts + part) * NR, x);
             }
         }
-        for (; c < cols; c++) {
-            for (size_t i = 0; i < VL; i++) {
-                REAL x = 0;
-                if (first + i < keys) {
-                    x = FN(read_as)(src[i] + (int64_t)c * from->col_stride, from->dtype);
-                    x = scale == NULL ? x : x * (REAL)scale[i];
-                }
-                panel[c * NR + first + i] = x;
-            }
+    }
+    for (; c < cols; c++) {
+        VEC x = FN(load_column)(row, keys, (int64_t)c * from->col_stride, dtype);
+        V(store)(panel + c * NR, scaled ? V(mul)(x, scale) : x);
+    }
+}
+
+FA_INLINE void FN(pack_keys_of)(REAL *dst, size_t keys, size_t cols, const struct fa_keys *from,
+                                enum fa_dtype dtype)
+{
+    for (size_t key = 0; key < keys; key += NR) {
+        for (size_t first = 0; first < NR; first += VL) {
+            const size_t at = key + first, live = at < keys ? keys - at : 0;
+            FN(pack_key_vector)(dst + key * cols + first, cols, from, at, live, dtype);
         }
     }
 }
 
 static void FN(pack_keys)(void *dst, size_t keys, size_t cols, const struct fa_keys *from)
 {
-    for (size_t key = 0; key < keys; key += NR) {
-        size_t live = keys - key < NR ? keys - key : NR;
-        FN(pack_key_panel)((REAL *)dst + key * cols, cols, from, key, live);
+    switch (from->dtype) {
+#if WIDENS
+    case FA_F16:
+        FN(pack_keys_of)(dst, keys, cols, from, FA_F16);
+        break;
+    case FA_BF16:
+        FN(pack_keys_of)(dst, keys, cols, from, FA_BF16);
+        break;
+    case FA_I8:
+        FN(pack_keys_of)(dst, keys, cols, from, FA_I8);
+        break;
+    default:
+        FN(pack_keys_of)(dst, keys, cols, from, FA_F32);
+        break;
+#else
+    default:
+        FN(pack_keys_of)(dst, keys, cols, from, FA_F64);
+        break;
+#endif
     }
 }
 
@@ -110,7 +121,8 @@ static bool FN(pack_values)(void *dst, size_t panel_stride, size_t keys, size_t 
     for (size_t key = 0; key < keys; key++) {
         const REAL scale = from->scale == NULL ? 1 : (REAL)from->scale[key];
         const char *row = from->row[key];
-        const int64_t ahead = key + AHEAD < from->located ? from->row[key + AHEAD] - row : 0;
+        const int64_t ahead =
+            key + KEYS_AHEAD < from->located ? from->row[key + KEYS_AHEAD] - row : 0;
         REAL *panel = (REAL *)dst + key * NR;
         for (size_t c = 0; c < cols; c += NR) {
             for (int64_t at = 0; at < panel_bytes; at += FA_LINE) {

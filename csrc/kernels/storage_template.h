@@ -5,6 +5,10 @@
  * loop for every type.
  */
 
+/* Memory is asked for this many keys ahead of its use: 8 KiB of float32 at head_dim 128, as much as memory
+ * delivers to a core in the time that it takes to answer.  Less than FA_KEYS_AHEAD by a vector of keys. */
+#define KEYS_AHEAD 16
+
 /* VL elements that lie side by side. */
 static inline VEC FN(widen)(const char *p, enum fa_dtype dtype)
 {
@@ -77,4 +81,68 @@ static inline void FN(write_as)(char *p, REAL x, enum fa_dtype dtype)
 static inline bool FN(knows)(enum fa_dtype dtype)
 {
     return WIDENS ? dtype != FA_F64 : dtype == FA_F64;
+}
+
+/* Elements of a type that share a lane. */
+FA_INLINE size_t FN(parts)(enum fa_dtype dtype)
+{
+    return sizeof(REAL) / (size_t)fa_dtype_size(dtype);
+}
+
+/* Element `part` of every lane. */
+FA_INLINE VEC FN(part)(VEC x, int part, enum fa_dtype dtype)
+{
+    switch (dtype) {
+#if WIDENS
+    case FA_F16:
+        return v_part_f16(x, part);
+    case FA_BF16:
+        return v_part_bf16(x, part);
+    case FA_I8:
+        return v_part_i8(x, part);
+#endif
+    default:
+        (void)part;
+        return x;
+    }
+}
+
+/* VL keys by VL lanes of their elements from byte `at` on, transposed: lane i of square[u] is lane u of key
+ * i, and FN(part) takes its elements apart.  So narrow types cost a shuffle per lane, not per element. */
+FA_INLINE void FN(load_square)(VEC square[VL], const char *const *row, int64_t at)
+{
+    FA_UNROLL
+    for (size_t i = 0; i < VL; i++) {
+        square[i] = V(load)(row[i] + at);
+    }
+    V(transpose)(square);
+}
+
+/* Ask for the same bytes of keys that come later. */
+FA_INLINE void FN(fetch_square)(const char *const *row, int64_t at, bool more)
+{
+    for (size_t i = 0; more && i < VL; i++) {
+        __builtin_prefetch(row[KEYS_AHEAD + i] + at);
+    }
+}
+
+/* One column of `keys` keys, 0 beyond them. */
+static inline VEC FN(load_column)(const char *const *row, size_t keys, int64_t at,
+                                  enum fa_dtype dtype)
+{
+    REAL lanes[VL] = {0};
+    for (size_t i = 0; i < VL && i < keys; i++) {
+        lanes[i] = FN(read_as)(row[i] + at, dtype);
+    }
+    return V(load)(lanes);
+}
+
+/* Scales of VL keys, `keys` of them real. */
+static inline VEC FN(load_scales)(const float *scale, size_t keys)
+{
+    REAL lanes[VL] = {0};
+    for (size_t i = 0; i < VL && i < keys; i++) {
+        lanes[i] = (REAL)scale[i];
+    }
+    return V(load)(lanes);
 }

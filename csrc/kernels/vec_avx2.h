@@ -29,6 +29,10 @@ typedef __m256d vec_f64;
 /* Rows that softmax_update works on side by side: 2 x 5 registers and the constants that stay fill 16. */
 #define SOFTMAX_ROWS_f32 2
 #define SOFTMAX_ROWS_f64 2
+/* Rows whose products are computed straight from caller memory: with a square of keys, 4 + 8 registers and
+ * some for transposing it. */
+#define FEW_ROWS_f32 4
+#define FEW_ROWS_f64 4
 
 static inline vec_f32 v_zero_f32(void) { return _mm256_setzero_ps(); }
 static inline vec_f64 v_zero_f64(void) { return _mm256_setzero_pd(); }
@@ -54,6 +58,26 @@ static inline vec_f32 v_widen_bf16(const void *p)
 static inline vec_f32 v_widen_i8(const void *p)
 {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+}
+/* Element `sub` of each 32-bit lane that holds several of a narrower type. */
+static inline vec_f32 v_part_f16(vec_f32 x, int sub)
+{
+    __m256i lane = _mm256_castps_si256(x);
+    __m256i half =
+        sub == 0 ? _mm256_and_si256(lane, _mm256_set1_epi32(0xffff)) : _mm256_srli_epi32(lane, 16);
+    half = _mm256_permute4x64_epi64(_mm256_packus_epi32(half, half), 0x08);
+    return _mm256_cvtph_ps(_mm256_castsi256_si128(half));
+}
+static inline vec_f32 v_part_bf16(vec_f32 x, int sub)
+{
+    __m256i lane = _mm256_castps_si256(x);
+    return _mm256_castsi256_ps(sub == 0 ? _mm256_slli_epi32(lane, 16)
+                                        : _mm256_and_si256(lane, _mm256_set1_epi32(-65536)));
+}
+static inline vec_f32 v_part_i8(vec_f32 x, int sub)
+{
+    __m256i top = _mm256_sllv_epi32(_mm256_castps_si256(x), _mm256_set1_epi32(24 - 8 * sub));
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(top, 24));
 }
 static inline void v_narrow_f16(void *p, vec_f32 x)
 {

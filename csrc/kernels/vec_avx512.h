@@ -27,6 +27,10 @@ typedef __m512d vec_f64;
  * from its first operation to its last.  4 x 5 registers and the constants are 29 of 32. */
 #define SOFTMAX_ROWS_f32 4
 #define SOFTMAX_ROWS_f64 4
+/* Rows whose products are computed straight from caller memory: with a square of keys, 8 + 16 registers
+ * and some for transposing it. */
+#define FEW_ROWS_f32 8
+#define FEW_ROWS_f64 8
 
 static inline vec_f32 v_zero_f32(void) { return _mm512_setzero_ps(); }
 static inline vec_f64 v_zero_f64(void) { return _mm512_setzero_pd(); }
@@ -52,6 +56,23 @@ static inline vec_f32 v_widen_bf16(const void *p)
 static inline vec_f32 v_widen_i8(const void *p)
 {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
+/* Element `sub` of each 32-bit lane that holds several of a narrower type. */
+static inline vec_f32 v_part_f16(vec_f32 x, int sub)
+{
+    __m512i lane = _mm512_castps_si512(x);
+    return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(sub == 0 ? lane : _mm512_srli_epi32(lane, 16)));
+}
+static inline vec_f32 v_part_bf16(vec_f32 x, int sub)
+{
+    __m512i lane = _mm512_castps_si512(x);
+    return _mm512_castsi512_ps(sub == 0 ? _mm512_slli_epi32(lane, 16)
+                                        : _mm512_and_si512(lane, _mm512_set1_epi32(-65536)));
+}
+static inline vec_f32 v_part_i8(vec_f32 x, int sub)
+{
+    __m512i top = _mm512_sllv_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(24 - 8 * sub));
+    return _mm512_cvtepi32_ps(_mm512_srai_epi32(top, 24));
 }
 static inline void v_narrow_f16(void *p, vec_f32 x)
 {

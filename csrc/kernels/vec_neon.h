@@ -30,6 +30,9 @@ typedef float64x2_t vec_f64;
 /* Rows that softmax_update works on side by side: 3 x 5 registers and the constants fit 32. */
 #define SOFTMAX_ROWS_f32 3
 #define SOFTMAX_ROWS_f64 3
+/* Rows whose products are computed straight from caller memory: with a square of keys, 8 + 4 registers. */
+#define FEW_ROWS_f32 8
+#define FEW_ROWS_f64 8
 
 static inline vec_f32 v_zero_f32(void) { return vdupq_n_f32(0); }
 static inline vec_f64 v_zero_f64(void) { return vdupq_n_f64(0); }
@@ -60,6 +63,24 @@ static inline vec_f32 v_widen_i8(const void *p)
     memcpy(&bytes, p, sizeof bytes);
     int8x8_t narrow = vreinterpret_s8_s32(vdup_n_s32(bytes));
     return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(narrow))));
+}
+/* Element `sub` of each 32-bit lane that holds several of a narrower type. */
+static inline vec_f32 v_part_f16(vec_f32 x, int sub)
+{
+    uint32x4_t lane = vreinterpretq_u32_f32(x);
+    uint16x4_t half = sub == 0 ? vmovn_u32(lane) : vshrn_n_u32(lane, 16);
+    return vcvt_f32_f16(vreinterpret_f16_u16(half));
+}
+static inline vec_f32 v_part_bf16(vec_f32 x, int sub)
+{
+    uint32x4_t lane = vreinterpretq_u32_f32(x);
+    return vreinterpretq_f32_u32(sub == 0 ? vshlq_n_u32(lane, 16)
+                                          : vandq_u32(lane, vdupq_n_u32(0xffff0000)));
+}
+static inline vec_f32 v_part_i8(vec_f32 x, int sub)
+{
+    int32x4_t top = vshlq_s32(vreinterpretq_s32_f32(x), vdupq_n_s32(24 - 8 * sub));
+    return vcvtq_f32_s32(vshrq_n_s32(top, 24));
 }
 static inline void v_narrow_f16(void *p, vec_f32 x)
 {

@@ -29,6 +29,8 @@ typedef double vec_f64;
 #define EXP2_TABLE_BITS_f64 0
 #define SOFTMAX_ROWS_f32 1
 #define SOFTMAX_ROWS_f64 1
+#define FEW_ROWS_f32 4
+#define FEW_ROWS_f64 4
 
 static inline float v_zero_f32(void) { return 0.0f; }
 static inline double v_zero_f64(void) { return 0.0; }
@@ -43,6 +45,10 @@ static inline void v_store_f64(void *p, double x) { write_f64(p, x); }
 static inline float v_widen_f16(const void *p) { return read_f16(p); }
 static inline float v_widen_bf16(const void *p) { return read_bf16(p); }
 static inline float v_widen_i8(const void *p) { return read_i8(p); }
+/* Element `sub` of the lane, which holds several of a narrower type in their order in memory. */
+static inline float v_part_f16(float x, int sub) { return read_f16((const char *)&x + 2 * sub); }
+static inline float v_part_bf16(float x, int sub) { return read_bf16((const char *)&x + 2 * sub); }
+static inline float v_part_i8(float x, int sub) { return read_i8((const char *)&x + sub); }
 static inline void v_narrow_f16(void *p, float x) { write_f16(p, x); }
 static inline void v_narrow_bf16(void *p, float x) { write_bf16(p, x); }
 static inline float v_add_f32(float a, float b) { return a + b; }

@@ -1,0 +1,290 @@
+/* Both products for a few rows, as in decoding: straight from caller memory, since packing pays only where
+ * many rows share it.  The chains of multiply-adds are those of matmul_template.h, so are the bits.  Needs
+ * storage_template.h.
+ *
+ * Cost per vector of keys, float32 with AVX-512: 1 load, 4 shuffles (2 for 16-bit types, 1 for int8) and a
+ * multiply-add per row; per vector of values 1 load and a multiply-add per row.  With up to 4 rows memory
+ * is slower than that.
+ */
+
+/* Scores of VL keys, `keys` of them real, for `rows` rows, a constant. */
+FA_INLINE void FN(few_scores_vector)(const size_t rows, size_t cols, const REAL *q,
+                                     const struct fa_keys *from, size_t key, size_t keys, REAL *s,
+                                     size_t ld, enum fa_dtype dtype)
+{
+    const int64_t size = fa_dtype_size(dtype);
+    const size_t parts = FN(parts)(dtype), step = VL * parts;
+    const char *const *row = from->row + key;
+    const bool whole = from->col_stride == size && keys >= VL, scaled = dtype == FA_I8;
+    const bool more = key + KEYS_AHEAD + VL <= from->located;
+    const VEC scale = scaled ? FN(load_scales)(from->scale + key, keys) : V(zero)();
+    VEC acc[FEW_ROWS];
+    size_t c = 0;
+    FA_UNROLL
+    for (size_t r = 0; r < rows; r++) {
+        acc[r] = V(zero)();
+    }
+    for (; whole && c + step <= cols; c += step) {
+        VEC square[VL];
+        FN(fetch_square)(row, (int64_t)c * size, more);
+        FN(load_square)(square, row, (int64_t)c * size);
+        FA_UNROLL
+        for (size_t u = 0; u < VL; u++) {
+            FA_UNROLL
+            for (size_t part = 0; part < parts; part++) {
+                VEC x = FN(part)(square[u], (int)part, dtype);
+                x = scaled ? V(mul)(x, scale) : x;
+                FA_UNROLL
+                for (size_t r = 0; r < rows; r++) {
+                    VEC weight = V(broadcast)(q + r * cols + c + u * parts + part);
+                    acc[r] = V(fma)(weight, x, acc[r]);
+                }
+            }
+        }
+    }
+    for (; c < cols; c++) {
+        VEC x = FN(load_column)(row, keys, (int64_t)c * from->col_stride, dtype);
+        x = scaled ? V(mul)(x, scale) : x;
+        FA_UNROLL
+        for (size_t r = 0; r < rows; r++) {
+            acc[r] = V(fma)(V(broadcast)(q + r * cols + c), x, acc[r]);
+        }
+    }
+    FA_UNROLL
+    for (size_t r = 0; r < rows; r++) {
+        V(store)(s + r * ld, acc[r]);
+    }
+}
+
+FA_INLINE void FN(few_scores_rows)(const size_t rows, size_t cols, size_t keys, size_t columns,
+                                   const REAL *q, const struct fa_keys *from, REAL *s, size_t ld,
+                                   enum fa_dtype dtype)
+{
+    for (size_t key = 0; key < columns; key += VL) {
+        const size_t live = key < keys ? keys - key : 0;
+        FN(few_scores_vector)(rows, cols, q, from, key, live, s + key, ld, dtype);
+    }
+}
+
+FA_INLINE void FN(few_scores_of)(size_t rows, size_t cols, size_t keys, size_t columns,
+                                 const REAL *q, const struct fa_keys *from, REAL *s, size_t ld,
+                                 enum fa_dtype dtype)
+{
+    while (rows > 0) {
+        size_t done = 1;
+#if FEW_ROWS >= 8
+        if (rows >= 8) {
+            done = 8;
+            FN(few_scores_rows)(8, cols, keys, columns, q, from, s, ld, dtype);
+        } else
+#endif
+            if (rows >= 4) {
+            done = 4;
+            FN(few_scores_rows)(4, cols, keys, columns, q, from, s, ld, dtype);
+        } else if (rows >= 2) {
+            done = 2;
+            FN(few_scores_rows)(2, cols, keys, columns, q, from, s, ld, dtype);
+        } else {
+            FN(few_scores_rows)(1, cols, keys, columns, q, from, s, ld, dtype);
+        }
+        rows -= done;
+        q += done * cols;
+        s += done * ld;
+    }
+}
+
+static void FN(few_scores)(size_t rows, size_t cols, size_t keys, size_t columns, const void *q,
+                           const struct fa_keys *from, void *s, size_t ld)
+{
+    switch (from->dtype) {
+#if WIDENS
+    case FA_F16:
+        FN(few_scores_of)(rows, cols, keys, columns, q, from, s, ld, FA_F16);
+        break;
+    case FA_BF16:
+        FN(few_scores_of)(rows, cols, keys, columns, q, from, s, ld, FA_BF16);
+        break;
+    case FA_I8:
+        FN(few_scores_of)(rows, cols, keys, columns, q, from, s, ld, FA_I8);
+        break;
+    default:
+        FN(few_scores_of)(rows, cols, keys, columns, q, from, s, ld, FA_F32);
+        break;
+#else
+    default:
+        FN(few_scores_of)(rows, cols, keys, columns, q, from, s, ld, FA_F64);
+        break;
+#endif
+    }
+}
+
+/* sum[rows][vectors] = weights values for some columns, both constants; at most 2 * FEW_ROWS accumulators.
+ * `first` is the first of these columns; `fetch`: ask for whole keys ahead. */
+FA_INLINE void FN(few_values_tile)(const size_t rows, const size_t vectors, size_t keys,
+                                   size_t first, const REAL *weights, size_t ldw,
+                                   const struct fa_keys *from, REAL *sum, size_t ldsum, bool fetch,
+                                   int64_t row_bytes, enum fa_dtype dtype)
+{
+    const int64_t size = fa_dtype_size(dtype);
+    const bool scaled = dtype == FA_I8;
+    VEC acc[FEW_ROWS][8];
+    FA_UNROLL
+    for (size_t r = 0; r < rows; r++) {
+        FA_UNROLL
+        for (size_t j = 0; j < vectors; j++) {
+            acc[r][j] = V(zero)();
+        }
+    }
+    for (size_t key = 0; key < keys; key++) {
+        const char *row = from->row[key] + (int64_t)first * size;
+        VEC x[8];
+        if (fetch && key + KEYS_AHEAD < from->located) {
+            for (int64_t at = 0; at < row_bytes; at += FA_LINE) {
+                __builtin_prefetch(from->row[key + KEYS_AHEAD] + at);
+            }
+        }
+        FA_UNROLL
+        for (size_t j = 0; j < vectors; j++) {
+            x[j] = FN(widen)(row + (int64_t)(j * VL) * size, dtype);
+            x[j] = scaled ? V(mul)(x[j], V(set)((REAL)from->scale[key])) : x[j];
+        }
+        FA_UNROLL
+        for (size_t r = 0; r < rows; r++) {
+            VEC weight = V(broadcast)(weights + r * ldw + key);
+            FA_UNROLL
+            for (size_t j = 0; j < vectors; j++) {
+                acc[r][j] = V(fma)(weight, x[j], acc[r][j]);
+            }
+        }
+    }
+    FA_UNROLL
+    for (size_t r = 0; r < rows; r++) {
+        FA_UNROLL
+        for (size_t j = 0; j < vectors; j++) {
+            V(store)(sum + r * ldsum + j * VL, acc[r][j]);
+        }
+    }
+}
+
+/* Columns that do not fill a vector, or do not lie side by side. */
+static void FN(few_values_column)(size_t rows, size_t keys, size_t col, const REAL *weights,
+                                  size_t ldw, const struct fa_keys *from, REAL *sum, size_t ldsum)
+{
+    for (size_t r = 0; r < rows; r++) {
+        VEC acc = V(zero)();
+        for (size_t key = 0; key < keys; key++) {
+            REAL x = FN(read_as)(from->row[key] + (int64_t)col * from->col_stride, from->dtype);
+            x = from->scale == NULL ? x : x * (REAL)from->scale[key];
+            acc = V(fma)(V(set)(weights[r * ldw + key]), V(set)(x), acc);
+        }
+        REAL lanes[VL];
+        V(store)(lanes, acc);
+        sum[r * ldsum + col] = lanes[0];
+    }
+}
+
+/* One size of tile over as many columns as it fits.  Returns the first column that is left. */
+FA_INLINE size_t FN(few_values_tiles)(const size_t rows, const size_t vectors, size_t keys,
+                                      size_t first, size_t cols, const REAL *weights, size_t ldw,
+                                      const struct fa_keys *from, REAL *sum, size_t ldsum,
+                                      enum fa_dtype dtype)
+{
+    const int64_t row_bytes = (int64_t)cols * fa_dtype_size(dtype);
+    for (; first + vectors * VL <= cols; first += vectors * VL) {
+        FN(few_values_tile)(rows, vectors, keys, first, weights, ldw, from, sum + first, ldsum,
+                            first == 0, row_bytes, dtype);
+    }
+    return first;
+}
+
+FA_INLINE void FN(few_values_of)(size_t rows, size_t keys, size_t cols, const REAL *weights,
+                                 size_t ldw, const struct fa_keys *from, REAL *sum, size_t ldsum,
+                                 enum fa_dtype dtype)
+{
+    while (rows > 0) {
+        size_t first = 0, done = rows >= 4 ? 4 : rows >= 2 ? 2 : 1;
+        if (from->col_stride == fa_dtype_size(dtype)) {
+            if (done == 4) {
+                first = FN(few_values_tiles)(4, FEW_ROWS / 2, keys, first, cols, weights, ldw, from,
+                                             sum, ldsum, dtype);
+                first = FN(few_values_tiles)(4, 1, keys, first, cols, weights, ldw, from, sum,
+                                             ldsum, dtype);
+            } else if (done == 2) {
+                first = FN(few_values_tiles)(2, FEW_ROWS, keys, first, cols, weights, ldw, from,
+                                             sum, ldsum, dtype);
+                first = FN(few_values_tiles)(2, 1, keys, first, cols, weights, ldw, from, sum,
+                                             ldsum, dtype);
+            } else {
+                first = FN(few_values_tiles)(1, FEW_ROWS, keys, first, cols, weights, ldw, from,
+                                             sum, ldsum, dtype);
+                first = FN(few_values_tiles)(1, 1, keys, first, cols, weights, ldw, from, sum,
+                                             ldsum, dtype);
+            }
+        }
+        for (; first < cols; first++) {
+            FN(few_values_column)(done, keys, first, weights, ldw, from, sum, ldsum);
+        }
+        rows -= done;
+        weights += done * ldw;
+        sum += done * ldsum;
+    }
+}
+
+/* acc += sum, unless a sum is not finite.  Then some value may be infinite or NaN, which a weight of 0
+ * spreads: false, and nothing is added. */
+static bool FN(add_sums)(size_t rows, size_t cols, const REAL *sum, size_t ldsum, REAL *acc,
+                         size_t ldacc)
+{
+    VEC probe = V(zero)();
+    for (size_t r = 0; r < rows; r++) {
+        for (size_t c = 0; c < cols; c += VL) {
+            probe = V(fma)(V(load)(sum + r * ldsum + c), V(zero)(), probe);
+        }
+    }
+    REAL lanes[VL], total = 0;
+    V(store)(lanes, probe);
+    for (size_t i = 0; i < VL; i++) {
+        total += lanes[i];
+    }
+    if (total != 0) {
+        return false;
+    }
+    for (size_t r = 0; r < rows; r++) {
+        for (size_t c = 0; c < cols; c += VL) {
+            REAL *to = acc + r * ldacc + c;
+            V(store)(to, V(add)(V(load)(to), V(load)(sum + r * ldsum + c)));
+        }
+    }
+    return true;
+}
+
+static bool FN(few_values)(size_t rows, size_t keys, size_t cols, const void *weights, size_t ldw,
+                           const struct fa_keys *from, void *scratch, void *acc, size_t ldacc)
+{
+    REAL *sum = scratch;
+    const size_t padded = (cols + VL - 1) / VL * VL;
+    for (size_t r = 0; r < rows; r++) {
+        memset(sum + r * ldacc + cols, 0, (padded - cols) * sizeof(REAL));
+    }
+    switch (from->dtype) {
+#if WIDENS
+    case FA_F16:
+        FN(few_values_of)(rows, keys, cols, weights, ldw, from, sum, ldacc, FA_F16);
+        break;
+    case FA_BF16:
+        FN(few_values_of)(rows, keys, cols, weights, ldw, from, sum, ldacc, FA_BF16);
+        break;
+    case FA_I8:
+        FN(few_values_of)(rows, keys, cols, weights, ldw, from, sum, ldacc, FA_I8);
+        break;
+    default:
+        FN(few_values_of)(rows, keys, cols, weights, ldw, from, sum, ldacc, FA_F32);
+        break;
+#else
+    default:
+        FN(few_values_of)(rows, keys, cols, weights, ldw, from, sum, ldacc, FA_F64);
+        break;
+#endif
+    }
+    return FN(add_sums)(rows, padded, sum, ldacc, acc, ldacc);
+}
