@@ -37,6 +37,12 @@ static const float *read_scales(const struct fa_head *head, const char *data,
     if (data == NULL) {
         return NULL;
     }
+    if (head->page_table == NULL) {
+        for (int64_t j = 0; j < keys; j++) {
+            memcpy(scale + j, data + (first + j) * in->row, sizeof *scale);
+        }
+        return scale;
+    }
     locate_rows(head, data, in, first, keys, row);
     for (int64_t j = 0; j < keys; j++) {
         memcpy(scale + j, row[j], sizeof *scale);

@@ -4,10 +4,9 @@
 
 #include "geometry.h"
 
-/* Keys beyond those of a block whose place is known while it is packed, so that packing asks for memory this
- * far ahead: 8 KiB of float32 at head_dim 64, what a core at 15 GB/s reads in three times the 190 ns that
- * memory takes to answer here. */
-#define FA_KEYS_AHEAD 32
+/* Keys beyond those of a block whose place is known while it is read, so that its loops can ask for memory
+ * ahead (keys_ahead in kernels/storage_template.h says how far). */
+#define FA_KEYS_AHEAD 80
 
 /* The least and the greatest of some segment ids. */
 struct fa_segment_range {

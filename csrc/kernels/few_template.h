@@ -7,52 +7,75 @@
  * is slower than that.
  */
 
-/* Scores of VL keys, `keys` of them real, for `rows` rows, a constant. */
-FA_INLINE void FN(few_scores_vector)(const size_t rows, size_t cols, const REAL *q,
-                                     const struct fa_keys *from, size_t key, size_t keys, REAL *s,
-                                     size_t ld, enum fa_dtype dtype)
+/* Scores of `groups` times VL keys for `rows` rows, both constants, at most FEW_ROWS chains together: one
+ * chain alone waits for its own latency.  Of the last VL keys `keys` are real; fewer than VL only where
+ * groups is 1.  The squares of all groups go through L1, so that the chains can take turns. */
+FA_INLINE void FN(few_scores_tile)(const size_t rows, const size_t groups, size_t cols,
+                                   const REAL *q, const struct fa_keys *from, size_t key,
+                                   size_t keys, REAL *s, size_t ld, enum fa_dtype dtype)
 {
     const int64_t size = fa_dtype_size(dtype);
     const size_t parts = FN(parts)(dtype), step = VL * parts;
     const char *const *row = from->row + key;
     const bool whole = from->col_stride == size && keys >= VL, scaled = dtype == FA_I8;
-    const bool more = key + KEYS_AHEAD + VL <= from->located;
-    const VEC scale = scaled ? FN(load_scales)(from->scale + key, keys) : V(zero)();
-    VEC acc[FEW_ROWS];
+    const size_t ahead = FN(keys_ahead)(dtype);
+    const bool more = key + groups * VL + ahead <= from->located;
+    VEC scale[FEW_ROWS], acc[FEW_ROWS][FEW_ROWS];
     size_t c = 0;
     FA_UNROLL
-    for (size_t r = 0; r < rows; r++) {
-        acc[r] = V(zero)();
+    for (size_t g = 0; g < groups; g++) {
+        scale[g] = scaled ? FN(load_scales)(from->scale + key + g * VL, keys) : V(zero)();
+        FA_UNROLL
+        for (size_t r = 0; r < rows; r++) {
+            acc[r][g] = V(zero)();
+        }
     }
     for (; whole && c + step <= cols; c += step) {
-        VEC square[VL];
-        FN(fetch_square)(row, (int64_t)c * size, more);
-        FN(load_square)(square, row, (int64_t)c * size);
-        FA_UNROLL
+        VEC squares[FEW_ROWS][VL];
+        for (size_t g = 0; g < groups; g++) {
+            VEC square[VL];
+            if (more) {
+                FN(fetch_square)(row + g * VL + ahead, (int64_t)c * size);
+            }
+            FN(load_square)(square, row + g * VL, (int64_t)c * size);
+            FA_UNROLL
+            for (size_t u = 0; u < VL; u++) {
+                squares[g][u] = square[u];
+            }
+        }
         for (size_t u = 0; u < VL; u++) {
             FA_UNROLL
             for (size_t part = 0; part < parts; part++) {
-                VEC x = FN(part)(square[u], (int)part, dtype);
-                x = scaled ? V(mul)(x, scale) : x;
+                const REAL *weight = q + c + u * parts + part;
                 FA_UNROLL
-                for (size_t r = 0; r < rows; r++) {
-                    VEC weight = V(broadcast)(q + r * cols + c + u * parts + part);
-                    acc[r] = V(fma)(weight, x, acc[r]);
+                for (size_t g = 0; g < groups; g++) {
+                    VEC x = FN(part)(squares[g][u], (int)part, dtype);
+                    x = scaled ? V(mul)(x, scale[g]) : x;
+                    FA_UNROLL
+                    for (size_t r = 0; r < rows; r++) {
+                        acc[r][g] = V(fma)(V(broadcast)(weight + r * cols), x, acc[r][g]);
+                    }
                 }
             }
         }
     }
     for (; c < cols; c++) {
-        VEC x = FN(load_column)(row, keys, (int64_t)c * from->col_stride, dtype);
-        x = scaled ? V(mul)(x, scale) : x;
         FA_UNROLL
-        for (size_t r = 0; r < rows; r++) {
-            acc[r] = V(fma)(V(broadcast)(q + r * cols + c), x, acc[r]);
+        for (size_t g = 0; g < groups; g++) {
+            VEC x = FN(load_column)(row + g * VL, keys, (int64_t)c * from->col_stride, dtype);
+            x = scaled ? V(mul)(x, scale[g]) : x;
+            FA_UNROLL
+            for (size_t r = 0; r < rows; r++) {
+                acc[r][g] = V(fma)(V(broadcast)(q + r * cols + c), x, acc[r][g]);
+            }
         }
     }
     FA_UNROLL
     for (size_t r = 0; r < rows; r++) {
-        V(store)(s + r * ld, acc[r]);
+        FA_UNROLL
+        for (size_t g = 0; g < groups; g++) {
+            V(store)(s + r * ld + g * VL, acc[r][g]);
+        }
     }
 }
 
@@ -60,9 +83,17 @@ FA_INLINE void FN(few_scores_rows)(const size_t rows, size_t cols, size_t keys, 
                                    const REAL *q, const struct fa_keys *from, REAL *s, size_t ld,
                                    enum fa_dtype dtype)
 {
-    for (size_t key = 0; key < columns; key += VL) {
+    /* Not more than the types' share of a lane: keys of all groups together are what memory is asked for
+     * ahead, and float32 waits for memory, not for a chain. */
+    const size_t parts = FN(parts)(dtype), most = FEW_ROWS / rows;
+    const size_t groups = parts < most ? parts : most;
+    size_t key = 0;
+    for (; key + groups * VL <= keys; key += groups * VL) {
+        FN(few_scores_tile)(rows, groups, cols, q, from, key, VL, s + key, ld, dtype);
+    }
+    for (; key < columns; key += VL) {
         const size_t live = key < keys ? keys - key : 0;
-        FN(few_scores_vector)(rows, cols, q, from, key, live, s + key, ld, dtype);
+        FN(few_scores_tile)(rows, 1, cols, q, from, key, live, s + key, ld, dtype);
     }
 }
 
@@ -126,6 +157,7 @@ FA_INLINE void FN(few_values_tile)(const size_t rows, const size_t vectors, size
                                    int64_t row_bytes, enum fa_dtype dtype)
 {
     const int64_t size = fa_dtype_size(dtype);
+    const size_t ahead = FN(keys_ahead)(dtype);
     const bool scaled = dtype == FA_I8;
     VEC acc[FEW_ROWS][8];
     FA_UNROLL
@@ -138,9 +170,9 @@ FA_INLINE void FN(few_values_tile)(const size_t rows, const size_t vectors, size
     for (size_t key = 0; key < keys; key++) {
         const char *row = from->row[key] + (int64_t)first * size;
         VEC x[8];
-        if (fetch && key + KEYS_AHEAD < from->located) {
+        if (fetch && key + ahead < from->located) {
             for (int64_t at = 0; at < row_bytes; at += FA_LINE) {
-                __builtin_prefetch(from->row[key + KEYS_AHEAD] + at);
+                __builtin_prefetch(from->row[key + ahead] + at);
             }
         }
         FA_UNROLL

@@ -32,12 +32,15 @@ FA_INLINE void FN(pack_key_vector)(REAL *panel, size_t cols, const struct fa_key
     const size_t parts = FN(parts)(dtype), step = VL * parts;
     const char *const *row = from->row + key;
     const bool whole = from->col_stride == size && keys >= VL, scaled = dtype == FA_I8;
-    const bool more = key + KEYS_AHEAD + VL <= from->located;
+    const size_t ahead = FN(keys_ahead)(dtype);
+    const bool more = key + ahead + VL <= from->located;
     const VEC scale = scaled ? FN(load_scales)(from->scale + key, keys) : V(zero)();
     size_t c = 0;
     for (; whole && c + step <= cols; c += step) {
         VEC square[VL];
-        FN(fetch_square)(row, (int64_t)c * size, more);
+        if (more) {
+            FN(fetch_square)(row + ahead, (int64_t)c * size);
+        }
         FN(load_square)(square, row, (int64_t)c * size);
         FA_UNROLL
         for (size_t u = 0; u < VL; u++) {
@@ -121,8 +124,8 @@ static bool FN(pack_values)(void *dst, size_t panel_stride, size_t keys, size_t 
     for (size_t key = 0; key < keys; key++) {
         const REAL scale = from->scale == NULL ? 1 : (REAL)from->scale[key];
         const char *row = from->row[key];
-        const int64_t ahead =
-            key + KEYS_AHEAD < from->located ? from->row[key + KEYS_AHEAD] - row : 0;
+        const size_t later = key + FN(keys_ahead)(from->dtype);
+        const int64_t ahead = later < from->located ? from->row[later] - row : 0;
         REAL *panel = (REAL *)dst + key * NR;
         for (size_t c = 0; c < cols; c += NR) {
             for (int64_t at = 0; at < panel_bytes; at += FA_LINE) {

@@ -5,10 +5,6 @@
  * loop for every type.
  */
 
-/* Memory is asked for this many keys ahead of its use: 8 KiB of float32 at head_dim 128, as much as memory
- * delivers to a core in the time that it takes to answer.  Less than FA_KEYS_AHEAD by a vector of keys. */
-#define KEYS_AHEAD 16
-
 /* VL elements that lie side by side. */
 static inline VEC FN(widen)(const char *p, enum fa_dtype dtype)
 {
@@ -89,6 +85,10 @@ FA_INLINE size_t FN(parts)(enum fa_dtype dtype)
     return sizeof(REAL) / (size_t)fa_dtype_size(dtype);
 }
 
+/* Memory is asked for this many keys ahead of its use: 8 KiB at head_dim 128, as much as memory delivers to a
+ * core in the time that it takes to answer.  With a vector of keys at most FA_KEYS_AHEAD. */
+FA_INLINE size_t FN(keys_ahead)(enum fa_dtype dtype) { return 16 * FN(parts)(dtype); }
+
 /* Element `part` of every lane. */
 FA_INLINE VEC FN(part)(VEC x, int part, enum fa_dtype dtype)
 {
@@ -118,11 +118,11 @@ FA_INLINE void FN(load_square)(VEC square[VL], const char *const *row, int64_t a
     V(transpose)(square);
 }
 
-/* Ask for the same bytes of keys that come later. */
-FA_INLINE void FN(fetch_square)(const char *const *row, int64_t at, bool more)
+/* Ask for the bytes that a square of later keys holds there. */
+FA_INLINE void FN(fetch_square)(const char *const *row, int64_t at)
 {
-    for (size_t i = 0; more && i < VL; i++) {
-        __builtin_prefetch(row[KEYS_AHEAD + i] + at);
+    for (size_t i = 0; i < VL; i++) {
+        __builtin_prefetch(row[i] + at);
     }
 }
 
