@@ -1,10 +1,16 @@
 """``python -m fastattn bench``: what it reports, not how fast anything is."""
 
+import itertools
 import json
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
-from process import output_of
+from process import output_of, run_python
 
 from fastattn import _core, reference
 from fastattn.__main__ import main
@@ -137,6 +143,109 @@ def test_peers_are_attention(name):
     options = {"plain True", "plain False"}
     options |= {f"{x} False" for x in ("mask", "bias", "alibi", "window", "segments")}
     assert options <= set(checked)
+
+
+# --- turns ------------------------------------------------------------------------------------
+
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="processes are stopped on Linux")
+
+
+@pytest.mark.any_kernel_set
+@pytest.mark.parametrize("seconds", [0.0007, 0.25])
+def test_a_turn_is_timed_after_a_first_call(seconds, monkeypatch):
+    durations = itertools.chain([100.0], itertools.repeat(seconds))
+    now = 0.0
+
+    def run():
+        nonlocal now
+        now += next(durations)
+
+    monkeypatch.setattr(runner.time, "perf_counter", lambda: now)
+    assert runner.turn(run) == pytest.approx(seconds)
+    assert now >= 100 + runner.TURN_SECONDS
+
+
+def spin():
+    while True:
+        pass
+
+
+def answer_and_spin(num_threads, pipe):
+    """A contender's process with a thread that never rests."""
+    runner._end_with_command()
+    threading.Thread(target=spin, daemon=True).start()
+    for _ in runner._requests(pipe):
+        pipe.send(os.getpid())
+
+
+def thread_states(pid):
+    stats = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return [stat.rpartition(") ")[2][0] for stat in stats]
+
+
+@pytest.fixture
+def spinning():
+    child = runner._Child(answer_and_spin, num_threads=1)
+    yield child
+    child.close()
+
+
+@linux_only
+@pytest.mark.any_kernel_set
+def test_nobody_runs_between_turns(spinning):
+    pid = spinning.ask("turn")
+    for _ in range(3):
+        assert thread_states(pid) == ["T", "T"]
+        assert spinning.ask("turn") == pid
+    spinning.process.kill()
+    with pytest.raises(runner.ChildDied, match="status -9"):
+        spinning.ask("turn")
+
+
+@pytest.mark.any_kernel_set
+def test_turns_where_processes_cannot_be_stopped(spinning, monkeypatch):
+    monkeypatch.setattr(runner, "CAN_STOP", False)
+    assert spinning.ask("turn") == spinning.ask("turn") == spinning.process.pid
+    if sys.platform == "linux":
+        assert "R" in thread_states(spinning.process.pid)
+
+
+@pytest.mark.any_kernel_set
+def test_ctrl_c_is_left_to_the_command(spinning):
+    os.kill(spinning.process.pid, signal.SIGINT)
+    assert spinning.ask("turn") == spinning.process.pid
+    os.kill(spinning.process.pid, signal.SIGINT)
+    assert spinning.ask("turn") == spinning.process.pid
+
+
+@linux_only
+@pytest.mark.any_kernel_set
+def test_a_stopped_process_is_ended():
+    child = runner._Child(runner._serve, "fastattn", TINY, num_threads=1)
+    child.receive()
+    path = Path(f"/proc/{child.process.pid}")
+    assert set(thread_states(child.process.pid)) == {"T"}
+    child.close()
+    assert not path.exists()
+
+
+KILLED_COMMAND = """
+import os, signal
+from fastattn.bench import runner
+
+child = runner._Child(runner._serve_probes, "float32", num_threads=1)
+child.ask("peak")
+print("stopped", flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@linux_only
+@pytest.mark.any_kernel_set
+def test_a_stopped_process_ends_with_the_command():
+    # The run is over when nobody has its output open any more.
+    done = run_python("-c", KILLED_COMMAND)
+    assert (done.returncode, done.stdout) == (-signal.SIGKILL, "stopped\n")
 
 
 # --- a whole run ------------------------------------------------------------------------------

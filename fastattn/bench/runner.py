@@ -1,4 +1,7 @@
-"""Measure: contenders in processes of their own that take turns, the machine's peak among them."""
+"""Measure: contenders in processes of their own that take turns, the machine's peak among them.
+
+A process runs only during its turn; between its turns it is stopped, whatever its threads would do.
+"""
 
 import contextlib
 import ctypes
@@ -11,8 +14,10 @@ import platform
 import re
 import signal
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -26,10 +31,13 @@ from fastattn.bench.workloads import Workload
 #: Raised when the meaning of the JSON changes.
 SCHEMA = 1
 
-# A turn lasts at least this long, of as many calls as it takes: clocks and threads wake slowly.
+# A turn's clock runs at least this long, over as many calls as it takes: a call of microseconds
+# alone would be lost in what the clock and the scheduler do.
 TURN_SECONDS = 0.01
-# Before each turn: the threads of the one before stop waiting for more work meanwhile.
-PAUSE_SECONDS = 0.002
+# Where a process can be stopped, seen to have stopped, and made to end with the command that alone
+# would continue it.  Elsewhere those whose turn it is not wait as their libraries do.
+CAN_STOP = sys.platform == "linux"
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 # The peak's turn: about 10 ms on any kernel set of a recent CPU.
 PEAK_FLOPS_PER_THREAD = 1e9
 PEAK_FLOPS_PER_THREAD_SCALAR = 5e7
@@ -44,6 +52,12 @@ WARM_UP_LENGTH = 64
 
 
 # ---- in the contender's process -----------------------------------------------------------------
+
+
+def _end_with_command() -> None:
+    """Whatever ends the command: who is stopped does not see that the pipe is closed."""
+    if CAN_STOP:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
 
 
 def resident_bytes(field: str, reset_peak: bool = False) -> int | None:
@@ -85,15 +99,46 @@ def _return_freed_memory() -> None:
 
 
 def _requests(pipe: Connection) -> Iterator[Any]:
-    """What the command asks for, until it closes the pipe or is gone."""
-    with contextlib.suppress(EOFError):
-        while request := pipe.recv():
-            yield request
+    """What the command asks for, until it is gone."""
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            yield pipe.recv()
+
+
+def turn(run: Callable[[], object]) -> float:
+    """Time calls, after one that does not count: the process has slept, and its caches are cold.
+
+    Parameters
+    ----------
+    run : callable
+        The call.
+
+    Returns
+    -------
+    float
+        Seconds of one call, the mean of as many as it takes to last `TURN_SECONDS`.
+
+    Examples
+    --------
+    >>> from fastattn.bench.runner import turn
+    >>> turn(lambda: sum(range(1000))) > 0
+    True
+    """
+    run()
+    repeats = 1
+    while True:
+        start = time.perf_counter()
+        for _ in range(repeats):
+            run()
+        elapsed = time.perf_counter() - start
+        if elapsed >= TURN_SECONDS:
+            return elapsed / repeats
+        repeats *= 2
 
 
 def _serve(name: str, workload: Workload, num_threads: int, pipe: Connection) -> None:
     """A contender's process: prepare, check, then one turn per request."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command, which ends this
+    _end_with_command()
     try:
         make = CONTENDERS[name].make
         length = min(WARM_UP_LENGTH, workload.seqlen_q)
@@ -115,22 +160,10 @@ def _serve(name: str, workload: Workload, num_threads: int, pipe: Connection) ->
         pipe.send({"failed": f"{type(error).__name__}: {lines[0]}"})
         return
 
-    run = call.run
-    start = time.perf_counter()
-    run()
-    once = time.perf_counter() - start
-    repeats = max(1, math.ceil(TURN_SECONDS / max(once, 1e-7)))
     used = None if before is None or peak is None else max(0, peak - before)
     pipe.send({"memory_bytes": used})
     for _ in _requests(pipe):
-        time.sleep(PAUSE_SECONDS)
-        if repeats > 1:
-            run()
-        start = time.perf_counter()
-        for _ in range(repeats):
-            run()
-        elapsed = time.perf_counter() - start
-        pipe.send(elapsed / repeats)
+        pipe.send(turn(call.run))
 
 
 def probe_peak(dtype: str, num_threads: int) -> float:
@@ -192,12 +225,11 @@ def probe_bandwidth(num_threads: int, num_bytes: int = READ_BYTES) -> float:
 
 def _serve_probes(dtype: str, num_threads: int, pipe: Connection) -> None:
     """The probes' process: told by "read" or "peak" what to measure."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _end_with_command()
     for request in _requests(pipe):
         if request == "read":
             pipe.send(probe_bandwidth(num_threads))
         else:
-            time.sleep(PAUSE_SECONDS)
             pipe.send(probe_peak(dtype, num_threads))
 
 
@@ -209,7 +241,11 @@ class ChildDied(Exception):
 
 
 class _Child:
-    """A process at the other end of a pipe."""
+    """A process at the other end of a pipe, stopped from each of its answers to the next request.
+
+    Many libraries' threads wait for more work in a loop, or still free memory, long after a call
+    has returned: they would slow whoever has the next turn.
+    """
 
     def __init__(self, target: Callable[..., None], *arguments: Any, num_threads: int) -> None:
         context = multiprocessing.get_context("spawn")
@@ -217,33 +253,41 @@ class _Child:
         self.process = context.Process(
             target=target, args=(*arguments, num_threads, theirs), daemon=True
         )
-        with _environment(environment(num_threads)):
+        with _environment(environment(num_threads)), _interrupts_blocked():
             self.process.start()
         theirs.close()
 
     def receive(self) -> Any:
+        """Its answer, once all its threads stand still."""
         try:
-            return self.pipe.recv()
-        except EOFError:
+            answer = self.pipe.recv()
+        except (EOFError, ConnectionError):
             self.process.join()
             raise ChildDied(f"its process ended with status {self.process.exitcode}") from None
+        if pid := self._running_pid():
+            os.kill(pid, signal.SIGSTOP)
+            # A thread stops when it leaves the kernel, which can take long to free memory.  An end
+            # is left to `process` to find.
+            os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        return answer
 
     def ask(self, request: object) -> Any:
-        try:
+        if pid := self._running_pid():
+            os.kill(pid, signal.SIGCONT)
+        with contextlib.suppress(ConnectionError):  # receive says more
             self.pipe.send(request)
-        except BrokenPipeError:
-            pass  # receive says more
         return self.receive()
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self.pipe.send(None)
-        self.process.join(timeout=5)
-        if self.process.is_alive():
-            self.process.kill()
-            self.process.join()
+        """End it, stopped or not: it has nothing to save."""
+        self.process.kill()
+        self.process.join()
         self.process.close()
         self.pipe.close()
+
+    def _running_pid(self) -> int | None:
+        """Whom to stop and continue; None where that cannot be, and after its end."""
+        return self.process.pid if CAN_STOP and self.process.is_alive() else None
 
 
 @contextlib.contextmanager
@@ -259,6 +303,18 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Leave Ctrl-C to the command: a child that is started meanwhile never sees it."""
+    # Starting a child starts this too, once, which would unblock what is blocked here.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _free_memory() -> float:
@@ -317,7 +373,7 @@ def measure(
         for _ in range(rounds):
             peaks.append(probes.ask("peak"))
             for name, child in children.items():
-                shown[name]["seconds"].append(child.ask(True))
+                shown[name]["seconds"].append(child.ask("turn"))
 
     peak = max(peaks)
     for entry in shown.values():
