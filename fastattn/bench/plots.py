@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastattn.bench.workloads import LENGTHS
+from fastattn.bench.workloads import GROWTH
 
 # Told apart without colour vision: the Okabe-Ito palette, and a marker each.
 _STYLES = {
@@ -27,7 +27,7 @@ _NAMES = {
 
 
 def plot(report: Mapping[str, Any], directory: Path) -> list[Path]:
-    """Draw speed.png and memory.png over the lengths of `LENGTHS` that the report has.
+    """Draw speed.png and memory.png over the lengths of `GROWTH` that the report has.
 
     Parameters
     ----------
@@ -43,11 +43,11 @@ def plot(report: Mapping[str, Any], directory: Path) -> list[Path]:
     """
     from matplotlib.figure import Figure
 
-    names = {workload.name for workload in LENGTHS}
+    names = {workload.name for workload in GROWTH}
     results = sorted(
         (r for r in report["results"] if r["workload"] in names), key=lambda r: r["seqlen"]
     )
-    first = LENGTHS[0]
+    first = GROWTH[0]
     sizes = f"{first.num_heads} heads, head_dim {first.head_dim}, {first.dtype}"
     title = f"{sizes}, {report['num_threads']} threads, {report['machine']['cpu']}"
     directory.mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,7 @@ from fastattn.bench.contenders import CONTENDERS, Unsupported, check, environmen
 from fastattn.bench.workloads import Workload
 
 #: Raised when the meaning of the JSON changes.
-SCHEMA = 1
+SCHEMA = 2
 
 # A turn's clock runs at least this long, over as many calls as it takes: a call of microseconds
 # alone would be lost in what the clock and the scheduler do.
@@ -46,6 +46,9 @@ READ_REPEATS = 5
 # A contender that holds whole score matrices has about this many at a time; it is left out where
 # they would take more than half of the free memory.
 SCORE_COPIES = 3
+
+# Larger workloads are fastattn's alone: a call of the others takes seconds.
+MAX_SCORES = 2**28
 
 # Sizes for a first call that loads what a library loads lazily.
 WARM_UP_LENGTH = 64
@@ -325,6 +328,16 @@ def _free_memory() -> float:
     return int(found[1]) * 1024.0 if found else math.inf
 
 
+def _too_large(name: str, workload: Workload) -> str | None:
+    """Why a contender is not even started."""
+    if name != "fastattn" and workload.num_scores > MAX_SCORES:
+        return f"more than {MAX_SCORES:,} scores, fastattn only"
+    score_bytes = workload.num_scores * np.dtype(workload.dtype).itemsize
+    if CONTENDERS[name].holds_scores and SCORE_COPIES * score_bytes > _free_memory() / 2:
+        return "not enough memory"
+    return None
+
+
 def measure(
     workload: Workload, contenders: Sequence[str], num_threads: int, rounds: int
 ) -> dict[str, Any]:
@@ -347,43 +360,50 @@ def measure(
         The entry of this workload in the JSON's ``"results"``.
     """
     num_threads = workload.num_threads or num_threads
+    calls = {name: (name, workload) for name in contenders}
+    if workload.baseline and "fastattn" in calls:
+        # First, so that the two turns come one after the other: what slows the machine slows both.
+        calls = {"baseline": ("fastattn", workload.baseline), **calls}
     children: dict[str, _Child] = {}
     shown: dict[str, dict[str, Any]] = {}
     left_out: dict[str, str] = {}
     peaks = []
     with contextlib.ExitStack() as stack:
-        for name in contenders:
-            score_bytes = workload.num_scores * np.dtype(workload.dtype).itemsize
-            if CONTENDERS[name].holds_scores and SCORE_COPIES * score_bytes > _free_memory() / 2:
-                left_out[name] = "not enough memory"
+        for key, (name, called) in calls.items():
+            if reason := _too_large(name, called):
+                left_out[key] = reason
                 continue
-            child = _Child(_serve, name, workload, num_threads=num_threads)
+            child = _Child(_serve, name, called, num_threads=num_threads)
             stack.callback(child.close)
             try:
                 answer = child.receive()
             except ChildDied as error:
                 answer = {"failed": str(error)}
             if reason := answer.get("skipped") or answer.get("failed"):
-                left_out[name] = reason if "skipped" in answer else f"failed: {reason}"
+                left_out[key] = reason if "skipped" in answer else f"failed: {reason}"
                 continue
-            children[name] = child
-            shown[name] = {**answer, "seconds": []}
+            children[key] = child
+            shown[key] = {**answer, "seconds": []}
         probes = _Child(_serve_probes, workload.dtype, num_threads=num_threads)
         stack.callback(probes.close)
         for _ in range(rounds):
             peaks.append(probes.ask("peak"))
-            for name, child in children.items():
-                shown[name]["seconds"].append(child.ask("turn"))
+            for key, child in children.items():
+                shown[key]["seconds"].append(child.ask("turn"))
 
     peak = max(peaks)
-    for entry in shown.values():
+    for key, entry in shown.items():
+        flops = calls[key][1].flops
         entry["median"] = statistics.median(entry["seconds"])
         entry["best"] = min(entry["seconds"])
-        entry["gflops"] = workload.flops / entry["median"] / 1e9
-        entry["share_of_peak"] = workload.flops / entry["median"] / peak
-    ours = shown.get("fastattn")
+        entry["gflops"] = flops / entry["median"] / 1e9
+        entry["share_of_peak"] = flops / entry["median"] / peak
+    baseline, ours = shown.pop("baseline", None), shown.get("fastattn")
     for entry in shown.values():
         entry["ratio"] = entry["median"] / ours["median"] if ours else None
+    if baseline:
+        called = calls["baseline"][1]
+        baseline |= {"label": called.label, "flops": called.flops}
     return {
         "workload": workload.name,
         "label": workload.label,
@@ -392,6 +412,7 @@ def measure(
         "num_threads": num_threads,
         "peak_gflops": peak / 1e9,
         "contenders": shown,
+        "baseline": baseline,
         "left_out": left_out,
     }
 
