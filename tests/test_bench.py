@@ -73,6 +73,7 @@ def test_baselines():
 def test_useful_operations():
     full = prefill("", 2, 4, 512, 16)
     assert full.flops == 4 * 2 * 4 * 512 * 512 * 16
+    assert full.output_bytes == contenders.CONTENDERS["fastattn"].make(full, 1).run().nbytes
     assert full._replace(causal=True).flops == full.flops / 2
     for option in ("window", "segments"):
         workload = full._replace(option=option)

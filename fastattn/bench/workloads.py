@@ -61,6 +61,12 @@ class Workload(NamedTuple):
         return self.batch * self.num_heads * self.seqlen_q * self.seqlen_k
 
     @property
+    def output_bytes(self) -> int:
+        """Size of the result."""
+        num_elements = self.batch * self.num_heads * self.seqlen_q * self.head_dim
+        return num_elements * np.dtype(self.dtype).itemsize
+
+    @property
     def flops(self) -> float:
         """Useful operations: 4 per score and feature, scores of keys that take part by position
         only; half of the square for causal."""
