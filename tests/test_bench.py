@@ -1,15 +1,21 @@
 """``python -m fastattn bench``: what it reports, not how fast anything is."""
 
+import itertools
 import json
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
-from process import output_of
+from process import output_of, run_python
 
 from fastattn import _core, reference
 from fastattn.__main__ import main
 from fastattn.bench import cli, contenders, report, runner
-from fastattn.bench.workloads import GRID, LENGTHS, OPTIONS, QUICK, prefill
+from fastattn.bench.workloads import GRID, GROWTH, OPTIONS, QUICK, prefill
 
 TINY = prefill("tiny", 1, 4, 32, 16, num_kv_heads=2, causal=True)
 
@@ -44,9 +50,9 @@ def test_read_probe_needs_contiguous_memory():
 
 @pytest.mark.any_kernel_set
 def test_workloads_are_told_apart():
-    names = [workload.name for workload in (*GRID, *LENGTHS)]
+    names = [workload.name for workload in GRID]
     assert len(set(names)) == len(names)
-    labels = [workload.label for workload in (*GRID, *LENGTHS)]
+    labels = [workload.label for workload in GRID]
     assert len(set(labels)) == len(labels)
     assert set(QUICK) <= set(names)
     assert {workload.option for workload in GRID} == set(OPTIONS)
@@ -54,9 +60,20 @@ def test_workloads_are_told_apart():
 
 
 @pytest.mark.any_kernel_set
+def test_baselines():
+    for shorter, longer in itertools.pairwise(GROWTH):
+        assert longer.baseline.label == shorter.label
+        assert longer.flops == 4 * longer.baseline.flops
+    for workload in GRID:
+        if workload.option:
+            assert workload.baseline.label == workload.shape
+
+
+@pytest.mark.any_kernel_set
 def test_useful_operations():
     full = prefill("", 2, 4, 512, 16)
     assert full.flops == 4 * 2 * 4 * 512 * 512 * 16
+    assert full.output_bytes == contenders.CONTENDERS["fastattn"].make(full, 1).run().nbytes
     assert full._replace(causal=True).flops == full.flops / 2
     for option in ("window", "segments"):
         workload = full._replace(option=option)
@@ -139,6 +156,109 @@ def test_peers_are_attention(name):
     assert options <= set(checked)
 
 
+# --- turns ------------------------------------------------------------------------------------
+
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="processes are stopped on Linux")
+
+
+@pytest.mark.any_kernel_set
+@pytest.mark.parametrize("seconds", [0.0007, 0.25])
+def test_a_turn_is_timed_after_a_first_call(seconds, monkeypatch):
+    durations = itertools.chain([100.0], itertools.repeat(seconds))
+    now = 0.0
+
+    def run():
+        nonlocal now
+        now += next(durations)
+
+    monkeypatch.setattr(runner.time, "perf_counter", lambda: now)
+    assert runner.turn(run) == pytest.approx(seconds)
+    assert now >= 100 + runner.TURN_SECONDS
+
+
+def spin():
+    while True:
+        pass
+
+
+def answer_and_spin(num_threads, pipe):
+    """A contender's process with a thread that never rests."""
+    runner._end_with_command()
+    threading.Thread(target=spin, daemon=True).start()
+    for _ in runner._requests(pipe):
+        pipe.send(os.getpid())
+
+
+def thread_states(pid):
+    stats = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return [stat.rpartition(") ")[2][0] for stat in stats]
+
+
+@pytest.fixture
+def spinning():
+    child = runner._Child(answer_and_spin, num_threads=1)
+    yield child
+    child.close()
+
+
+@linux_only
+@pytest.mark.any_kernel_set
+def test_nobody_runs_between_turns(spinning):
+    pid = spinning.ask("turn")
+    for _ in range(3):
+        assert thread_states(pid) == ["T", "T"]
+        assert spinning.ask("turn") == pid
+    spinning.process.kill()
+    with pytest.raises(runner.ChildDied, match="status -9"):
+        spinning.ask("turn")
+
+
+@pytest.mark.any_kernel_set
+def test_turns_where_processes_cannot_be_stopped(spinning, monkeypatch):
+    monkeypatch.setattr(runner, "CAN_STOP", False)
+    assert spinning.ask("turn") == spinning.ask("turn") == spinning.process.pid
+    if sys.platform == "linux":
+        assert "R" in thread_states(spinning.process.pid)
+
+
+@pytest.mark.any_kernel_set
+def test_ctrl_c_is_left_to_the_command(spinning):
+    os.kill(spinning.process.pid, signal.SIGINT)
+    assert spinning.ask("turn") == spinning.process.pid
+    os.kill(spinning.process.pid, signal.SIGINT)
+    assert spinning.ask("turn") == spinning.process.pid
+
+
+@linux_only
+@pytest.mark.any_kernel_set
+def test_a_stopped_process_is_ended():
+    child = runner._Child(runner._serve, "fastattn", TINY, num_threads=1)
+    child.receive()
+    path = Path(f"/proc/{child.process.pid}")
+    assert set(thread_states(child.process.pid)) == {"T"}
+    child.close()
+    assert not path.exists()
+
+
+KILLED_COMMAND = """
+import os, signal
+from fastattn.bench import runner
+
+child = runner._Child(runner._serve_probes, "float32", num_threads=1)
+child.ask("peak")
+print("stopped", flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@linux_only
+@pytest.mark.any_kernel_set
+def test_a_stopped_process_ends_with_the_command():
+    # The run is over when nobody has its output open any more.
+    done = run_python("-c", KILLED_COMMAND)
+    assert (done.returncode, done.stdout) == (-signal.SIGKILL, "stopped\n")
+
+
 # --- a whole run ------------------------------------------------------------------------------
 
 
@@ -146,7 +266,9 @@ def test_peers_are_attention(name):
 def measured():
     names = ("fastattn", "numpy")
     versions = {name: contenders.installed()[name] for name in names}
-    workloads = [TINY, TINY._replace(name="sinks", causal=False, option="sinks", num_threads=1)]
+    plain = TINY._replace(causal=False)
+    sinks = plain._replace(name="sinks", option="sinks", num_threads=1, baseline=plain)
+    workloads = [TINY, sinks]
     seen = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner, "read_bandwidth", lambda num_threads: runner.probe_bandwidth(1, 4096))
@@ -176,6 +298,11 @@ def test_report(measured):
             assert entry["memory_bytes"] is None or entry["memory_bytes"] >= 0
         assert result["contenders"]["fastattn"]["ratio"] == 1
         assert result["contenders"]["numpy"]["ratio"] > 0
+    nothing, baseline = (result["baseline"] for result in measured["results"])
+    assert nothing is None
+    assert (baseline["label"], baseline["flops"]) == ("(1,4/2,32,16)", 4 * 4 * 32 * 32 * 16)
+    assert len(baseline["seconds"]) == 2
+    assert baseline["gflops"] == pytest.approx(baseline["flops"] / baseline["median"] / 1e9)
 
 
 @pytest.mark.any_kernel_set
@@ -190,13 +317,31 @@ def test_table(measured):
 
 
 @pytest.mark.any_kernel_set
+def test_costs(measured):
+    def row(result, work, times):
+        ours = result["contenders"]["fastattn"]
+        baseline = {"label": "plain", "flops": result["flops"] / work, "memory_bytes": None}
+        baseline |= {"median": 1.0, "seconds": [t / times for t in ours["seconds"]]}
+        return {**result, "baseline": baseline}
+
+    tiny, sinks = measured["results"]
+    rows = [tiny, row(sinks, 1, 1.25), row(sinks, 4, 4), row(sinks, 1 / 32, 1 / 16)]
+    text = report.costs({"results": rows})
+    ends = [line.split()[-2:] for line in text.splitlines()[3:]]
+    assert ends == [["1x", "1.25x"], ["4x", "1.00x"], ["0.0312x", "2.00x"]]
+    assert report.costs({"results": [tiny]}) == ""
+    without = {**rows[1], "contenders": {}}
+    assert report.costs({"results": [without]}) == ""
+
+
+@pytest.mark.any_kernel_set
 def test_plot(measured, tmp_path):
     pytest.importorskip("matplotlib")
     from fastattn.bench import plots
 
     results = [
         {**measured["results"][0], "workload": workload.name, "seqlen": workload.seqlen_q}
-        for workload in LENGTHS
+        for workload in GROWTH
     ]
     written = plots.plot({**measured, "results": results}, tmp_path / "new")
     assert [path.name for path in written] == ["speed.png", "memory.png"]
@@ -215,6 +360,10 @@ def test_failures_are_shown_and_the_others_measured(monkeypatch):
     monkeypatch.setattr(runner, "_free_memory", lambda: 10.0)
     result = runner.measure(TINY, ["numpy"], 1, 1)
     assert result["left_out"] == {"numpy": "not enough memory"}
+    monkeypatch.setattr(runner, "MAX_SCORES", TINY.num_scores - 1)
+    result = runner.measure(TINY._replace(baseline=TINY), ["torch"], 1, 1)
+    assert result["left_out"] == {"torch": "more than 4,095 scores, fastattn only"}
+    assert result["baseline"] is None
 
 
 @pytest.mark.any_kernel_set
@@ -248,6 +397,7 @@ def test_command(measured, monkeypatch, capsys, tmp_path):
     assert json.loads(path.read_text()) == measured
     out = capsys.readouterr().out
     assert "tiny: (1,4/2,32,16) causal" in out
+    assert report.costs(measured) in out
     assert "workloads: 2, seconds: " in out
 
 
@@ -335,5 +485,5 @@ def test_compare_says_what_differs(measured):
     assert not regressed
     assert text.splitlines()[0].endswith("-> Abacus")
     assert text.splitlines()[-1] == "nothing in common"
-    with pytest.raises(ValueError, match="schemas 1 and 2"):
-        report.compare(measured, {**measured, "schema": 2}, 0.05)
+    with pytest.raises(ValueError, match=f"schemas {runner.SCHEMA} and 0"):
+        report.compare(measured, {**measured, "schema": 0}, 0.05)

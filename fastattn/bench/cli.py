@@ -12,13 +12,13 @@ from typing import Any
 from fastattn import config
 from fastattn.bench import plots, report, runner
 from fastattn.bench.contenders import CONTENDERS, installed
-from fastattn.bench.workloads import GRID, LENGTHS, QUICK, Workload
+from fastattn.bench.workloads import GRID, GROWTH, QUICK, Workload
 
 INSTALL_EXTRAS = 'pip install "fastattn[bench]"'
 
 DEFAULT_ROUNDS, QUICK_ROUNDS = 10, 5
 # The lengths of a plot with --quick.
-QUICK_MAX_LENGTH = 2048
+QUICK_MAX_LENGTH = 4096
 
 
 class BenchError(Exception):
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write everything measured")
     parser.add_argument(
-        "--plot", type=Path, metavar="DIR", help="measure more lengths; write speed and memory PNGs"
+        "--plot", type=Path, metavar="DIR", help="measure growth too; write speed and memory PNGs"
     )
     parser.set_defaults(run=run)
 
@@ -134,7 +134,8 @@ def _chosen_workloads(args: argparse.Namespace) -> list[Workload]:
             f"--filter {args.filter}: no such workload; there are {', '.join(w.name for w in GRID)}"
         )
     if args.plot is not None:
-        chosen += [w for w in LENGTHS if not args.quick or w.seqlen_q <= QUICK_MAX_LENGTH]
+        lengths = [w for w in GROWTH if not args.quick or w.seqlen_q <= QUICK_MAX_LENGTH]
+        chosen += [w for w in lengths if w not in chosen]
     return chosen
 
 
@@ -181,6 +182,8 @@ def _run(args: argparse.Namespace) -> int:
     finally:
         if bar is not None:
             bar.close()
+    if costs := report.costs(measured):
+        print(f"\n{costs}")
     print(f"\nworkloads: {len(workloads)}, seconds: {time.perf_counter() - started:.0f}")
     if args.json is not None:
         _write(args.json, json.dumps(measured, indent=1) + "\n")

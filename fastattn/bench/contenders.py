@@ -231,8 +231,6 @@ def _onnxruntime(workload: Workload, num_threads: int) -> Call:
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = num_threads
     settings.inter_op_num_threads = 1
-    # Threads that wait in a loop after the call would take the cores from the next contender.
-    settings.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), settings, providers=["CPUExecutionProvider"]
     )
@@ -326,7 +324,7 @@ def installed() -> dict[str, str]:
 
 
 def environment(num_threads: int) -> dict[str, str]:
-    """Variables that give every contender the same threads, which sleep when it is not its turn.
+    """Variables that give every contender the same number of threads, and no other settings.
 
     They are read when a library is loaded, and must be there before its import.
 
@@ -349,9 +347,6 @@ def environment(num_threads: int) -> dict[str, str]:
     names = ("OMP", "OPENBLAS", "MKL", "VECLIB_MAXIMUM", "FASTATTN")
     made = {f"{name}_NUM_THREADS": str(num_threads) for name in names}
     made |= {
-        "OMP_WAIT_POLICY": "passive",
-        "KMP_BLOCKTIME": "0",
-        "OPENBLAS_THREAD_TIMEOUT": "20",  # 2^20 cycles: less than runner.PAUSE_SECONDS
         "NPROC": str(num_threads),  # XLA's threads
         "JAX_PLATFORMS": "cpu",
     }

@@ -1,5 +1,6 @@
 """Results as tables, and two runs compared."""
 
+import statistics
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -44,6 +45,10 @@ def _duration(seconds: float) -> str:
     return f"{seconds * 1e6:.2f} us" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
 
 
+def _memory(num_bytes: int | None) -> str:
+    return "-" if num_bytes is None else f"{num_bytes / 2**20:.1f} MiB"
+
+
 def table(result: Mapping[str, Any]) -> str:
     """The table of one workload.
 
@@ -68,16 +73,53 @@ def table(result: Mapping[str, Any]) -> str:
         speed = "-" if small else f"{entry['gflops']:.1f}"
         share = "-" if small else f"{100 * entry['share_of_peak']:.1f} %"
         ratio = "-" if entry["ratio"] is None else f"{entry['ratio']:.2f}x"
-        used = entry["memory_bytes"]
-        memory = "-" if used is None else f"{used / 2**20:.1f} MiB"
         lines.append(
             f"  {name:<12}{_duration(entry['median']):>12}{_duration(entry['best']):>12}"
-            f"{speed:>10}{share:>9}{ratio:>9}{memory:>12}"
+            f"{speed:>10}{share:>9}{ratio:>9}{_memory(entry['memory_bytes']):>12}"
         )
     reasons: dict[str, list[str]] = {}
     for name, reason in result["left_out"].items():
         reasons.setdefault(reason, []).append(name)
     lines += [f"  {', '.join(names)}: {reason}" for reason, names in reasons.items()]
+    return "\n".join(lines)
+
+
+def costs(report: Mapping[str, Any]) -> str:
+    """The table of what options and length cost fastattn, each beside its baseline.
+
+    Parameters
+    ----------
+    report : mapping
+        What `fastattn.bench.runner.run` returns.
+
+    Returns
+    -------
+    str
+        Several lines; none if no workload has a baseline.
+    """
+    lines = []
+    for result in report["results"]:
+        ours, baseline = result["contenders"].get("fastattn"), result["baseline"]
+        if ours and baseline:
+            work = result["flops"] / baseline["flops"]
+            # Round by round: another program may slow half of the rounds, of which each median
+            # would show another half.
+            rounds = zip(ours["seconds"], baseline["seconds"], strict=True)
+            cost = statistics.median(time / base for time, base in rounds) / work
+            lines.append(
+                f"  {result['workload']:<14}{_duration(ours['median']):>12}"
+                f"{_memory(ours['memory_bytes']):>12}  {baseline['label']:<16}"
+                f"{_duration(baseline['median']):>12}{_memory(baseline['memory_bytes']):>12}"
+                f"{work:>9.3g}x{cost:>8.2f}x"
+            )
+    if lines:
+        lines[:0] = [
+            "fastattn beside a baseline in the same rounds; work: useful operations over the "
+            "baseline's;",
+            "cost: time over the baseline's, for the same work, median of the rounds",
+            f"{'':<16}{'median':>12}{'memory':>12}  {'baseline':<16}{'median':>12}{'memory':>12}"
+            f"{'work':>10}{'cost':>9}",
+        ]
     return "\n".join(lines)
 
 

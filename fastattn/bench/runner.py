@@ -1,4 +1,7 @@
-"""Measure: contenders in processes of their own that take turns, the machine's peak among them."""
+"""Measure: contenders in processes of their own that take turns, the machine's peak among them.
+
+A process runs only during its turn; between its turns it is stopped, whatever its threads would do.
+"""
 
 import contextlib
 import ctypes
@@ -11,8 +14,10 @@ import platform
 import re
 import signal
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -24,12 +29,15 @@ from fastattn.bench.contenders import CONTENDERS, Unsupported, check, environmen
 from fastattn.bench.workloads import Workload
 
 #: Raised when the meaning of the JSON changes.
-SCHEMA = 1
+SCHEMA = 2
 
-# A turn lasts at least this long, of as many calls as it takes: clocks and threads wake slowly.
+# A turn's clock runs at least this long, over as many calls as it takes: a call of microseconds
+# alone would be lost in what the clock and the scheduler do.
 TURN_SECONDS = 0.01
-# Before each turn: the threads of the one before stop waiting for more work meanwhile.
-PAUSE_SECONDS = 0.002
+# Where a process can be stopped, seen to have stopped, and made to end with the command that alone
+# would continue it.  Elsewhere those whose turn it is not wait as their libraries do.
+CAN_STOP = sys.platform == "linux"
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 # The peak's turn: about 10 ms on any kernel set of a recent CPU.
 PEAK_FLOPS_PER_THREAD = 1e9
 PEAK_FLOPS_PER_THREAD_SCALAR = 5e7
@@ -39,11 +47,20 @@ READ_REPEATS = 5
 # they would take more than half of the free memory.
 SCORE_COPIES = 3
 
+# Larger workloads are fastattn's alone: a call of the others takes seconds.
+MAX_SCORES = 2**28
+
 # Sizes for a first call that loads what a library loads lazily.
 WARM_UP_LENGTH = 64
 
 
 # ---- in the contender's process -----------------------------------------------------------------
+
+
+def _end_with_command() -> None:
+    """Whatever ends the command: who is stopped does not see that the pipe is closed."""
+    if CAN_STOP:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
 
 
 def resident_bytes(field: str, reset_peak: bool = False) -> int | None:
@@ -85,15 +102,46 @@ def _return_freed_memory() -> None:
 
 
 def _requests(pipe: Connection) -> Iterator[Any]:
-    """What the command asks for, until it closes the pipe or is gone."""
-    with contextlib.suppress(EOFError):
-        while request := pipe.recv():
-            yield request
+    """What the command asks for, until it is gone."""
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            yield pipe.recv()
+
+
+def turn(run: Callable[[], object]) -> float:
+    """Time calls, after one that does not count: the process has slept, and its caches are cold.
+
+    Parameters
+    ----------
+    run : callable
+        The call.
+
+    Returns
+    -------
+    float
+        Seconds of one call, the mean of as many as it takes to last `TURN_SECONDS`.
+
+    Examples
+    --------
+    >>> from fastattn.bench.runner import turn
+    >>> turn(lambda: sum(range(1000))) > 0
+    True
+    """
+    run()
+    repeats = 1
+    while True:
+        start = time.perf_counter()
+        for _ in range(repeats):
+            run()
+        elapsed = time.perf_counter() - start
+        if elapsed >= TURN_SECONDS:
+            return elapsed / repeats
+        repeats *= 2
 
 
 def _serve(name: str, workload: Workload, num_threads: int, pipe: Connection) -> None:
     """A contender's process: prepare, check, then one turn per request."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command, which ends this
+    _end_with_command()
     try:
         make = CONTENDERS[name].make
         length = min(WARM_UP_LENGTH, workload.seqlen_q)
@@ -115,22 +163,10 @@ def _serve(name: str, workload: Workload, num_threads: int, pipe: Connection) ->
         pipe.send({"failed": f"{type(error).__name__}: {lines[0]}"})
         return
 
-    run = call.run
-    start = time.perf_counter()
-    run()
-    once = time.perf_counter() - start
-    repeats = max(1, math.ceil(TURN_SECONDS / max(once, 1e-7)))
     used = None if before is None or peak is None else max(0, peak - before)
     pipe.send({"memory_bytes": used})
     for _ in _requests(pipe):
-        time.sleep(PAUSE_SECONDS)
-        if repeats > 1:
-            run()
-        start = time.perf_counter()
-        for _ in range(repeats):
-            run()
-        elapsed = time.perf_counter() - start
-        pipe.send(elapsed / repeats)
+        pipe.send(turn(call.run))
 
 
 def probe_peak(dtype: str, num_threads: int) -> float:
@@ -192,12 +228,11 @@ def probe_bandwidth(num_threads: int, num_bytes: int = READ_BYTES) -> float:
 
 def _serve_probes(dtype: str, num_threads: int, pipe: Connection) -> None:
     """The probes' process: told by "read" or "peak" what to measure."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _end_with_command()
     for request in _requests(pipe):
         if request == "read":
             pipe.send(probe_bandwidth(num_threads))
         else:
-            time.sleep(PAUSE_SECONDS)
             pipe.send(probe_peak(dtype, num_threads))
 
 
@@ -209,7 +244,11 @@ class ChildDied(Exception):
 
 
 class _Child:
-    """A process at the other end of a pipe."""
+    """A process at the other end of a pipe, stopped from each of its answers to the next request.
+
+    Many libraries' threads wait for more work in a loop, or still free memory, long after a call
+    has returned: they would slow whoever has the next turn.
+    """
 
     def __init__(self, target: Callable[..., None], *arguments: Any, num_threads: int) -> None:
         context = multiprocessing.get_context("spawn")
@@ -217,33 +256,41 @@ class _Child:
         self.process = context.Process(
             target=target, args=(*arguments, num_threads, theirs), daemon=True
         )
-        with _environment(environment(num_threads)):
+        with _environment(environment(num_threads)), _interrupts_blocked():
             self.process.start()
         theirs.close()
 
     def receive(self) -> Any:
+        """Its answer, once all its threads stand still."""
         try:
-            return self.pipe.recv()
-        except EOFError:
+            answer = self.pipe.recv()
+        except (EOFError, ConnectionError):
             self.process.join()
             raise ChildDied(f"its process ended with status {self.process.exitcode}") from None
+        if pid := self._running_pid():
+            os.kill(pid, signal.SIGSTOP)
+            # A thread stops when it leaves the kernel, which can take long to free memory.  An end
+            # is left to `process` to find.
+            os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        return answer
 
     def ask(self, request: object) -> Any:
-        try:
+        if pid := self._running_pid():
+            os.kill(pid, signal.SIGCONT)
+        with contextlib.suppress(ConnectionError):  # receive says more
             self.pipe.send(request)
-        except BrokenPipeError:
-            pass  # receive says more
         return self.receive()
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self.pipe.send(None)
-        self.process.join(timeout=5)
-        if self.process.is_alive():
-            self.process.kill()
-            self.process.join()
+        """End it, stopped or not: it has nothing to save."""
+        self.process.kill()
+        self.process.join()
         self.process.close()
         self.pipe.close()
+
+    def _running_pid(self) -> int | None:
+        """Whom to stop and continue; None where that cannot be, and after its end."""
+        return self.process.pid if CAN_STOP and self.process.is_alive() else None
 
 
 @contextlib.contextmanager
@@ -261,12 +308,34 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
+@contextlib.contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Leave Ctrl-C to the command: a child that is started meanwhile never sees it."""
+    # Starting a child starts this too, once, which would unblock what is blocked here.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _free_memory() -> float:
     try:
         found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.M)
     except OSError:
         found = None
     return int(found[1]) * 1024.0 if found else math.inf
+
+
+def _too_large(name: str, workload: Workload) -> str | None:
+    """Why a contender is not even started."""
+    if name != "fastattn" and workload.num_scores > MAX_SCORES:
+        return f"more than {MAX_SCORES:,} scores, fastattn only"
+    score_bytes = workload.num_scores * np.dtype(workload.dtype).itemsize
+    if CONTENDERS[name].holds_scores and SCORE_COPIES * score_bytes > _free_memory() / 2:
+        return "not enough memory"
+    return None
 
 
 def measure(
@@ -291,43 +360,50 @@ def measure(
         The entry of this workload in the JSON's ``"results"``.
     """
     num_threads = workload.num_threads or num_threads
+    calls = {name: (name, workload) for name in contenders}
+    if workload.baseline and "fastattn" in calls:
+        # First, so that the two turns come one after the other: what slows the machine slows both.
+        calls = {"baseline": ("fastattn", workload.baseline), **calls}
     children: dict[str, _Child] = {}
     shown: dict[str, dict[str, Any]] = {}
     left_out: dict[str, str] = {}
     peaks = []
     with contextlib.ExitStack() as stack:
-        for name in contenders:
-            score_bytes = workload.num_scores * np.dtype(workload.dtype).itemsize
-            if CONTENDERS[name].holds_scores and SCORE_COPIES * score_bytes > _free_memory() / 2:
-                left_out[name] = "not enough memory"
+        for key, (name, called) in calls.items():
+            if reason := _too_large(name, called):
+                left_out[key] = reason
                 continue
-            child = _Child(_serve, name, workload, num_threads=num_threads)
+            child = _Child(_serve, name, called, num_threads=num_threads)
             stack.callback(child.close)
             try:
                 answer = child.receive()
             except ChildDied as error:
                 answer = {"failed": str(error)}
             if reason := answer.get("skipped") or answer.get("failed"):
-                left_out[name] = reason if "skipped" in answer else f"failed: {reason}"
+                left_out[key] = reason if "skipped" in answer else f"failed: {reason}"
                 continue
-            children[name] = child
-            shown[name] = {**answer, "seconds": []}
+            children[key] = child
+            shown[key] = {**answer, "seconds": []}
         probes = _Child(_serve_probes, workload.dtype, num_threads=num_threads)
         stack.callback(probes.close)
         for _ in range(rounds):
             peaks.append(probes.ask("peak"))
-            for name, child in children.items():
-                shown[name]["seconds"].append(child.ask(True))
+            for key, child in children.items():
+                shown[key]["seconds"].append(child.ask("turn"))
 
     peak = max(peaks)
-    for entry in shown.values():
+    for key, entry in shown.items():
+        flops = calls[key][1].flops
         entry["median"] = statistics.median(entry["seconds"])
         entry["best"] = min(entry["seconds"])
-        entry["gflops"] = workload.flops / entry["median"] / 1e9
-        entry["share_of_peak"] = workload.flops / entry["median"] / peak
-    ours = shown.get("fastattn")
+        entry["gflops"] = flops / entry["median"] / 1e9
+        entry["share_of_peak"] = flops / entry["median"] / peak
+    baseline, ours = shown.pop("baseline", None), shown.get("fastattn")
     for entry in shown.values():
         entry["ratio"] = entry["median"] / ours["median"] if ours else None
+    if baseline:
+        called = calls["baseline"][1]
+        baseline |= {"label": called.label, "flops": called.flops}
     return {
         "workload": workload.name,
         "label": workload.label,
@@ -336,6 +412,7 @@ def measure(
         "num_threads": num_threads,
         "peak_gflops": peak / 1e9,
         "contenders": shown,
+        "baseline": baseline,
         "left_out": left_out,
     }
 

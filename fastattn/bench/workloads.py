@@ -29,6 +29,8 @@ class Workload(NamedTuple):
     option: str = ""
     dtype: str = "float32"
     num_threads: int | None = None  # None: those of the run
+    # Whose time fastattn's is compared with, measured in the same rounds.
+    baseline: "Workload | None" = None
 
     @property
     def shape(self) -> str:
@@ -57,6 +59,12 @@ class Workload(NamedTuple):
     def num_scores(self) -> int:
         """Elements of the full score matrices."""
         return self.batch * self.num_heads * self.seqlen_q * self.seqlen_k
+
+    @property
+    def output_bytes(self) -> int:
+        """Size of the result."""
+        num_elements = self.batch * self.num_heads * self.seqlen_q * self.head_dim
+        return num_elements * np.dtype(self.dtype).itemsize
 
     @property
     def flops(self) -> float:
@@ -118,10 +126,23 @@ def prefill(
     return Workload(name, batch, num_heads, kv_heads, seqlen, seqlen, head_dim, **rest)
 
 
+def _growth(seqlen: int, **rest: Any) -> Workload:
+    return prefill(f"growth-{seqlen}", 1, 1, seqlen, 64, **rest)
+
+
+#: Doubling lengths, each beside its half: time is to grow with the square, memory with the length.
+GROWTH = (
+    _growth(1024),
+    *(_growth(2 * n, baseline=_growth(n)) for n in (1024, 2048, 4096, 8192, 16384)),
+)
+
+_PLAIN = prefill("prefill-2k", 1, 12, 2048, 64)
+
+#: Everything that is measured unless less is asked for.
 GRID = (
     prefill("prefill-512", 1, 12, 512, 64),
     prefill("prefill-512-causal", 1, 12, 512, 64, causal=True),
-    prefill("prefill-2k", 1, 12, 2048, 64),
+    _PLAIN,
     prefill("prefill-2k-causal", 1, 12, 2048, 64, causal=True),
     prefill("prefill-4k-wide", 1, 8, 4096, 128),
     prefill("prefill-4k-wide-causal", 1, 8, 4096, 128, causal=True),
@@ -131,21 +152,19 @@ GRID = (
     prefill("head-dim-80", 1, 12, 2048, 80),
     prefill("head-dim-256", 1, 4, 2048, 256),
     *(
-        prefill(f"{option}-2k", 1, 12, 2048, 64, option=option)
+        _PLAIN._replace(name=f"{option}-2k", option=option, baseline=_PLAIN)
         for option in ("mask", "bias", "alibi", "softcap", "sinks", "segments", "queries")
     ),
-    prefill("window-8k", 1, 4, 8192, 64, option="window"),
+    prefill(
+        "window-8k", 1, 4, 8192, 64, option="window", baseline=prefill("prefill-8k", 1, 4, 8192, 64)
+    ),
     prefill("double-2k", 1, 12, 2048, 64, dtype="float64"),
     prefill("one-query", 1, 1, 1, 64, num_threads=1),
+    *GROWTH,
 )
 
 #: A minute's look at the machine.
 QUICK = ("prefill-512", "prefill-2k", "prefill-2k-causal", "many-short", "one-query")
-
-#: For the plots over sequence length.
-LENGTHS = tuple(
-    prefill(f"length-{seqlen}", 1, 4, seqlen, 64) for seqlen in (256, 512, 1024, 2048, 4096, 8192)
-)
 
 #: Memory-bound shapes of generation, one query per sequence.
 DECODE = (
