@@ -54,12 +54,39 @@ static void run(const struct bench *b, enum loop loop)
     const size_t dim = (size_t)g->params->head_dim, block_k = (size_t)g->block_k;
     switch (loop) {
     case SCORES:
-        ops->matmul(FA_TILE_Q, dim, block_k / ops->nr, ws->q, dim, ws->k, dim * ops->nr, ws->scores,
-                    block_k, false, &nothing);
+        ops->matmul(
+            &(struct fa_product){
+                .rows = FA_TILE_Q,
+                .depth = dim,
+                .panels = block_k / ops->nr,
+                .a = ws->q,
+                .a_row = dim,
+                .a_step = 1,
+                .b = ws->k,
+                .b_row = ops->nr,
+                .b_panel = dim * ops->nr,
+                .c = ws->scores,
+                .c_row = block_k,
+            },
+            &nothing);
         break;
     case VALUES:
-        ops->matmul(FA_TILE_Q, block_k, dim / ops->nr, ws->scores, block_k, ws->v,
-                    block_k * ops->nr, ws->part.acc, dim, true, &nothing);
+        ops->matmul(
+            &(struct fa_product){
+                .rows = FA_TILE_Q,
+                .depth = block_k,
+                .panels = dim / ops->nr,
+                .a = ws->scores,
+                .a_row = block_k,
+                .a_step = 1,
+                .b = ws->v,
+                .b_row = ops->nr,
+                .b_panel = block_k * ops->nr,
+                .c = ws->part.acc,
+                .c_row = dim,
+                .accumulate = true,
+            },
+            &nothing);
         break;
     case SOFTMAX:
         ops->softmax_update(ws->scores, block_k, FA_TILE_Q, block_k, &ws->part, dim);

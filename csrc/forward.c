@@ -42,30 +42,36 @@ static void add_weighted_values(const struct fa_tile *tile, struct fa_workspace 
     const struct fa_ops *ops = g->ops;
     const int64_t size = (int64_t)ops->size, nr = (int64_t)ops->nr;
     const int64_t group = fa_tile_group(tile);
-    const size_t panels = (size_t)fa_ceil_div(cols, nr), panel_stride = (size_t)(g->block_k * nr);
     const char *weights = fa_tile_score_data(tile, ws);
 
     for (int64_t r = 0; r < tile->rows; r += group) {
         const struct fa_key_range keys = fa_group_keys(tile, r);
-        const size_t depth = (size_t)(keys.hi - keys.lo);
-        const char *a = weights + (r * g->block_k + keys.lo) * size;
-        const char *v = ws->v + (tile->begin + keys.lo) * nr * size;
-        void *acc = fa_state_from(g, &ws->part, tile->row_offset + r).acc;
-        const size_t rows = (size_t)fa_min(group, tile->rows - r);
+        const struct fa_product product = {
+            .rows = (size_t)fa_min(group, tile->rows - r),
+            .depth = (size_t)(keys.hi - keys.lo),
+            .panels = (size_t)fa_ceil_div(cols, nr),
+            .a = weights + (r * g->block_k + keys.lo) * size,
+            .a_row = (size_t)g->block_k,
+            .a_step = 1,
+            .b = ws->v + (tile->begin + keys.lo) * nr * size,
+            .b_row = (size_t)nr,
+            .b_panel = (size_t)(g->block_k * nr),
+            .c = fa_state_from(g, &ws->part, tile->row_offset + r).acc,
+            .c_row = (size_t)g->block_dv,
+            .accumulate = true,
+        };
         if (block->few) {
             const struct fa_keys from = fa_keys_from(&ws->values, tile->begin + keys.lo);
-            if (ops->few_values(rows, depth, (size_t)cols, a, (size_t)g->block_k, &from, ws->v, acc,
-                                (size_t)g->block_dv)) {
+            if (ops->few_values(product.rows, product.depth, (size_t)cols, product.a, product.a_row,
+                                &from, ws->v, product.c, product.c_row)) {
                 continue;
             }
             fa_pack_values(tile->head, ws, block->keys, cols);
         }
         if (block->finite) {
-            ops->matmul(rows, depth, panels, a, (size_t)g->block_k, v, panel_stride, acc,
-                        (size_t)g->block_dv, true, &ws->wanted);
+            ops->matmul(&product, &ws->wanted);
         } else {
-            ops->matmul_skip_zeros(rows, depth, panels, a, (size_t)g->block_k, v, panel_stride, acc,
-                                   (size_t)g->block_dv);
+            ops->matmul_skip_zeros(&product);
         }
     }
 }

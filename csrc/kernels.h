@@ -45,6 +45,20 @@ struct fa_keys {
     const float *scale; /* of each key; NULL: 1 */
 };
 
+/* c = (accumulate ? c : 0) + a b, in elements of the workspace's type:
+ * a(i, k) = a[i * a_row + k * a_step], b(k, j) = b[j / nr * b_panel + k * b_row + j % nr],
+ * c(i, j) = c[i * c_row + j], for i < rows, k < depth, j < panels * nr. */
+struct fa_product {
+    size_t rows, depth, panels;
+    const void *a;
+    size_t a_row, a_step;
+    const void *b;
+    size_t b_row, b_panel;
+    void *c;
+    size_t c_row;
+    bool accumulate;
+};
+
 /* Rows of online softmax over the keys seen so far. */
 struct fa_state {
     void *row_max; /* real [rows] */
@@ -93,17 +107,13 @@ struct fa_ops {
     bool (*few_values)(size_t rows, size_t keys, size_t cols, const void *weights, size_t ldw,
                        const struct fa_keys *from, void *scratch, void *acc, size_t ldacc);
 
-    /* c[rows][panels * nr] = (accumulate ? c : 0) + a[rows][depth] b[depth][panels * nr], each product
-     * one chain of fused multiply-adds in order of depth.  Any number of rows; depth may be 0.
-     * b: panels of [depth][nr], panel_stride elements apart.  Asks for some of what is wanted on the way. */
-    void (*matmul)(size_t rows, size_t depth, size_t panels, const void *a, size_t lda,
-                   const void *b, size_t panel_stride, void *c, size_t ldc, bool accumulate,
-                   struct fa_wanted *wanted);
+    /* Any number of rows; depth may be 0.  Each element is one chain of fused multiply-adds in order of
+     * depth.  Asks for some of what is wanted on the way. */
+    void (*matmul)(const struct fa_product *product, struct fa_wanted *wanted);
 
     /* The same chain, but terms whose a is exactly zero are left out: for b with infinities and NaN,
-     * which 0 * b would spread.  Accumulates. */
-    void (*matmul_skip_zeros)(size_t rows, size_t depth, size_t panels, const void *a, size_t lda,
-                              const void *b, size_t panel_stride, void *c, size_t ldc);
+     * which 0 * b would spread.  Accumulates, whatever the product says. */
+    void (*matmul_skip_zeros)(const struct fa_product *product);
 
     /* Score tile edits, n elements of one row, or rows x n with leading dimension ld. */
     void (*softcap)(void *s, size_t ld, size_t rows, size_t n,

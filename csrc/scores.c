@@ -273,9 +273,20 @@ static void group_scores(const struct fa_tile *tile, struct fa_workspace *ws, in
         ops->few_scores((size_t)rows, (size_t)depth, (size_t)(keys.hi - keys.lo), (size_t)columns,
                         q, &from, scores, (size_t)g->block_k);
     } else {
-        ops->matmul((size_t)rows, (size_t)depth, (size_t)(columns / nr), q, (size_t)depth,
-                    ws->k + (tile->begin + keys.lo) * depth * size, (size_t)(depth * nr), scores,
-                    (size_t)g->block_k, false, &ws->wanted);
+        const struct fa_product product = {
+            .rows = (size_t)rows,
+            .depth = (size_t)depth,
+            .panels = (size_t)(columns / nr),
+            .a = q,
+            .a_row = (size_t)depth,
+            .a_step = 1,
+            .b = ws->k + (tile->begin + keys.lo) * depth * size,
+            .b_row = (size_t)nr,
+            .b_panel = (size_t)(depth * nr),
+            .c = scores,
+            .c_row = (size_t)g->block_k,
+        };
+        ops->matmul(&product, &ws->wanted);
     }
     if (g->params->softcap > 0) {
         ops->softcap(scores, (size_t)g->block_k, (size_t)rows, (size_t)columns,

@@ -12,41 +12,41 @@
  * Live: rows * NR_VECTORS accumulators, NR_VECTORS columns, one broadcast.  Not unrolled over depth: one
  * step is 24 instructions with AVX2, which 4 a cycle deliver in the 6 cycles that its 12 multiply-adds
  * take, and where it is unrolled GCC 12 spills accumulators (5 % of the whole forward pass). */
-FA_INLINE void FN(matmul_tile)(const size_t rows, size_t depth, const REAL *restrict a, size_t lda,
-                               const REAL *restrict b, REAL *restrict c, size_t ldc,
-                               bool accumulate)
+FA_INLINE void FN(matmul_tile)(const size_t rows, const struct fa_product *p,
+                               const REAL *restrict a, const REAL *restrict b, REAL *restrict c)
 {
+    const size_t a_step = p->a_step, b_row = p->b_row, c_row = p->c_row;
     const REAL *row[MR];
     VEC acc[MR][NR_VECTORS];
     FA_UNROLL
     for (size_t i = 0; i < rows; i++) {
-        row[i] = a + i * lda;
+        row[i] = a + i * p->a_row;
         FA_UNROLL
         for (size_t j = 0; j < NR_VECTORS; j++) {
             acc[i][j] = V(zero)();
         }
     }
-    for (size_t k = 0; k < depth; k++) {
+    for (size_t k = p->depth, at = 0; k > 0; k--, at += a_step, b += b_row) {
         VEC column[NR_VECTORS];
         FA_UNROLL
         for (size_t j = 0; j < NR_VECTORS; j++) {
-            column[j] = V(load)(b + k * NR + j * VL);
+            column[j] = V(load)(b + j * VL);
         }
         FA_UNROLL
         for (size_t i = 0; i < rows; i++) {
-            VEC x = V(broadcast)(row[i] + k);
+            VEC x = V(broadcast)(row[i] + at);
             FA_UNROLL
             for (size_t j = 0; j < NR_VECTORS; j++) {
                 acc[i][j] = V(fma)(x, column[j], acc[i][j]);
             }
         }
     }
-    if (accumulate) {
+    if (p->accumulate) {
         FA_UNROLL
         for (size_t i = 0; i < rows; i++) {
             FA_UNROLL
             for (size_t j = 0; j < NR_VECTORS; j++) {
-                acc[i][j] = V(add)(V(load)(c + i * ldc + j * VL), acc[i][j]);
+                acc[i][j] = V(add)(V(load)(c + i * c_row + j * VL), acc[i][j]);
             }
         }
     }
@@ -54,79 +54,77 @@ FA_INLINE void FN(matmul_tile)(const size_t rows, size_t depth, const REAL *rest
     for (size_t i = 0; i < rows; i++) {
         FA_UNROLL
         for (size_t j = 0; j < NR_VECTORS; j++) {
-            V(store)(c + i * ldc + j * VL, acc[i][j]);
+            V(store)(c + i * c_row + j * VL, acc[i][j]);
         }
     }
 }
 
-FA_NOINLINE void FN(matmul_tile_full)(size_t depth, const REAL *a, size_t lda, const REAL *b,
-                                      REAL *c, size_t ldc, bool accumulate)
+FA_NOINLINE void FN(matmul_tile_full)(const struct fa_product *p, const REAL *a, const REAL *b,
+                                      REAL *c)
 {
-    FN(matmul_tile)(MR, depth, a, lda, b, c, ldc, accumulate);
+    FN(matmul_tile)(MR, p, a, b, c);
 }
 
-/* What is left of the rows, and the few rows of decoding: 4, 2 and 1 at a time, whose accumulators cover
- * less of the latency but whose time reading b takes anyway.  Returns how many. */
-FA_NOINLINE size_t FN(matmul_tile_part)(size_t rows, size_t depth, const REAL *a, size_t lda,
-                                        const REAL *b, REAL *c, size_t ldc, bool accumulate)
+/* What is left of the rows: 4, 2 and 1 at a time, whose accumulators cover less of the latency.  Returns how
+ * many. */
+FA_NOINLINE size_t FN(matmul_tile_part)(size_t rows, const struct fa_product *p, const REAL *a,
+                                        const REAL *b, REAL *c)
 {
     if (rows >= 4) {
-        FN(matmul_tile)(4, depth, a, lda, b, c, ldc, accumulate);
+        FN(matmul_tile)(4, p, a, b, c);
         return 4;
     }
     if (rows >= 2) {
-        FN(matmul_tile)(2, depth, a, lda, b, c, ldc, accumulate);
+        FN(matmul_tile)(2, p, a, b, c);
         return 2;
     }
-    FN(matmul_tile)(1, depth, a, lda, b, c, ldc, accumulate);
+    FN(matmul_tile)(1, p, a, b, c);
     return 1;
 }
 
 /* Panel outer, row group inner: one panel (depth x NR) stays in L1 for all FA_TILE_Q rows, so B
  * crosses from L2 once per tile: NR elements per FA_TILE_Q * NR multiply-adds. */
-static void FN(matmul)(size_t rows, size_t depth, size_t panels, const void *a, size_t lda,
-                       const void *b, size_t panel_stride, void *c, size_t ldc, bool accumulate,
-                       struct fa_wanted *wanted)
+static void FN(matmul)(const struct fa_product *p, struct fa_wanted *wanted)
 {
-    for (size_t p = 0; p < panels; p++) {
-        const REAL *panel = (const REAL *)b + p * panel_stride;
+    for (size_t panel = 0; panel < p->panels; panel++) {
+        const REAL *b = (const REAL *)p->b + panel * p->b_panel;
+        REAL *c = (REAL *)p->c + panel * NR;
         size_t r = 0;
-        for (; r + MR <= rows; r += MR) {
+        while (r < p->rows) {
+            const REAL *a = (const REAL *)p->a + r * p->a_row;
             fetch_some(wanted);
-            FN(matmul_tile_full)(depth, (const REAL *)a + r * lda, lda, panel,
-                                 (REAL *)c + r * ldc + p * NR, ldc, accumulate);
-        }
-        while (r < rows) {
-            fetch_some(wanted);
-            r += FN(matmul_tile_part)(rows - r, depth, (const REAL *)a + r * lda, lda, panel,
-                                      (REAL *)c + r * ldc + p * NR, ldc, accumulate);
+            if (r + MR <= p->rows) {
+                FN(matmul_tile_full)(p, a, b, c + r * p->c_row);
+                r += MR;
+            } else {
+                r += FN(matmul_tile_part)(p->rows - r, p, a, b, c + r * p->c_row);
+            }
         }
     }
 }
 
-static void FN(matmul_skip_zeros)(size_t rows, size_t depth, size_t panels, const void *a,
-                                  size_t lda, const void *b, size_t panel_stride, void *c,
-                                  size_t ldc)
+static void FN(matmul_skip_zeros)(const struct fa_product *p)
 {
-    for (size_t p = 0; p < panels; p++) {
-        const REAL *panel = (const REAL *)b + p * panel_stride;
-        for (size_t r = 0; r < rows; r++) {
-            const REAL *row_a = (const REAL *)a + r * lda;
-            REAL *row_c = (REAL *)c + r * ldc + p * NR;
+    for (size_t panel = 0; panel < p->panels; panel++) {
+        const REAL *b = (const REAL *)p->b + panel * p->b_panel;
+        for (size_t r = 0; r < p->rows; r++) {
+            const REAL *a = (const REAL *)p->a + r * p->a_row;
+            REAL *c = (REAL *)p->c + r * p->c_row + panel * NR;
             VEC acc[NR_VECTORS];
             for (size_t j = 0; j < NR_VECTORS; j++) {
                 acc[j] = V(zero)();
             }
-            for (size_t k = 0; k < depth; k++) {
-                if (row_a[k] == 0) {
+            for (size_t k = 0; k < p->depth; k++) {
+                const REAL x = a[k * p->a_step];
+                if (x == 0) {
                     continue;
                 }
                 for (size_t j = 0; j < NR_VECTORS; j++) {
-                    acc[j] = V(fma)(V(set)(row_a[k]), V(load)(panel + k * NR + j * VL), acc[j]);
+                    acc[j] = V(fma)(V(set)(x), V(load)(b + k * p->b_row + j * VL), acc[j]);
                 }
             }
             for (size_t j = 0; j < NR_VECTORS; j++) {
-                V(store)(row_c + j * VL, V(add)(V(load)(row_c + j * VL), acc[j]));
+                V(store)(c + j * VL, V(add)(V(load)(c + j * VL), acc[j]));
             }
         }
     }
