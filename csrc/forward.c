@@ -51,10 +51,8 @@ static void add_weighted_values(const struct fa_tile *tile, struct fa_workspace 
             .depth = (size_t)(keys.hi - keys.lo),
             .panels = (size_t)fa_ceil_div(cols, nr),
             .a = weights + (r * g->block_k + keys.lo) * size,
-            .a_row = (size_t)g->block_k,
-            .a_step = 1,
+            .a_stride = (size_t)g->block_k,
             .b = ws->v + (tile->begin + keys.lo) * nr * size,
-            .b_row = (size_t)nr,
             .b_panel = (size_t)(g->block_k * nr),
             .c = fa_state_from(g, &ws->part, tile->row_offset + r).acc,
             .c_row = (size_t)g->block_dv,
@@ -62,8 +60,8 @@ static void add_weighted_values(const struct fa_tile *tile, struct fa_workspace 
         };
         if (block->few) {
             const struct fa_keys from = fa_keys_from(&ws->values, tile->begin + keys.lo);
-            if (ops->few_values(product.rows, product.depth, (size_t)cols, product.a, product.a_row,
-                                &from, ws->v, product.c, product.c_row)) {
+            if (ops->few_values(product.rows, product.depth, (size_t)cols, product.a,
+                                product.a_stride, &from, ws->v, product.c, product.c_row)) {
                 continue;
             }
             fa_pack_values(tile->head, ws, block->keys, cols);
@@ -71,7 +69,7 @@ static void add_weighted_values(const struct fa_tile *tile, struct fa_workspace 
         if (block->finite) {
             ops->matmul(&product, &ws->wanted);
         } else {
-            ops->matmul_skip_zeros(&product);
+            ops->matmul_skip_zeros(&product, false);
         }
     }
 }

@@ -45,15 +45,17 @@ struct fa_keys {
     const float *scale; /* of each key; NULL: 1 */
 };
 
-/* c = (accumulate ? c : 0) + a b, in elements of the workspace's type:
- * a(i, k) = a[i * a_row + k * a_step], b(k, j) = b[j / nr * b_panel + k * b_row + j % nr],
- * c(i, j) = c[i * c_row + j], for i < rows, k < depth, j < panels * nr. */
+/* c = (accumulate ? c : 0) + a b, in elements of the workspace's type, for i < rows, k < depth and
+ * j < panels * nr:
+ * a(i, k) = a[i * a_stride + k], or a[k * a_stride + i] where a product says that it takes a transposed,
+ * b(k, j) = b[j / nr * b_panel + k * nr + j % nr],
+ * c(i, j) = c[i * c_row + j]. */
 struct fa_product {
     size_t rows, depth, panels;
     const void *a;
-    size_t a_row, a_step;
+    size_t a_stride;
     const void *b;
-    size_t b_row, b_panel;
+    size_t b_panel;
     void *c;
     size_t c_row;
     bool accumulate;
@@ -110,10 +112,11 @@ struct fa_ops {
     /* Any number of rows; depth may be 0.  Each element is one chain of fused multiply-adds in order of
      * depth.  Asks for some of what is wanted on the way. */
     void (*matmul)(const struct fa_product *product, struct fa_wanted *wanted);
+    void (*matmul_transposed)(const struct fa_product *product);
 
-    /* The same chain, but terms whose a is exactly zero are left out: for b with infinities and NaN,
-     * which 0 * b would spread.  Accumulates, whatever the product says. */
-    void (*matmul_skip_zeros)(const struct fa_product *product);
+    /* The same chains, but terms whose a is exactly zero are left out: for b with infinities and NaN,
+     * which 0 * b would spread. */
+    void (*matmul_skip_zeros)(const struct fa_product *product, bool transposed);
 
     /* Score tile edits, n elements of one row, or rows x n with leading dimension ld. */
     void (*softcap)(void *s, size_t ld, size_t rows, size_t n,

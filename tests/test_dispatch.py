@@ -164,9 +164,10 @@ def _fma_loops(path: Path, function: str) -> list[list[str]]:
 @needs_objects
 @needs_objdump
 @pytest.mark.parametrize("isa", TILE_FMAS)
-@pytest.mark.parametrize("function", ["matmul_tile_full_f32", "matmul_tile_full_f64"])
-def test_product_loop_does_not_spill(isa: str, function: str) -> None:
-    loops = _fma_loops(OBJECTS / "kernels" / f"kernels_{isa}.o", function)
+@pytest.mark.parametrize("dtype", ["f32", "f64"])
+@pytest.mark.parametrize("function", ["matmul_tile_full", "matmul_tile_transposed"])
+def test_product_loop_does_not_spill(isa: str, function: str, dtype: str) -> None:
+    loops = _fma_loops(OBJECTS / "kernels" / f"kernels_{isa}.o", f"{function}_{dtype}")
     assert loops
     for loop in loops:
         assert sum("fmadd" in what for what in loop) == TILE_FMAS[isa]

@@ -12,29 +12,29 @@
  * Live: rows * NR_VECTORS accumulators, NR_VECTORS columns, one broadcast.  Not unrolled over depth: one
  * step is 24 instructions with AVX2, which 4 a cycle deliver in the 6 cycles that its 12 multiply-adds
  * take, and where it is unrolled GCC 12 spills accumulators (5 % of the whole forward pass). */
-FA_INLINE void FN(matmul_tile)(const size_t rows, const struct fa_product *p,
+FA_INLINE void FN(matmul_tile)(const size_t rows, const bool transposed, const struct fa_product *p,
                                const REAL *restrict a, const REAL *restrict b, REAL *restrict c)
 {
-    const size_t a_step = p->a_step, b_row = p->b_row, c_row = p->c_row;
+    const size_t depth = p->depth, a_stride = p->a_stride, c_row = p->c_row;
     const REAL *row[MR];
     VEC acc[MR][NR_VECTORS];
     FA_UNROLL
     for (size_t i = 0; i < rows; i++) {
-        row[i] = a + i * p->a_row;
+        row[i] = transposed ? a + i : a + i * a_stride;
         FA_UNROLL
         for (size_t j = 0; j < NR_VECTORS; j++) {
             acc[i][j] = V(zero)();
         }
     }
-    for (size_t k = p->depth, at = 0; k > 0; k--, at += a_step, b += b_row) {
+    for (size_t k = 0; k < depth; k++) {
         VEC column[NR_VECTORS];
         FA_UNROLL
         for (size_t j = 0; j < NR_VECTORS; j++) {
-            column[j] = V(load)(b + j * VL);
+            column[j] = V(load)(b + k * NR + j * VL);
         }
         FA_UNROLL
         for (size_t i = 0; i < rows; i++) {
-            VEC x = V(broadcast)(row[i] + at);
+            VEC x = V(broadcast)(row[i] + (transposed ? k * a_stride : k));
             FA_UNROLL
             for (size_t j = 0; j < NR_VECTORS; j++) {
                 acc[i][j] = V(fma)(x, column[j], acc[i][j]);
@@ -62,23 +62,30 @@ FA_INLINE void FN(matmul_tile)(const size_t rows, const struct fa_product *p,
 FA_NOINLINE void FN(matmul_tile_full)(const struct fa_product *p, const REAL *a, const REAL *b,
                                       REAL *c)
 {
-    FN(matmul_tile)(MR, p, a, b, c);
+    FN(matmul_tile)(MR, false, p, a, b, c);
+}
+
+/* Elements of a column of a lie side by side: one pointer reaches all of them. */
+FA_NOINLINE void FN(matmul_tile_transposed)(const struct fa_product *p, const REAL *a,
+                                            const REAL *b, REAL *c)
+{
+    FN(matmul_tile)(MR, true, p, a, b, c);
 }
 
 /* What is left of the rows: 4, 2 and 1 at a time, whose accumulators cover less of the latency.  Returns how
  * many. */
-FA_NOINLINE size_t FN(matmul_tile_part)(size_t rows, const struct fa_product *p, const REAL *a,
-                                        const REAL *b, REAL *c)
+FA_NOINLINE size_t FN(matmul_tile_part)(size_t rows, bool transposed, const struct fa_product *p,
+                                        const REAL *a, const REAL *b, REAL *c)
 {
     if (rows >= 4) {
-        FN(matmul_tile)(4, p, a, b, c);
+        FN(matmul_tile)(4, transposed, p, a, b, c);
         return 4;
     }
     if (rows >= 2) {
-        FN(matmul_tile)(2, p, a, b, c);
+        FN(matmul_tile)(2, transposed, p, a, b, c);
         return 2;
     }
-    FN(matmul_tile)(1, p, a, b, c);
+    FN(matmul_tile)(1, transposed, p, a, b, c);
     return 1;
 }
 
@@ -91,40 +98,60 @@ static void FN(matmul)(const struct fa_product *p, struct fa_wanted *wanted)
         REAL *c = (REAL *)p->c + panel * NR;
         size_t r = 0;
         while (r < p->rows) {
-            const REAL *a = (const REAL *)p->a + r * p->a_row;
+            const REAL *a = (const REAL *)p->a + r * p->a_stride;
             fetch_some(wanted);
             if (r + MR <= p->rows) {
                 FN(matmul_tile_full)(p, a, b, c + r * p->c_row);
                 r += MR;
             } else {
-                r += FN(matmul_tile_part)(p->rows - r, p, a, b, c + r * p->c_row);
+                r += FN(matmul_tile_part)(p->rows - r, false, p, a, b, c + r * p->c_row);
             }
         }
     }
 }
 
-static void FN(matmul_skip_zeros)(const struct fa_product *p)
+static void FN(matmul_transposed)(const struct fa_product *p)
+{
+    for (size_t panel = 0; panel < p->panels; panel++) {
+        const REAL *b = (const REAL *)p->b + panel * p->b_panel;
+        REAL *c = (REAL *)p->c + panel * NR;
+        size_t r = 0;
+        while (r < p->rows) {
+            const REAL *a = (const REAL *)p->a + r;
+            if (r + MR <= p->rows) {
+                FN(matmul_tile_transposed)(p, a, b, c + r * p->c_row);
+                r += MR;
+            } else {
+                r += FN(matmul_tile_part)(p->rows - r, true, p, a, b, c + r * p->c_row);
+            }
+        }
+    }
+}
+
+static void FN(matmul_skip_zeros)(const struct fa_product *p, bool transposed)
 {
     for (size_t panel = 0; panel < p->panels; panel++) {
         const REAL *b = (const REAL *)p->b + panel * p->b_panel;
         for (size_t r = 0; r < p->rows; r++) {
-            const REAL *a = (const REAL *)p->a + r * p->a_row;
+            const REAL *a = (const REAL *)p->a + (transposed ? r : r * p->a_stride);
+            const size_t step = transposed ? p->a_stride : 1;
             REAL *c = (REAL *)p->c + r * p->c_row + panel * NR;
             VEC acc[NR_VECTORS];
             for (size_t j = 0; j < NR_VECTORS; j++) {
                 acc[j] = V(zero)();
             }
             for (size_t k = 0; k < p->depth; k++) {
-                const REAL x = a[k * p->a_step];
+                const REAL x = a[k * step];
                 if (x == 0) {
                     continue;
                 }
                 for (size_t j = 0; j < NR_VECTORS; j++) {
-                    acc[j] = V(fma)(V(set)(x), V(load)(b + k * p->b_row + j * VL), acc[j]);
+                    acc[j] = V(fma)(V(set)(x), V(load)(b + k * NR + j * VL), acc[j]);
                 }
             }
             for (size_t j = 0; j < NR_VECTORS; j++) {
-                V(store)(c + j * VL, V(add)(V(load)(c + j * VL), acc[j]));
+                VEC before = p->accumulate ? V(load)(c + j * VL) : V(zero)();
+                V(store)(c + j * VL, V(add)(before, acc[j]));
             }
         }
     }

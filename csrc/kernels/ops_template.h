@@ -41,6 +41,7 @@ static const struct fa_ops FN(ops) = {
     .few_scores = FN(few_scores),
     .few_values = FN(few_values),
     .matmul = FN(matmul),
+    .matmul_transposed = FN(matmul_transposed),
     .matmul_skip_zeros = FN(matmul_skip_zeros),
     .softcap = FN(softcap),
     .add_bias = FN(add_bias),
