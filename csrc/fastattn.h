@@ -132,6 +132,28 @@ struct fa_attention_params {
     void *poll_arg;
 };
 
+/* Gradients of one call of attention with softmax over keys.  The forward's arguments are `attention`, with
+ * head_dim and head_dim_v at most FA_MAX_BACKWARD_DIM, no page_table, no q_starts and k_starts, kv_dtype ==
+ * dtype; its `out` and `lse` are not used.  Nothing overlaps, but that rows of grad_bias may share memory. */
+struct fa_backward_params {
+    struct fa_attention_params attention;
+    struct fa_input out; /* shape and dtype of q's result, `residual` included */
+    struct fa_input lse; /* (batch..., num_heads, seqlen_q), as the forward gave it */
+    struct fa_input grad_out; /* shape and dtype of out */
+    struct fa_input grad_lse; /* nullable; shape and dtype of lse */
+    struct fa_output grad_q; /* nullable; shape of q */
+    struct fa_output grad_k; /* nullable; shape of k at its full batch shape */
+    struct fa_output grad_v; /* nullable; likewise */
+    enum fa_dtype grad_dtype; /* of these three: dtype, or FA_F32 beside 16-bit inputs */
+    struct fa_output
+        grad_bias; /* nullable; shape of bias, zero strides where it is broadcast; float64 for
+                                 * FA_F64, else float32; added to */
+    struct fa_output delta; /* (batch..., num_heads, seqlen_q), dtype of lse: sum of grad_out *
+                                * (out - residual), less grad_lse */
+};
+
+#define FA_MAX_BACKWARD_DIM 1024
+
 /* What a call would do. */
 struct fa_attention_plan {
     int64_t block_q, block_k, tile_q; /* rows per task, keys per block, rows per score tile */
@@ -154,6 +176,10 @@ const char *fa_kernels_name(const struct fa_kernels *kernels);
 /* Compute attention.  `kernels` and `params` are read only and not kept. */
 enum fa_status fa_attention(const struct fa_attention_params *params,
                             const struct fa_kernels *kernels);
+
+/* Compute the gradients that have somewhere to go. */
+enum fa_status fa_attention_backward(const struct fa_backward_params *params,
+                                     const struct fa_kernels *kernels);
 
 /* Say what fa_attention would do.  Reads mask and segment ids (to count tiles), nothing else;
  * data pointers of q, k, v and out may be NULL. */

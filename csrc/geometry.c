@@ -187,15 +187,36 @@ static char *skip_output_rows(char *p, int64_t rows, int64_t stride)
     return p == NULL ? NULL : p + rows * stride;
 }
 
+struct fa_head_place fa_head_place(const struct fa_geometry *geometry, int64_t index)
+{
+    const struct fa_attention_params *p = geometry->params;
+    const int64_t first_head = index % geometry->heads * geometry->stacked;
+    return (struct fa_head_place){
+        .entry = index / geometry->heads,
+        .first_head = first_head,
+        .kv_head = first_head / (p->num_heads / p->num_kv_heads),
+    };
+}
+
+int64_t fa_entry_offset(const struct fa_geometry *geometry, int64_t entry, const int64_t *batch)
+{
+    const struct fa_attention_params *p = geometry->params;
+    int64_t offset = 0;
+    for (int64_t i = p->batch_ndim - 1; i >= 0; i--) {
+        offset += entry % p->batch_shape[i] * batch[i];
+        entry /= p->batch_shape[i];
+    }
+    return offset;
+}
+
 void fa_head_init(struct fa_head *head, const struct fa_geometry *geometry, int64_t index)
 {
     const struct fa_attention_params *p = geometry->params;
     const int64_t n = p->batch_ndim;
     int64_t at[FA_MAX_BATCH_DIMS];
-    const int64_t entry = index / geometry->heads;
+    const struct fa_head_place place = fa_head_place(geometry, index);
+    const int64_t entry = place.entry, first_head = place.first_head, kv_head = place.kv_head;
     int64_t rest = entry;
-    int64_t first_head = index % geometry->heads * geometry->stacked;
-    int64_t kv_head = first_head / (p->num_heads / p->num_kv_heads);
 
     FA_ASSERT(index >= 0 && index < geometry->batch * geometry->heads);
     for (int64_t i = n - 1; i >= 0; i--) {

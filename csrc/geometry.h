@@ -54,6 +54,15 @@ struct fa_head {
 /* 0 <= index < batch * heads */
 void fa_head_init(struct fa_head *head, const struct fa_geometry *geometry, int64_t index);
 
+/* Which (batch entry, first query head, key head) a head index stands for, and how far into an array with
+ * these strides a batch entry begins. */
+struct fa_head_place {
+    int64_t entry, first_head, kv_head;
+};
+
+struct fa_head_place fa_head_place(const struct fa_geometry *geometry, int64_t index);
+int64_t fa_entry_offset(const struct fa_geometry *geometry, int64_t entry, const int64_t *batch);
+
 /* Row r of a head is token r / stacked of the stacked query head r % stacked.  Asked for every row of every
  * tile: most calls stack nothing, and need no division. */
 static inline int64_t fa_row_token(const struct fa_geometry *geometry, int64_t row)

@@ -81,6 +81,14 @@ struct fa_row_result {
     void *lse;              /* nullable; one element, natural logarithm */
 };
 
+/* Rows of caller memory that meet in a sum. */
+struct fa_row_terms {
+    const char *grad, *out, *residual; /* residual nullable */
+    int64_t grad_stride, out_stride, residual_stride;
+    size_t cols;
+    enum fa_dtype dtype;
+};
+
 /* The inner loops for one element type ("real"). */
 struct fa_ops {
     size_t size;     /* bytes of an element */
@@ -140,6 +148,22 @@ struct fa_ops {
     /* out = acc / sum (+ residual), and lse.  A row that saw no key stores 0 (+ residual), lse -inf. */
     void (*softmax_store)(const struct fa_state *state, size_t ldacc,
                           const struct fa_row_result *result);
+
+    /* Backward.  Sum of grad * (out - residual) over one row; residual nullable. */
+    double (*row_delta)(const struct fa_row_terms *terms);
+    /* slope = 1 - (s / cap2)^2: the slope of a softcap whose result is s. */
+    void (*softcap_slope)(void *slope, const void *s, size_t ld, size_t rows, size_t n,
+                          double cap2);
+    /* From scores s and gradients of weights d, weights and gradients of scores in their place:
+     * s = exp2(s - shift[row]), d = s * (d - delta[row]), both 0 where the weight is. */
+    void (*score_gradients)(void *s, void *d, size_t ld, size_t rows, size_t n, const void *shift,
+                            const void *delta);
+    /* d *= slope */
+    void (*scale_gradients)(void *d, const void *slope, size_t ld, size_t rows, size_t n);
+    /* sum += x; n: multiple of vl. */
+    void (*add)(void *sum, const void *x, size_t n);
+    /* out = acc * factor: one row of gradients. */
+    void (*store_scaled)(const void *acc, double factor, const struct fa_row_result *result);
 
     /* Softmax over queries: running column maxima and sums of one key block. */
     void (*column_begin)(void *col_max, void *col_sum, size_t n);

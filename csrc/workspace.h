@@ -21,11 +21,12 @@ struct fa_workspace {
     char *k;            /* real [block_k / nr][head_dim][nr]: packed keys */
     char *v;            /* real [block_dv / nr][block_k][nr]: packed values */
     char *scores;       /* real [FA_TILE_Q][block_k] */
-    uint8_t *mask;      /* [FA_TILE_Q][block_k]: 1 where a key takes part */
-    int64_t *segments;  /* [block_k]: segment ids of the keys of a block */
+    char *slope; /* NULL, or for softcap's slopes, like scores: the backward pass sets it */
+    uint8_t *mask; /* [FA_TILE_Q][block_k]: 1 where a key takes part */
+    int64_t *segments; /* [block_k]: segment ids of the keys of a block */
     const char *segments_loaded; /* where they came from; NULL: nowhere yet */
     struct fa_segment_range segment_range;
-    /* [block_k]: where the keys of a block and their scales lie, */
+    /* [block_k + FA_KEYS_AHEAD]: where the keys of a block lie; [block_k]: their scales */
     const char **k_row, **v_row;
     float *k_scale, *v_scale;
     struct fa_keys keys, values; /* of a block, in caller memory */

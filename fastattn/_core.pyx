@@ -29,9 +29,10 @@ cdef extern from *:
 
 
 # Arrays of one call: q k v out lse residual bias alibi_slopes sinks mask kv_lengths q_offset, two of
-# segment ids, two scales, page_table, and the starts of packed sequences.
+# segment ids, two scales, page_table, and the starts of packed sequences; and of its gradients: grad_out
+# grad_lse grad_q grad_k grad_v grad_bias delta.
 cdef enum:
-    MAX_VIEWS = 19
+    MAX_VIEWS = 26
 
 
 cdef struct views:
@@ -246,6 +247,49 @@ def attention(
         params.poll_arg = <void *>raised
         with nogil:
             status = fa_attention(&params, kernels)
+    finally:
+        release(&held)
+    check(status, raised)
+
+
+def attention_backward(
+    str isa, q, k, v, out, lse, residual, double scale, double softcap, bias, alibi_slopes, sinks,
+    mask, kv_lengths, q_offset, q_segment_ids, k_segment_ids, bint causal, int64_t window_left,
+    int64_t window_right, bint softmax_over_queries, int num_threads, grad_out, grad_lse=None,
+    grad_q=None, grad_k=None, grad_v=None, grad_bias=None, delta=None,
+):
+    cdef fa_backward_params params
+    cdef views held
+    cdef fa_status status
+    cdef int64_t nb
+    cdef const fa_kernels *kernels = find_kernels(isa)
+    cdef list raised = []
+    memset(&params, 0, sizeof(params))
+    try:
+        fill(
+            &params.attention, &held, q, k, v, None, None, residual, scale, softcap, bias,
+            alibi_slopes, sinks, mask, kv_lengths, q_offset, q_segment_ids, k_segment_ids, causal,
+            window_left, window_right, softmax_over_queries, num_threads, None, None, None, None,
+            None,
+        )
+        nb = params.attention.batch_ndim
+        read_input(&params.out, &held, out, nb, True, True, True)
+        read_input(&params.lse, &held, lse, nb, True, True, False)
+        read_input(&params.grad_out, &held, grad_out, nb, True, True, True)
+        read_input(&params.grad_lse, &held, grad_lse, nb, True, True, False)
+        params.grad_dtype = params.attention.dtype
+        for array in (grad_q, grad_k, grad_v):
+            if array is not None and array.itemsize == 4:
+                params.grad_dtype = FA_F32
+        read_output(&params.grad_q, &held, grad_q, nb, True)
+        read_output(&params.grad_k, &held, grad_k, nb, True)
+        read_output(&params.grad_v, &held, grad_v, nb, True)
+        read_output(&params.grad_bias, &held, grad_bias, nb, True)
+        read_output(&params.delta, &held, delta, nb, False)
+        params.attention.poll = poll_signals
+        params.attention.poll_arg = <void *>raised
+        with nogil:
+            status = fa_attention_backward(&params, kernels)
     finally:
         release(&held)
     check(status, raised)

@@ -60,6 +60,13 @@ cdef extern from "fastattn.h" nogil:
         int (*poll)(void *) noexcept
         void *poll_arg
 
+    struct fa_backward_params:
+        fa_attention_params attention
+        fa_input out, lse, grad_out, grad_lse
+        fa_output grad_q, grad_k, grad_v
+        fa_dtype grad_dtype
+        fa_output grad_bias, delta
+
     struct fa_attention_plan:
         int64_t block_q, block_k, tile_q
         int64_t mr, nr, vl
@@ -75,6 +82,9 @@ cdef extern from "fastattn.h" nogil:
     const char *fa_kernels_name(const fa_kernels *kernels) noexcept
 
     fa_status fa_attention(const fa_attention_params *params, const fa_kernels *kernels) noexcept
+    fa_status fa_attention_backward(
+        const fa_backward_params *params, const fa_kernels *kernels
+    ) noexcept
     fa_status fa_attention_describe(
         const fa_attention_params *params, const fa_kernels *kernels, fa_attention_plan *plan
     ) noexcept

@@ -27,6 +27,8 @@
 
 #include "column_template.h"
 
+#include "backward_template.h"
+
 #include "probe_template.h"
 
 static const struct fa_ops FN(ops) = {
@@ -52,6 +54,12 @@ static const struct fa_ops FN(ops) = {
     .softmax_update = FN(softmax_update),
     .softmax_fold = FN(softmax_fold),
     .softmax_store = FN(softmax_store),
+    .row_delta = FN(row_delta),
+    .softcap_slope = FN(softcap_slope),
+    .score_gradients = FN(score_gradients),
+    .scale_gradients = FN(scale_gradients),
+    .add = FN(add),
+    .store_scaled = FN(store_scaled),
     .column_begin = FN(column_begin),
     .column_update = FN(column_update),
     .column_finish = FN(column_finish),

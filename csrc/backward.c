@@ -1,0 +1,302 @@
+/* Gradients of attention, recomputed block by block (FlashAttention-2, arXiv:2307.08691, section 3.1).
+ *
+ *   for each row: delta, lse in base 2                                  backward_rows.c
+ *   for each task (batch, head, group of key blocks)                    threads, one atomic counter
+ *     for each key block of the group
+ *       pack keys (twice) and values
+ *       for each FA_BACKWARD_ROWS rows that may see one of them
+ *         weights and gradients of scores                               backward_tile.c: 2 products
+ *         grad_v += weights^T grad_out
+ *         grad_k += gradients^T q
+ *         the group's grad_q += gradients k
+ *       store grad_k and grad_v
+ *   for each row: grad_q = sum of the groups' sums                      backward_rows.c
+ *
+ * A key block has one writer, a row's sums are added in order of key blocks within a group and of groups:
+ * no atomics, and no bit depends on threads.  Memory beyond the gradients is the groups' sums of grad_q.
+ */
+#include "backward.h"
+
+#include <string.h>
+
+#include "keys.h"
+
+/* Keys per group of key blocks, and the most groups: each costs memory for one more sum of grad_q, and lets
+ * one more thread work on a head. */
+#define GROUP_K 1024
+#define MAX_GROUPS 3
+
+struct key_block {
+    const struct fa_head *head;
+    int64_t head_index, group;
+    int64_t key, keys;
+    bool finite; /* all keys are */
+};
+
+/* Rows [first, first + rows) of q and grad_out, in the forms that the products take.  Returns whether q and
+ * grad_out are finite. */
+static void load_tile_rows(const struct fa_backward *b, const struct key_block *block,
+                           struct fa_backward_workspace *ws, int64_t first, int64_t rows,
+                           bool *q_finite, bool *grad_finite)
+{
+    const struct fa_geometry *g = &b->geometry;
+    const struct fa_attention_params *p = &b->params->attention;
+    const struct fa_input *grad = &b->params->grad_out;
+    const char *grad_out = fa_input_of(g, grad, block->head_index);
+    struct fa_keys from = {.row = ws->row, .col_stride = grad->col, .dtype = p->dtype};
+    const size_t panel_stride = FA_BACKWARD_ROWS * g->ops->nr;
+
+    fa_load_rows(block->head, &ws->tile, first, rows);
+    for (int64_t r = 0; r < rows; r++) {
+        ws->row[r] = fa_row_at(g, grad_out, first + r, grad->head, grad->row);
+    }
+    g->ops->load_rows(ws->grad_out, (size_t)rows, ws->row, grad->col, (size_t)p->head_dim_v,
+                      p->dtype, 1);
+    *grad_finite = g->ops->pack_values(ws->grad_out_panels, panel_stride, (size_t)rows,
+                                       (size_t)p->head_dim_v, &from);
+    for (int64_t r = 0; r < rows; r++) {
+        ws->row[r] = fa_row_at(g, block->head->q, first + r, p->q.head, p->q.row);
+    }
+    from.col_stride = p->q.col;
+    *q_finite =
+        g->ops->pack_values(ws->q_panels, panel_stride, (size_t)rows, (size_t)p->head_dim, &from);
+}
+
+static void multiply(const struct fa_geometry *g, const struct fa_product *product, bool transposed,
+                     bool finite)
+{
+    struct fa_wanted nothing = {0};
+    if (!finite) {
+        g->ops->matmul_skip_zeros(product, transposed);
+    } else if (transposed) {
+        g->ops->matmul_transposed(product);
+    } else {
+        g->ops->matmul(product, &nothing);
+    }
+}
+
+static void add_products(const struct fa_backward *b, const struct key_block *block,
+                         struct fa_backward_workspace *ws, int64_t first, int64_t rows,
+                         struct fa_key_range keys, bool q_finite, bool grad_finite)
+{
+    const struct fa_geometry *g = &b->geometry;
+    const int64_t size = (int64_t)g->ops->size, nr = (int64_t)g->ops->nr;
+    const size_t row_panel = FA_BACKWARD_ROWS * (size_t)nr;
+    struct fa_product product = {
+        .rows = (size_t)(keys.hi - keys.lo),
+        .depth = (size_t)rows,
+        .panels = (size_t)(b->padded_v / nr),
+        .a = ws->weights + keys.lo * size,
+        .a_stride = (size_t)g->block_k,
+        .b = ws->grad_out_panels,
+        .b_panel = row_panel,
+        .c = ws->grad_v + keys.lo * b->padded_v * size,
+        .c_row = (size_t)b->padded_v,
+        .accumulate = true,
+    };
+    if (b->params->grad_v.data != NULL) {
+        multiply(g, &product, true, grad_finite);
+    }
+    if (b->params->grad_k.data != NULL) {
+        product.panels = (size_t)(b->padded_k / nr);
+        product.a = ws->gradients + keys.lo * size;
+        product.b = ws->q_panels;
+        product.c = ws->grad_k + keys.lo * b->padded_k * size;
+        product.c_row = (size_t)b->padded_k;
+        multiply(g, &product, true, q_finite);
+    }
+    if (b->grad_q != NULL) {
+        const int64_t sums = block->head_index * b->groups + block->group;
+        const int64_t live = fa_min(keys.hi, block->keys) - keys.lo;
+        product = (struct fa_product){
+            .rows = (size_t)rows,
+            .depth = (size_t)live,
+            .panels = (size_t)(b->padded_k / nr),
+            .a = ws->gradients + keys.lo * size,
+            .a_stride = (size_t)g->block_k,
+            .b = ws->k_values + keys.lo * nr * size,
+            .b_panel = (size_t)(g->block_k * nr),
+            .c = b->grad_q + (sums * g->rows + first) * b->padded_k * size,
+            .c_row = (size_t)b->padded_k,
+            .accumulate = true,
+        };
+        multiply(g, &product, false, block->finite);
+    }
+}
+
+/* Rows of accumulated gradients of keys or values to caller memory. */
+static void store_keys(const struct fa_backward *b, const struct key_block *block,
+                       const struct fa_output *to, const char *acc, int64_t padded, int64_t cols,
+                       double factor)
+{
+    const struct fa_geometry *g = &b->geometry;
+    const struct fa_head_place place = fa_head_place(g, block->head_index);
+    if (to->data == NULL) {
+        return;
+    }
+    for (int64_t j = 0; j < block->keys; j++) {
+        const struct fa_row_result result = {
+            .cols = (size_t)cols,
+            .dtype = b->params->grad_dtype,
+            .out = (char *)to->data + fa_entry_offset(g, place.entry, to->batch) +
+                   place.kv_head * to->head + (block->key + j) * to->row,
+            .out_stride = to->col,
+        };
+        g->ops->store_scaled(acc + j * padded * (int64_t)g->ops->size, factor, &result);
+    }
+}
+
+/* One key block against all rows of its head.  False: stopped. */
+static bool visit_key_block(struct fa_job *job, int thread, struct key_block *block,
+                            struct fa_backward_workspace *ws)
+{
+    const struct fa_backward *b = job->context;
+    const struct fa_geometry *g = &b->geometry;
+    const struct fa_attention_params *p = &b->params->attention;
+    const int64_t size = (int64_t)g->ops->size;
+    const int64_t live = fa_min(block->keys, block->head->kv_length - block->key);
+    bool packed = false;
+
+    memset(ws->grad_k, 0, (size_t)(g->block_k * b->padded_k * size));
+    memset(ws->grad_v, 0, (size_t)(g->block_k * b->padded_v * size));
+    for (int64_t first = 0; live > 0 && first < block->head->rows; first += FA_BACKWARD_ROWS) {
+        const int64_t rows = fa_min(FA_BACKWARD_ROWS, block->head->rows - first);
+        const struct fa_key_range seen = fa_rows_keys(block->head, first, first + rows - 1);
+        bool q_finite, grad_finite;
+        if (seen.lo >= block->key + live || seen.hi <= block->key) {
+            continue;
+        }
+        if (fa_job_checkpoint(job, thread)) {
+            return false;
+        }
+        if (!packed) {
+            fa_backward_pack(b, block->head, ws, block->key, live);
+            block->finite = g->ops->pack_values(ws->k_values, (size_t)g->block_k * g->ops->nr,
+                                                (size_t)live, (size_t)p->head_dim, &ws->tile.keys);
+            packed = true;
+        }
+        load_tile_rows(b, block, ws, first, rows, &q_finite, &grad_finite);
+        const struct fa_key_range keys =
+            fa_backward_tile(b, block->head, block->head_index, ws, first, rows, block->key);
+        if (p->softcap > 0 && keys.hi > keys.lo) {
+            const int64_t at = keys.lo * size;
+            g->ops->scale_gradients(ws->gradients + at, ws->slope + at, (size_t)g->block_k,
+                                    (size_t)rows, (size_t)(keys.hi - keys.lo));
+        }
+        if (keys.hi > keys.lo) {
+            add_products(b, block, ws, first, rows, keys, q_finite, grad_finite);
+        }
+    }
+    store_keys(b, block, &b->params->grad_k, ws->grad_k, b->padded_k, p->head_dim, p->scale);
+    store_keys(b, block, &b->params->grad_v, ws->grad_v, b->padded_v, p->head_dim_v, 1);
+    return true;
+}
+
+static void run_group(struct fa_job *job, int64_t index, int thread)
+{
+    const struct fa_backward *b = job->context;
+    const struct fa_geometry *g = &b->geometry;
+    struct fa_backward_workspace ws = fa_backward_workspace_of(b, thread);
+    struct fa_head head;
+    struct key_block block = {
+        .head = &head, .head_index = index / b->groups, .group = index % b->groups};
+
+    fa_head_init(&head, g, block.head_index);
+    if (b->grad_q != NULL) {
+        const int64_t bytes = g->rows * b->padded_k * (int64_t)g->ops->size;
+        memset(b->grad_q + index * bytes, 0, (size_t)bytes);
+    }
+    /* Dealt out in turn, because under a causal mask the first blocks are seen by the most rows. */
+    for (int64_t i = block.group; i < g->key_blocks; i += b->groups) {
+        block.key = i * g->block_k;
+        block.keys = fa_min(g->block_k, g->params->seqlen_k - block.key);
+        if (!visit_key_block(job, thread, &block, &ws)) {
+            return;
+        }
+    }
+}
+
+static enum fa_status allocate(struct fa_backward *b)
+{
+    const struct fa_geometry *g = &b->geometry;
+    const int64_t size = (int64_t)g->ops->size;
+    int64_t total, rows, reals = 0, sums, sum_bytes = 0;
+    if (!fa_backward_workspace_bytes(b) ||
+        !fa_multiply(b->workspace_bytes, g->num_threads, &total) ||
+        !fa_multiply(g->batch * g->heads, g->rows, &rows) || !fa_add_bytes(&reals, rows, size) ||
+        !fa_multiply(rows, b->groups, &sums) || !fa_multiply(sums, b->padded_k, &sums) ||
+        !fa_add_bytes(&sum_bytes, sums, size)) {
+        return FA_OVERFLOW;
+    }
+    b->workspaces = fa_allocate(total);
+    b->shift = fa_allocate(reals);
+    b->delta = fa_allocate(reals);
+    const bool wants_q = b->params->grad_q.data != NULL;
+    b->grad_q = wants_q ? fa_allocate(sum_bytes) : NULL;
+    const bool failed = b->workspaces == NULL || b->shift == NULL || b->delta == NULL ||
+                        (wants_q && b->grad_q == NULL);
+    return failed ? FA_NO_MEMORY : FA_OK;
+}
+
+static enum fa_status run_pass(struct fa_backward *b,
+                               void (*run)(struct fa_job *job, int64_t index, int thread),
+                               int64_t num_tasks)
+{
+    const struct fa_attention_params *p = &b->params->attention;
+    struct fa_job job = {
+        .num_tasks = num_tasks,
+        .num_threads = (int)fa_min(b->geometry.num_threads, fa_max(num_tasks, 1)),
+        .run = run,
+        .context = b,
+        .poll = p->poll,
+        .poll_arg = p->poll_arg,
+    };
+    return fa_job_run(&job);
+}
+
+static enum fa_status run_passes(struct fa_backward *b)
+{
+    const struct fa_geometry *g = &b->geometry;
+    const struct fa_backward_params *p = b->params;
+    const int64_t heads = g->batch * g->heads, row_tasks = heads * fa_backward_row_blocks(g);
+    const bool main_pass =
+        p->grad_q.data != NULL || p->grad_k.data != NULL || p->grad_v.data != NULL;
+    enum fa_status status = run_pass(b, fa_backward_prepare_rows, row_tasks);
+    if (status == FA_OK && main_pass) {
+        status = run_pass(b, run_group, heads * b->groups);
+    }
+    if (status == FA_OK && p->grad_q.data != NULL) {
+        status = run_pass(b, fa_backward_store_rows, row_tasks);
+    }
+    if (status == FA_OK && p->grad_bias.data != NULL) {
+        status = run_pass(b, fa_backward_bias, fa_backward_bias_tasks(b));
+    }
+    return status;
+}
+
+enum fa_status fa_attention_backward(const struct fa_backward_params *params,
+                                     const struct fa_kernels *kernels)
+{
+    const struct fa_attention_params *p = &params->attention;
+    struct fa_backward b = {.params = params};
+    FA_ASSERT(p->head_dim <= FA_MAX_BACKWARD_DIM && p->head_dim_v <= FA_MAX_BACKWARD_DIM);
+    FA_ASSERT(p->softmax_axis == FA_SOFTMAX_KEYS && p->kv_dtype == p->dtype);
+    FA_ASSERT(p->page_table.data == NULL && p->q_starts == NULL && p->k_starts == NULL);
+    enum fa_status status = fa_geometry_init(&b.geometry, p, fa_ops_for(kernels, p->dtype));
+    if (status != FA_OK) {
+        return status;
+    }
+    b.geometry.block_q = FA_BACKWARD_ROWS;
+    b.padded_k = fa_round_up(p->head_dim, (int64_t)b.geometry.ops->nr);
+    b.padded_v = fa_round_up(p->head_dim_v, (int64_t)b.geometry.ops->nr);
+    b.groups = fa_max(1, fa_min(MAX_GROUPS, fa_ceil_div(p->seqlen_k, GROUP_K)));
+    status = allocate(&b);
+    if (status == FA_OK) {
+        status = run_passes(&b);
+    }
+    fa_release(b.workspaces);
+    fa_release(b.shift);
+    fa_release(b.delta);
+    fa_release(b.grad_q);
+    return status;
+}

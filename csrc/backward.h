@@ -1,0 +1,89 @@
+/* The passes of the backward pass. */
+#ifndef FA_BACKWARD_H
+#define FA_BACKWARD_H
+
+#include "geometry.h"
+#include "schedule.h"
+#include "scores.h"
+#include "workspace.h"
+
+/* Rows that meet a key block at a time.  The sums over rows, for grad_k and grad_v, read and write their
+ * accumulators once per so many rows: 4 % of their time at 96. */
+#define FA_BACKWARD_ROWS (4 * FA_TILE_Q)
+
+/* One thread's buffers. */
+struct fa_backward_workspace {
+    struct fa_workspace
+        tile; /* of the forward pass, with block_q = FA_BACKWARD_ROWS; v holds V like k holds K */
+    char *grad_out;        /* real [FA_BACKWARD_ROWS][head_dim_v] */
+    char *q_panels;        /* real [head_dim / nr][FA_BACKWARD_ROWS][nr] */
+    char *grad_out_panels; /* real [head_dim_v / nr][FA_BACKWARD_ROWS][nr] */
+    char *k_values;        /* real [head_dim / nr][block_k][nr] */
+    char *weights;         /* real [FA_BACKWARD_ROWS][block_k]: scores, then weights */
+    char *gradients;       /* likewise: of weights, then of scores */
+    char *slope;           /* likewise, with softcap */
+    char *grad_k, *grad_v; /* real [block_k][padded_k], [block_k][padded_v] */
+    const char **row;      /* [FA_BACKWARD_ROWS] */
+};
+
+/* Everything the tasks of one call share. */
+struct fa_backward {
+    const struct fa_backward_params *params;
+    struct fa_geometry geometry;
+    int64_t padded_k, padded_v; /* head_dim and head_dim_v in whole panels */
+    /* Key blocks of a head are dealt out to this many groups; each has its own sum of grad_q, and these are
+     * added in order.  Depends on seqlen_k alone, so the bits depend on no thread. */
+    int64_t groups;
+    int64_t workspace_bytes;
+    char *workspaces;
+    char *shift,
+        *delta; /* real [batch * heads][rows]: lse in base 2 (0 where it is -inf), and delta */
+    char *grad_q; /* real [batch * heads][groups][rows][padded_k], or NULL */
+};
+
+/* Workspace of a thread. */
+bool fa_backward_workspace_bytes(struct fa_backward *backward);
+struct fa_backward_workspace fa_backward_workspace_of(const struct fa_backward *backward,
+                                                      int thread);
+
+/* Rows [first, first + rows) of a head against the key block whose packed keys and values ws holds: weights
+ * and gradients of scores, in ws->weights and ws->gradients, 0 where a key takes no part.  Returns the
+ * columns, whole panels, outside of which there is nothing; none: lo == hi. */
+struct fa_key_range fa_backward_tile(const struct fa_backward *backward, const struct fa_head *head,
+                                     int64_t head_index, struct fa_backward_workspace *ws,
+                                     int64_t first, int64_t rows, int64_t block_key);
+
+/* Pack the keys and values of a block for fa_backward_tile. */
+void fa_backward_pack(const struct fa_backward *backward, const struct fa_head *head,
+                      struct fa_backward_workspace *ws, int64_t block_key, int64_t keys);
+
+/* delta and shift of every row; grad_q from its sums; grad_bias. */
+void fa_backward_prepare_rows(struct fa_job *job, int64_t index, int thread);
+void fa_backward_store_rows(struct fa_job *job, int64_t index, int thread);
+void fa_backward_bias(struct fa_job *job, int64_t index, int thread);
+int64_t fa_backward_bias_tasks(const struct fa_backward *backward);
+
+/* Tasks of the passes over rows: FA_BACKWARD_ROWS of one head each. */
+static inline int64_t fa_backward_row_blocks(const struct fa_geometry *g)
+{
+    return fa_ceil_div(g->rows, FA_BACKWARD_ROWS);
+}
+
+/* Element (token, member) of an array of rows, for a row of a head that begins at `data`. */
+static inline const char *fa_row_at(const struct fa_geometry *g, const char *data, int64_t row,
+                                    int64_t head_stride, int64_t row_stride)
+{
+    return data + fa_row_member(g, row) * head_stride + fa_row_token(g, row) * row_stride;
+}
+
+/* Where an array's part for a head begins: its first query head's, NULL stays NULL. */
+static inline const char *fa_input_of(const struct fa_geometry *g, const struct fa_input *in,
+                                      int64_t head_index)
+{
+    const struct fa_head_place place = fa_head_place(g, head_index);
+    return in->data == NULL ? NULL
+                            : (const char *)in->data + fa_entry_offset(g, place.entry, in->batch) +
+                                  place.first_head * in->head;
+}
+
+#endif

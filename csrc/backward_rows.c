@@ -1,0 +1,114 @@
+/* What the backward pass does row by row: delta before the main pass, grad_q after it. */
+#include <math.h>
+#include <string.h>
+
+#include "backward.h"
+
+static double read_real(const struct fa_geometry *g, const char *p)
+{
+    float single;
+    double x;
+    if (g->ops->size == sizeof x) {
+        memcpy(&x, p, sizeof x);
+        return x;
+    }
+    memcpy(&single, p, sizeof single);
+    return (double)single;
+}
+
+static void write_real(const struct fa_geometry *g, char *p, double x)
+{
+    const float single = (float)x;
+    if (g->ops->size == sizeof x) {
+        memcpy(p, &x, sizeof x);
+    } else {
+        memcpy(p, &single, sizeof single);
+    }
+}
+
+static void prepare_row(const struct fa_backward *b, int64_t head_index, int64_t row)
+{
+    const struct fa_geometry *g = &b->geometry;
+    const struct fa_backward_params *p = b->params;
+    const struct fa_attention_params *forward = &p->attention;
+    const int64_t at = (head_index * g->rows + row) * (int64_t)g->ops->size;
+    const struct fa_output *to = &p->delta;
+    const struct fa_input delta_place = {.data = to->data, .head = to->head, .row = to->row};
+    const char *residual = fa_input_of(g, &forward->residual, head_index);
+    const char *grad_lse = fa_input_of(g, &p->grad_lse, head_index);
+    const char *lse =
+        fa_row_at(g, fa_input_of(g, &p->lse, head_index), row, p->lse.head, p->lse.row);
+    struct fa_row_terms terms = {
+        .grad = fa_row_at(g, fa_input_of(g, &p->grad_out, head_index), row, p->grad_out.head,
+                          p->grad_out.row),
+        .out = fa_row_at(g, fa_input_of(g, &p->out, head_index), row, p->out.head, p->out.row),
+        .grad_stride = p->grad_out.col,
+        .out_stride = p->out.col,
+        .residual_stride = forward->residual.col,
+        .cols = (size_t)forward->head_dim_v,
+        .dtype = forward->dtype,
+    };
+    if (residual != NULL) {
+        terms.residual = fa_row_at(g, residual, row, forward->residual.head, forward->residual.row);
+    }
+    const double lse_value = read_real(g, lse);
+    /* A row without keys has no weights; nothing that is subtracted from -inf may be -inf. */
+    const bool empty = lse_value == -INFINITY;
+    double delta = empty ? 0 : g->ops->row_delta(&terms);
+    if (grad_lse != NULL && !empty) {
+        delta -= read_real(g, fa_row_at(g, grad_lse, row, p->grad_lse.head, p->grad_lse.row));
+    }
+    write_real(g, b->shift + at, empty ? 0 : lse_value * FA_LOG2_E);
+    write_real(g, b->delta + at, delta);
+    const struct fa_head_place place = fa_head_place(g, head_index);
+    char *out = (char *)to->data + fa_entry_offset(g, place.entry, to->batch) +
+                (place.first_head + fa_row_member(g, row)) * delta_place.head +
+                fa_row_token(g, row) * delta_place.row;
+    write_real(g, out, delta);
+}
+
+void fa_backward_prepare_rows(struct fa_job *job, int64_t index, int thread)
+{
+    const struct fa_backward *b = job->context;
+    const struct fa_geometry *g = &b->geometry;
+    const int64_t blocks = fa_backward_row_blocks(g), first = index % blocks * FA_BACKWARD_ROWS;
+    (void)thread;
+    for (int64_t row = first; row < fa_min(first + FA_BACKWARD_ROWS, g->rows); row++) {
+        prepare_row(b, index / blocks, row);
+    }
+}
+
+/* The groups' sums of one row, added in order, then scaled and rounded once. */
+static void store_grad_q(const struct fa_backward *b, int64_t head_index, int64_t row, char *sum)
+{
+    const struct fa_geometry *g = &b->geometry;
+    const struct fa_output *to = &b->params->grad_q;
+    const int64_t size = (int64_t)g->ops->size, bytes = b->padded_k * size;
+    const int64_t head_bytes = g->rows * bytes;
+    const char *first = b->grad_q + head_index * b->groups * head_bytes + row * bytes;
+    const struct fa_head_place place = fa_head_place(g, head_index);
+    const struct fa_row_result result = {
+        .cols = (size_t)g->params->head_dim,
+        .dtype = b->params->grad_dtype,
+        .out = (char *)to->data + fa_entry_offset(g, place.entry, to->batch) +
+               (place.first_head + fa_row_member(g, row)) * to->head +
+               fa_row_token(g, row) * to->row,
+        .out_stride = to->col,
+    };
+    memcpy(sum, first, (size_t)bytes);
+    for (int64_t i = 1; i < b->groups; i++) {
+        g->ops->add(sum, first + i * head_bytes, (size_t)b->padded_k);
+    }
+    g->ops->store_scaled(sum, b->params->attention.scale, &result);
+}
+
+void fa_backward_store_rows(struct fa_job *job, int64_t index, int thread)
+{
+    const struct fa_backward *b = job->context;
+    const struct fa_geometry *g = &b->geometry;
+    const int64_t blocks = fa_backward_row_blocks(g), first = index % blocks * FA_BACKWARD_ROWS;
+    struct fa_backward_workspace ws = fa_backward_workspace_of(b, thread);
+    for (int64_t row = first; row < fa_min(first + FA_BACKWARD_ROWS, g->rows); row++) {
+        store_grad_q(b, index / blocks, row, ws.q_panels);
+    }
+}

@@ -1,0 +1,156 @@
+/* The score tiles of the backward pass: weights again from scores and lse, and the gradients of scores.
+ *
+ *   weights   = exp(scores - lse)
+ *   gradients = weights * (grad_out v^T - delta), delta = sum(grad_out * out) - grad_lse
+ */
+#include <string.h>
+
+#include "backward.h"
+#include "keys.h"
+
+static bool lay_out(const struct fa_backward *b, struct fa_backward_workspace *ws, char *base,
+                    int64_t *bytes)
+{
+    const struct fa_geometry *g = &b->geometry;
+    const int64_t size = (int64_t)g->ops->size, rows = FA_BACKWARD_ROWS;
+    const struct {
+        char **to;
+        int64_t rows, cols;
+    } parts[] = {
+        {&ws->grad_out, rows, g->params->head_dim_v},
+        {&ws->q_panels, rows, b->padded_k},
+        {&ws->grad_out_panels, rows, b->padded_v},
+        {&ws->k_values, g->block_k, b->padded_k},
+        {&ws->weights, rows, g->block_k},
+        {&ws->gradients, rows, g->block_k},
+        {&ws->slope, g->params->softcap > 0 ? rows : 0, g->block_k},
+        {&ws->grad_k, g->block_k, b->padded_k},
+        {&ws->grad_v, g->block_k, b->padded_v},
+    };
+    if (!fa_workspace_bytes(g, bytes)) {
+        return false;
+    }
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
+        int64_t elements;
+        *parts[i].to = base + *bytes;
+        if (!fa_multiply(parts[i].rows, parts[i].cols, &elements) ||
+            !fa_add_bytes(bytes, elements, size)) {
+            return false;
+        }
+    }
+    ws->row = (const char **)(void *)(base + *bytes);
+    return fa_add_bytes(bytes, rows, (int64_t)sizeof *ws->row);
+}
+
+bool fa_backward_workspace_bytes(struct fa_backward *backward)
+{
+    struct fa_backward_workspace ws;
+    return lay_out(backward, &ws, NULL, &backward->workspace_bytes);
+}
+
+struct fa_backward_workspace fa_backward_workspace_of(const struct fa_backward *backward,
+                                                      int thread)
+{
+    struct fa_backward_workspace ws;
+    char *base = backward->workspaces + thread * backward->workspace_bytes;
+    int64_t bytes;
+    bool ok = lay_out(backward, &ws, base, &bytes);
+    FA_ASSERT(ok);
+    (void)ok;
+    ws.tile = fa_workspace_of(&backward->geometry, base, 0);
+    return ws;
+}
+
+void fa_backward_pack(const struct fa_backward *backward, const struct fa_head *head,
+                      struct fa_backward_workspace *ws, int64_t block_key, int64_t keys)
+{
+    const struct fa_geometry *g = head->geometry;
+    (void)backward;
+    fa_locate_keys(head, &ws->tile, block_key, keys, 0);
+    fa_pack_keys(head, &ws->tile, keys);
+    /* V as K is: its product with grad_out is one of rows with rows. */
+    g->ops->pack_keys(ws->tile.v, (size_t)keys, (size_t)g->params->head_dim_v, &ws->tile.values);
+}
+
+/* gradients = grad_out v^T on the columns of a tile. */
+static void multiply_values(const struct fa_tile *tile, struct fa_backward_workspace *ws,
+                            int64_t offset)
+{
+    const struct fa_geometry *g = tile->head->geometry;
+    const int64_t size = (int64_t)g->ops->size, nr = (int64_t)g->ops->nr;
+    const int64_t dim = g->params->head_dim_v;
+    struct fa_wanted nothing = {0};
+    const struct fa_product product = {
+        .rows = (size_t)tile->rows,
+        .depth = (size_t)dim,
+        .panels = (size_t)(tile->columns / nr),
+        .a = ws->grad_out + offset * dim * size,
+        .a_stride = (size_t)dim,
+        .b = ws->tile.v + tile->begin * dim * size,
+        .b_panel = (size_t)(dim * nr),
+        .c = ws->gradients + (offset * g->block_k + tile->begin) * size,
+        .c_row = (size_t)g->block_k,
+    };
+    g->ops->matmul(&product, &nothing);
+}
+
+/* Clear columns [lo, hi) of some rows of weights and gradients. */
+static void clear_columns(const struct fa_geometry *g, struct fa_backward_workspace *ws,
+                          int64_t row, int64_t rows, int64_t lo, int64_t hi)
+{
+    const int64_t size = (int64_t)g->ops->size;
+    for (int64_t r = row; hi > lo && r < row + rows; r++) {
+        const int64_t at = (r * g->block_k + lo) * size;
+        memset(ws->weights + at, 0, (size_t)((hi - lo) * size));
+        memset(ws->gradients + at, 0, (size_t)((hi - lo) * size));
+    }
+}
+
+struct fa_key_range fa_backward_tile(const struct fa_backward *backward, const struct fa_head *head,
+                                     int64_t head_index, struct fa_backward_workspace *ws,
+                                     int64_t first, int64_t rows, int64_t block_key)
+{
+    const struct fa_geometry *g = head->geometry;
+    const int64_t size = (int64_t)g->ops->size;
+    const char *shift = backward->shift + (head_index * g->rows + first) * size;
+    const char *delta = backward->delta + (head_index * g->rows + first) * size;
+    struct fa_key_range of[FA_BACKWARD_ROWS / FA_TILE_Q], all = {g->block_k, 0};
+
+    for (int64_t r = 0; r < rows; r += FA_TILE_Q) {
+        const int64_t count = fa_min(FA_TILE_Q, rows - r), at = r * g->block_k * size;
+        struct fa_key_range *range = &of[r / FA_TILE_Q];
+        struct fa_workspace part = ws->tile;
+        struct fa_tile tile;
+        part.scores = ws->weights + at;
+        part.slope = g->params->softcap > 0 ? ws->slope + at : NULL;
+        *range = (struct fa_key_range){0, 0};
+        if (!fa_tile_init(&tile, head, &part, first + r, count, r, block_key)) {
+            continue;
+        }
+        ws->tile.segments_loaded = part.segments_loaded;
+        ws->tile.segment_range = part.segment_range;
+        *range = (struct fa_key_range){tile.begin, tile.begin + tile.columns};
+        all.lo = fa_min(all.lo, range->lo);
+        all.hi = fa_max(all.hi, range->hi);
+        fa_tile_scores(&tile, &part);
+        multiply_values(&tile, ws, r);
+        char *d = ws->gradients + at + tile.begin * size;
+        g->ops->score_gradients(fa_tile_score_data(&tile, &part), d, (size_t)g->block_k,
+                                (size_t)count, (size_t)tile.columns, shift + r * size,
+                                delta + r * size);
+    }
+    if (all.hi <= all.lo) {
+        return (struct fa_key_range){0, 0};
+    }
+    for (int64_t r = 0; r < rows; r += FA_TILE_Q) {
+        const int64_t count = fa_min(FA_TILE_Q, rows - r);
+        const struct fa_key_range range = of[r / FA_TILE_Q];
+        if (range.hi == 0) {
+            clear_columns(g, ws, r, count, all.lo, all.hi);
+        } else {
+            clear_columns(g, ws, r, count, all.lo, range.lo);
+            clear_columns(g, ws, r, count, range.hi, all.hi);
+        }
+    }
+    return all;
+}

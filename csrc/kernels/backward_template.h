@@ -1,0 +1,88 @@
+/* The elementwise part of the backward pass.  Needs exp2_template.h and pack_template.h. */
+
+static double FN(row_delta)(const struct fa_row_terms *terms)
+{
+    const int64_t size = fa_dtype_size(terms->dtype);
+    const bool contiguous = terms->grad_stride == size && terms->out_stride == size &&
+                            (terms->residual == NULL || terms->residual_stride == size);
+    const size_t whole = contiguous ? terms->cols - terms->cols % VL : 0;
+    VEC sum = V(zero)();
+    REAL lanes[VL];
+    size_t c = 0;
+    for (; c < whole; c += VL) {
+        VEC out = FN(widen)(terms->out + (int64_t)c * size, terms->dtype);
+        if (terms->residual != NULL) {
+            out = V(sub)(out, FN(widen)(terms->residual + (int64_t)c * size, terms->dtype));
+        }
+        sum = V(fma)(FN(widen)(terms->grad + (int64_t)c * size, terms->dtype), out, sum);
+    }
+    V(store)(lanes, sum);
+    double total = FN(sum_lanes)(lanes);
+    for (; c < terms->cols; c++) {
+        const int64_t at = (int64_t)c;
+        REAL out = FN(read_as)(terms->out + at * terms->out_stride, terms->dtype);
+        if (terms->residual != NULL) {
+            out -= FN(read_as)(terms->residual + at * terms->residual_stride, terms->dtype);
+        }
+        total += (double)(FN(read_as)(terms->grad + at * terms->grad_stride, terms->dtype) * out);
+    }
+    return total;
+}
+
+static void FN(softcap_slope)(void *slope, const void *s, size_t ld, size_t rows, size_t n,
+                              double cap2)
+{
+    const VEC inverse = V(set)((REAL)(1 / cap2)), one = V(set)(1);
+    for (size_t r = 0; r < rows; r++) {
+        for (size_t l = r * ld; l < r * ld + n; l += VL) {
+            VEC t = V(mul)(V(load)((const REAL *)s + l), inverse);
+            V(store)((REAL *)slope + l, V(sub)(one, V(mul)(t, t)));
+        }
+    }
+}
+
+/* Cost per vector: 2 loads, 2 sub, exp2, 1 mul, compare, 2 stores.  Where the weight is 0 the gradient is
+ * not multiplied but selected: the key may be masked, and what it holds NaN. */
+static void FN(score_gradients)(void *s, void *d, size_t ld, size_t rows, size_t n,
+                                const void *shift, const void *delta)
+{
+    const VEC limit = V(set)(EXP2_MIN);
+    for (size_t r = 0; r < rows; r++) {
+        REAL *s_row = (REAL *)s + r * ld, *d_row = (REAL *)d + r * ld;
+        const VEC row_shift = V(broadcast)((const REAL *)shift + r);
+        const VEC row_delta = V(broadcast)((const REAL *)delta + r);
+        for (size_t l = 0; l < n; l += VL) {
+            VEC x = V(sub)(V(load)(s_row + l), row_shift);
+            VEC p = FN(exp2)(x);
+            VEC gradient = V(mul)(p, V(sub)(V(load)(d_row + l), row_delta));
+            V(store)(s_row + l, p);
+            V(store)(d_row + l, V(keep_ge)(x, limit, gradient));
+        }
+    }
+}
+
+static void FN(scale_gradients)(void *d, const void *slope, size_t ld, size_t rows, size_t n)
+{
+    for (size_t r = 0; r < rows; r++) {
+        for (size_t l = r * ld; l < r * ld + n; l += VL) {
+            VEC x = V(load)((REAL *)d + l);
+            /* A masked key's slope may be NaN. */
+            VEC scaled = V(mul)(x, V(load)((const REAL *)slope + l));
+            VEC is_zero = V(abs)(x);
+            V(store)((REAL *)d + l, V(select_lt)(V(zero)(), is_zero, scaled, V(add)(x, x)));
+        }
+    }
+}
+
+static void FN(add)(void *sum, const void *x, size_t n)
+{
+    for (size_t l = 0; l < n; l += VL) {
+        REAL *to = (REAL *)sum + l;
+        V(store)(to, V(add)(V(load)(to), V(load)((const REAL *)x + l)));
+    }
+}
+
+static void FN(store_scaled)(const void *acc, double factor, const struct fa_row_result *result)
+{
+    FN(store_row)((const REAL *)acc, (REAL)factor, result);
+}
