@@ -21,11 +21,6 @@
 
 #include "keys.h"
 
-/* Keys per group of key blocks, and the most groups: each costs memory for one more sum of grad_q, and lets
- * one more thread work on a head. */
-#define GROUP_K 1024
-#define MAX_GROUPS 3
-
 struct key_block {
     const struct fa_head *head;
     int64_t head_index, group;
@@ -106,7 +101,8 @@ static void add_products(const struct fa_backward *b, const struct key_block *bl
         multiply(g, &product, true, q_finite);
     }
     if (b->grad_q != NULL) {
-        const int64_t sums = block->head_index * b->groups + block->group;
+        const int64_t before =
+            fa_rows_before(g, block->head_index) * b->groups + block->group * block->head->rows;
         const int64_t live = fa_min(keys.hi, block->keys) - keys.lo;
         product = (struct fa_product){
             .rows = (size_t)rows,
@@ -116,7 +112,7 @@ static void add_products(const struct fa_backward *b, const struct key_block *bl
             .a_stride = (size_t)g->block_k,
             .b = ws->k_values + keys.lo * nr * size,
             .b_panel = (size_t)(g->block_k * nr),
-            .c = b->grad_q + (sums * g->rows + first) * b->padded_k * size,
+            .c = b->grad_q + (before + first) * b->padded_k * size,
             .c_row = (size_t)b->padded_k,
             .accumulate = true,
         };
@@ -130,16 +126,15 @@ static void store_keys(const struct fa_backward *b, const struct key_block *bloc
                        double factor)
 {
     const struct fa_geometry *g = &b->geometry;
-    const struct fa_head_place place = fa_head_place(g, block->head_index);
     if (to->data == NULL) {
         return;
     }
+    char *out = fa_output_of(g, to, block->head_index, true) + block->key * to->row;
     for (int64_t j = 0; j < block->keys; j++) {
         const struct fa_row_result result = {
             .cols = (size_t)cols,
             .dtype = b->params->grad_dtype,
-            .out = (char *)to->data + fa_entry_offset(g, place.entry, to->batch) +
-                   place.kv_head * to->head + (block->key + j) * to->row,
+            .out = out + j * to->row,
             .out_stride = to->col,
         };
         g->ops->store_scaled(acc + j * padded * (int64_t)g->ops->size, factor, &result);
@@ -201,31 +196,47 @@ static void run_group(struct fa_job *job, int64_t index, int thread)
     struct key_block block = {
         .head = &head, .head_index = index / b->groups, .group = index % b->groups};
 
+    const int64_t groups = fa_backward_groups(g, block.head_index);
+    if (block.group >= groups) {
+        return;
+    }
     fa_head_init(&head, g, block.head_index);
     if (b->grad_q != NULL) {
-        const int64_t bytes = g->rows * b->padded_k * (int64_t)g->ops->size;
-        memset(b->grad_q + index * bytes, 0, (size_t)bytes);
+        const int64_t row_bytes = b->padded_k * (int64_t)g->ops->size;
+        const int64_t before =
+            fa_rows_before(g, block.head_index) * b->groups + block.group * head.rows;
+        memset(b->grad_q + before * row_bytes, 0, (size_t)(head.rows * row_bytes));
     }
     /* Dealt out in turn, because under a causal mask the first blocks are seen by the most rows. */
-    for (int64_t i = block.group; i < g->key_blocks; i += b->groups) {
+    const int64_t seqlen_k = fa_backward_seqlen_k(g, block.head_index);
+    for (int64_t i = block.group; i * g->block_k < seqlen_k; i += groups) {
         block.key = i * g->block_k;
-        block.keys = fa_min(g->block_k, g->params->seqlen_k - block.key);
+        block.keys = fa_min(g->block_k, seqlen_k - block.key);
         if (!visit_key_block(job, thread, &block, &ws)) {
             return;
         }
     }
 }
 
+/* Rows of all heads.  In 64 bits: the geometry has multiplied as much. */
+static int64_t count_rows(const struct fa_backward *b)
+{
+    const struct fa_geometry *g = &b->geometry;
+    const int64_t *starts = g->params->q_starts;
+    return starts == NULL ? g->batch * g->heads * g->rows
+                          : starts[g->batch] * g->stacked * g->heads;
+}
+
 static enum fa_status allocate(struct fa_backward *b)
 {
     const struct fa_geometry *g = &b->geometry;
     const int64_t size = (int64_t)g->ops->size;
-    int64_t total, rows, reals = 0, sums, sum_bytes = 0;
+    const int64_t rows = count_rows(b);
+    int64_t total, reals = 0, sums, sum_bytes = 0;
     if (!fa_backward_workspace_bytes(b) ||
         !fa_multiply(b->workspace_bytes, g->num_threads, &total) ||
-        !fa_multiply(g->batch * g->heads, g->rows, &rows) || !fa_add_bytes(&reals, rows, size) ||
-        !fa_multiply(rows, b->groups, &sums) || !fa_multiply(sums, b->padded_k, &sums) ||
-        !fa_add_bytes(&sum_bytes, sums, size)) {
+        !fa_add_bytes(&reals, rows, size) || !fa_multiply(rows, b->groups, &sums) ||
+        !fa_multiply(sums, b->padded_k, &sums) || !fa_add_bytes(&sum_bytes, sums, size)) {
         return FA_OVERFLOW;
     }
     b->workspaces = fa_allocate(total);
@@ -281,7 +292,7 @@ enum fa_status fa_attention_backward(const struct fa_backward_params *params,
     struct fa_backward b = {.params = params};
     FA_ASSERT(p->head_dim <= FA_MAX_BACKWARD_DIM && p->head_dim_v <= FA_MAX_BACKWARD_DIM);
     FA_ASSERT(p->softmax_axis == FA_SOFTMAX_KEYS && p->kv_dtype == p->dtype);
-    FA_ASSERT(p->page_table.data == NULL && p->q_starts == NULL && p->k_starts == NULL);
+    FA_ASSERT(p->page_table.data == NULL);
     enum fa_status status = fa_geometry_init(&b.geometry, p, fa_ops_for(kernels, p->dtype));
     if (status != FA_OK) {
         return status;
@@ -289,7 +300,10 @@ enum fa_status fa_attention_backward(const struct fa_backward_params *params,
     b.geometry.block_q = FA_BACKWARD_ROWS;
     b.padded_k = fa_round_up(p->head_dim, (int64_t)b.geometry.ops->nr);
     b.padded_v = fa_round_up(p->head_dim_v, (int64_t)b.geometry.ops->nr);
-    b.groups = fa_max(1, fa_min(MAX_GROUPS, fa_ceil_div(p->seqlen_k, GROUP_K)));
+    b.groups = 1;
+    for (int64_t i = 0; i < b.geometry.batch && b.geometry.heads > 0; i++) {
+        b.groups = fa_max(b.groups, fa_backward_groups(&b.geometry, i * b.geometry.heads));
+    }
     status = allocate(&b);
     if (status == FA_OK) {
         status = run_passes(&b);

@@ -11,6 +11,11 @@
  * accumulators once per so many rows: 4 % of their time at 96. */
 #define FA_BACKWARD_ROWS (4 * FA_TILE_Q)
 
+/* Keys per group of key blocks, and the most groups of a head: each costs memory for one more sum of grad_q,
+ * and lets one more thread work on the head. */
+#define FA_GROUP_K 1024
+#define FA_MAX_GROUPS 3
+
 /* One thread's buffers. */
 struct fa_backward_workspace {
     struct fa_workspace
@@ -32,7 +37,8 @@ struct fa_backward {
     struct fa_geometry geometry;
     int64_t padded_k, padded_v; /* head_dim and head_dim_v in whole panels */
     /* Key blocks of a head are dealt out to this many groups; each has its own sum of grad_q, and these are
-     * added in order.  Depends on seqlen_k alone, so the bits depend on no thread. */
+     * added in order.  How many depends on a head's seqlen_k alone, so the bits depend on no thread; this is
+     * the most of any head. */
     int64_t groups;
     int64_t workspace_bytes;
     char *workspaces;
@@ -63,6 +69,31 @@ void fa_backward_store_rows(struct fa_job *job, int64_t index, int thread);
 void fa_backward_bias(struct fa_job *job, int64_t index, int thread);
 int64_t fa_backward_bias_tasks(const struct fa_backward *backward);
 
+/* Rows of all heads before this one, in arrays that hold a number for every row. */
+static inline int64_t fa_rows_before(const struct fa_geometry *g, int64_t head_index)
+{
+    const int64_t *starts = g->params->q_starts;
+    const int64_t entry = head_index / g->heads, head = head_index % g->heads;
+    if (starts == NULL) {
+        return head_index * g->rows;
+    }
+    const int64_t rows = (starts[entry + 1] - starts[entry]) * g->stacked;
+    return starts[entry] * g->stacked * g->heads + head * rows;
+}
+
+/* Keys of a head's arrays, valid or not. */
+static inline int64_t fa_backward_seqlen_k(const struct fa_geometry *g, int64_t head_index)
+{
+    const int64_t *starts = g->params->k_starts, entry = head_index / g->heads;
+    return starts == NULL ? g->params->seqlen_k : starts[entry + 1] - starts[entry];
+}
+
+static inline int64_t fa_backward_groups(const struct fa_geometry *g, int64_t head_index)
+{
+    const int64_t wanted = fa_ceil_div(fa_backward_seqlen_k(g, head_index), FA_GROUP_K);
+    return fa_max(1, fa_min(FA_MAX_GROUPS, wanted));
+}
+
 /* Tasks of the passes over rows: FA_BACKWARD_ROWS of one head each. */
 static inline int64_t fa_backward_row_blocks(const struct fa_geometry *g)
 {
@@ -81,9 +112,23 @@ static inline const char *fa_input_of(const struct fa_geometry *g, const struct 
                                       int64_t head_index)
 {
     const struct fa_head_place place = fa_head_place(g, head_index);
-    return in->data == NULL ? NULL
-                            : (const char *)in->data + fa_entry_offset(g, place.entry, in->batch) +
-                                  place.first_head * in->head;
+    const int64_t *starts = g->params->q_starts;
+    const char *data = in->data;
+    return data == NULL
+               ? NULL
+               : data + fa_entry_offset(g, place.entry, in->batch) + place.first_head * in->head +
+                     (starts == NULL ? 0 : starts[place.entry] * in->row);
+}
+
+/* The same of an output, at the key head where `of_keys`, else at the first query head. */
+static inline char *fa_output_of(const struct fa_geometry *g, const struct fa_output *to,
+                                 int64_t head_index, bool of_keys)
+{
+    const struct fa_head_place place = fa_head_place(g, head_index);
+    const int64_t *starts = of_keys ? g->params->k_starts : g->params->q_starts;
+    return (char *)to->data + fa_entry_offset(g, place.entry, to->batch) +
+           (of_keys ? place.kv_head : place.first_head) * to->head +
+           (starts == NULL ? 0 : starts[place.entry] * to->row);
 }
 
 #endif

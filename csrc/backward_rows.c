@@ -31,9 +31,8 @@ static void prepare_row(const struct fa_backward *b, int64_t head_index, int64_t
     const struct fa_geometry *g = &b->geometry;
     const struct fa_backward_params *p = b->params;
     const struct fa_attention_params *forward = &p->attention;
-    const int64_t at = (head_index * g->rows + row) * (int64_t)g->ops->size;
+    const int64_t at = (fa_rows_before(g, head_index) + row) * (int64_t)g->ops->size;
     const struct fa_output *to = &p->delta;
-    const struct fa_input delta_place = {.data = to->data, .head = to->head, .row = to->row};
     const char *residual = fa_input_of(g, &forward->residual, head_index);
     const char *grad_lse = fa_input_of(g, &p->grad_lse, head_index);
     const char *lse =
@@ -60,10 +59,8 @@ static void prepare_row(const struct fa_backward *b, int64_t head_index, int64_t
     }
     write_real(g, b->shift + at, empty ? 0 : lse_value * FA_LOG2_E);
     write_real(g, b->delta + at, delta);
-    const struct fa_head_place place = fa_head_place(g, head_index);
-    char *out = (char *)to->data + fa_entry_offset(g, place.entry, to->batch) +
-                (place.first_head + fa_row_member(g, row)) * delta_place.head +
-                fa_row_token(g, row) * delta_place.row;
+    char *out = fa_output_of(g, to, head_index, false) + fa_row_member(g, row) * to->head +
+                fa_row_token(g, row) * to->row;
     write_real(g, out, delta);
 }
 
@@ -72,31 +69,32 @@ void fa_backward_prepare_rows(struct fa_job *job, int64_t index, int thread)
     const struct fa_backward *b = job->context;
     const struct fa_geometry *g = &b->geometry;
     const int64_t blocks = fa_backward_row_blocks(g), first = index % blocks * FA_BACKWARD_ROWS;
+    struct fa_head head;
     (void)thread;
-    for (int64_t row = first; row < fa_min(first + FA_BACKWARD_ROWS, g->rows); row++) {
+    fa_head_init(&head, g, index / blocks);
+    for (int64_t row = first; row < fa_min(first + FA_BACKWARD_ROWS, head.rows); row++) {
         prepare_row(b, index / blocks, row);
     }
 }
 
 /* The groups' sums of one row, added in order, then scaled and rounded once. */
-static void store_grad_q(const struct fa_backward *b, int64_t head_index, int64_t row, char *sum)
+static void store_grad_q(const struct fa_backward *b, int64_t head_index, int64_t rows, int64_t row,
+                         char *sum)
 {
     const struct fa_geometry *g = &b->geometry;
     const struct fa_output *to = &b->params->grad_q;
     const int64_t size = (int64_t)g->ops->size, bytes = b->padded_k * size;
-    const int64_t head_bytes = g->rows * bytes;
-    const char *first = b->grad_q + head_index * b->groups * head_bytes + row * bytes;
-    const struct fa_head_place place = fa_head_place(g, head_index);
+    const int64_t head_bytes = rows * bytes;
+    const char *first = b->grad_q + fa_rows_before(g, head_index) * b->groups * bytes + row * bytes;
     const struct fa_row_result result = {
         .cols = (size_t)g->params->head_dim,
         .dtype = b->params->grad_dtype,
-        .out = (char *)to->data + fa_entry_offset(g, place.entry, to->batch) +
-               (place.first_head + fa_row_member(g, row)) * to->head +
+        .out = fa_output_of(g, to, head_index, false) + fa_row_member(g, row) * to->head +
                fa_row_token(g, row) * to->row,
         .out_stride = to->col,
     };
     memcpy(sum, first, (size_t)bytes);
-    for (int64_t i = 1; i < b->groups; i++) {
+    for (int64_t i = 1; i < fa_backward_groups(g, head_index); i++) {
         g->ops->add(sum, first + i * head_bytes, (size_t)b->padded_k);
     }
     g->ops->store_scaled(sum, b->params->attention.scale, &result);
@@ -108,7 +106,9 @@ void fa_backward_store_rows(struct fa_job *job, int64_t index, int thread)
     const struct fa_geometry *g = &b->geometry;
     const int64_t blocks = fa_backward_row_blocks(g), first = index % blocks * FA_BACKWARD_ROWS;
     struct fa_backward_workspace ws = fa_backward_workspace_of(b, thread);
-    for (int64_t row = first; row < fa_min(first + FA_BACKWARD_ROWS, g->rows); row++) {
-        store_grad_q(b, index / blocks, row, ws.q_panels);
+    struct fa_head head;
+    fa_head_init(&head, g, index / blocks);
+    for (int64_t row = first; row < fa_min(first + FA_BACKWARD_ROWS, head.rows); row++) {
+        store_grad_q(b, index / blocks, head.rows, row, ws.q_panels);
     }
 }

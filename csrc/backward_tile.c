@@ -112,8 +112,7 @@ struct fa_key_range fa_backward_tile(const struct fa_backward *backward, const s
 {
     const struct fa_geometry *g = head->geometry;
     const int64_t size = (int64_t)g->ops->size;
-    const char *shift = backward->shift + (head_index * g->rows + first) * size;
-    const char *delta = backward->delta + (head_index * g->rows + first) * size;
+    const int64_t row_at = (fa_rows_before(g, head_index) + first) * size;
     struct fa_key_range of[FA_BACKWARD_ROWS / FA_TILE_Q], all = {g->block_k, 0};
 
     for (int64_t r = 0; r < rows; r += FA_TILE_Q) {
@@ -136,8 +135,9 @@ struct fa_key_range fa_backward_tile(const struct fa_backward *backward, const s
         multiply_values(&tile, ws, r);
         char *d = ws->gradients + at + tile.begin * size;
         g->ops->score_gradients(fa_tile_score_data(&tile, &part), d, (size_t)g->block_k,
-                                (size_t)count, (size_t)tile.columns, shift + r * size,
-                                delta + r * size);
+                                (size_t)count, (size_t)tile.columns,
+                                backward->shift + row_at + r * size,
+                                backward->delta + row_at + r * size);
     }
     if (all.hi <= all.lo) {
         return (struct fa_key_range){0, 0};

@@ -64,6 +64,8 @@ def attention_backward(
     grad_v: NDArray[Any] | None = None,
     grad_bias: NDArray[Any] | None = None,
     delta: NDArray[Any] | None = None,
+    q_starts: NDArray[np.int64] | None = None,
+    k_starts: NDArray[np.int64] | None = None,
 ) -> None: ...
 def describe(
     isa: str,

@@ -256,7 +256,7 @@ def attention_backward(
     str isa, q, k, v, out, lse, residual, double scale, double softcap, bias, alibi_slopes, sinks,
     mask, kv_lengths, q_offset, q_segment_ids, k_segment_ids, bint causal, int64_t window_left,
     int64_t window_right, bint softmax_over_queries, int num_threads, grad_out, grad_lse=None,
-    grad_q=None, grad_k=None, grad_v=None, grad_bias=None, delta=None,
+    grad_q=None, grad_k=None, grad_v=None, grad_bias=None, delta=None, q_starts=None, k_starts=None,
 ):
     cdef fa_backward_params params
     cdef views held
@@ -269,10 +269,10 @@ def attention_backward(
         fill(
             &params.attention, &held, q, k, v, None, None, residual, scale, softcap, bias,
             alibi_slopes, sinks, mask, kv_lengths, q_offset, q_segment_ids, k_segment_ids, causal,
-            window_left, window_right, softmax_over_queries, num_threads, None, None, None, None,
-            None,
+            window_left, window_right, softmax_over_queries, num_threads, None, None, None,
+            q_starts, k_starts,
         )
-        nb = params.attention.batch_ndim
+        nb = params.attention.batch_ndim if q_starts is None else 0
         read_input(&params.out, &held, out, nb, True, True, True)
         read_input(&params.lse, &held, lse, nb, True, True, False)
         read_input(&params.grad_out, &held, grad_out, nb, True, True, True)
