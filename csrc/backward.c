@@ -12,6 +12,9 @@
  *       store grad_k and grad_v
  *   for each row: grad_q = sum of the groups' sums                      backward_rows.c
  *
+ * With softmax over the queries a key's delta is v * grad_v, so its rows are visited twice: for grad_v, and
+ * then for the rest, 6 products instead of 5.
+ *
  * A key block has one writer, a row's sums are added in order of key blocks within a group and of groups:
  * no atomics, and no bit depends on threads.  Memory beyond the gradients is the groups' sums of grad_q.
  */
@@ -21,10 +24,16 @@
 
 #include "keys.h"
 
+/* What rows of a key block are visited for. */
+enum purpose { EVERYTHING, GRAD_V, THE_REST };
+
 struct key_block {
     const struct fa_head *head;
     int64_t head_index, group;
-    int64_t key, keys;
+    int64_t key, keys, live; /* of the arrays, and valid ones */
+    enum purpose purpose;
+    char *grad_v; /* where its gradients are added up */
+    bool packed;
     bool finite; /* all keys are */
 };
 
@@ -85,12 +94,16 @@ static void add_products(const struct fa_backward *b, const struct key_block *bl
         .a_stride = (size_t)g->block_k,
         .b = ws->grad_out_panels,
         .b_panel = row_panel,
-        .c = ws->grad_v + keys.lo * b->padded_v * size,
+        .c = block->grad_v + keys.lo * b->padded_v * size,
         .c_row = (size_t)b->padded_v,
         .accumulate = true,
     };
-    if (b->params->grad_v.data != NULL) {
+    const bool needs_v = b->params->grad_v.data != NULL || block->purpose == GRAD_V;
+    if (needs_v && block->purpose != THE_REST) {
         multiply(g, &product, true, grad_finite);
+    }
+    if (block->purpose == GRAD_V) {
+        return;
     }
     if (b->params->grad_k.data != NULL) {
         product.panels = (size_t)(b->padded_k / nr);
@@ -103,7 +116,7 @@ static void add_products(const struct fa_backward *b, const struct key_block *bl
     if (b->grad_q != NULL) {
         const int64_t before =
             fa_rows_before(g, block->head_index) * b->groups + block->group * block->head->rows;
-        const int64_t live = fa_min(keys.hi, block->keys) - keys.lo;
+        const int64_t live = fa_min(keys.hi, block->live) - keys.lo;
         product = (struct fa_product){
             .rows = (size_t)rows,
             .depth = (size_t)live,
@@ -141,50 +154,134 @@ static void store_keys(const struct fa_backward *b, const struct key_block *bloc
     }
 }
 
-/* One key block against all rows of its head.  False: stopped. */
-static bool visit_key_block(struct fa_job *job, int thread, struct key_block *block,
-                            struct fa_backward_workspace *ws)
+static void pack_block(const struct fa_backward *b, struct key_block *block,
+                       struct fa_backward_workspace *ws)
+{
+    const struct fa_geometry *g = &b->geometry;
+    if (block->packed) {
+        return;
+    }
+    fa_backward_pack(b, block->head, ws, block->key, block->live);
+    block->finite =
+        g->ops->pack_values(ws->k_values, (size_t)g->block_k * g->ops->nr, (size_t)block->live,
+                            (size_t)g->params->head_dim, &ws->tile.keys);
+    block->packed = true;
+}
+
+/* One key block against all rows of a head.  False: stopped. */
+static bool visit_rows(struct fa_job *job, int thread, struct key_block *block,
+                       struct fa_backward_workspace *ws)
 {
     const struct fa_backward *b = job->context;
     const struct fa_geometry *g = &b->geometry;
-    const struct fa_attention_params *p = &b->params->attention;
-    const int64_t size = (int64_t)g->ops->size;
-    const int64_t live = fa_min(block->keys, block->head->kv_length - block->key);
-    bool packed = false;
-
-    memset(ws->grad_k, 0, (size_t)(g->block_k * b->padded_k * size));
-    memset(ws->grad_v, 0, (size_t)(g->block_k * b->padded_v * size));
-    for (int64_t first = 0; live > 0 && first < block->head->rows; first += FA_BACKWARD_ROWS) {
+    const bool weights_only = block->purpose == GRAD_V;
+    for (int64_t first = 0; block->live > 0 && first < block->head->rows;
+         first += FA_BACKWARD_ROWS) {
         const int64_t rows = fa_min(FA_BACKWARD_ROWS, block->head->rows - first);
         const struct fa_key_range seen = fa_rows_keys(block->head, first, first + rows - 1);
         bool q_finite, grad_finite;
-        if (seen.lo >= block->key + live || seen.hi <= block->key) {
+        if (seen.lo >= block->key + block->live || seen.hi <= block->key) {
             continue;
         }
         if (fa_job_checkpoint(job, thread)) {
             return false;
         }
-        if (!packed) {
-            fa_backward_pack(b, block->head, ws, block->key, live);
-            block->finite = g->ops->pack_values(ws->k_values, (size_t)g->block_k * g->ops->nr,
-                                                (size_t)live, (size_t)p->head_dim, &ws->tile.keys);
-            packed = true;
-        }
+        pack_block(b, block, ws);
         load_tile_rows(b, block, ws, first, rows, &q_finite, &grad_finite);
-        const struct fa_key_range keys =
-            fa_backward_tile(b, block->head, block->head_index, ws, first, rows, block->key);
-        if (p->softcap > 0 && keys.hi > keys.lo) {
-            const int64_t at = keys.lo * size;
+        const struct fa_key_range keys = fa_backward_tile(b, block->head, block->head_index, ws,
+                                                          first, rows, block->key, weights_only);
+        if (keys.hi <= keys.lo) {
+            continue;
+        }
+        if (g->params->softcap > 0 && !weights_only) {
+            const int64_t at = keys.lo * (int64_t)g->ops->size;
             g->ops->scale_gradients(ws->gradients + at, ws->slope + at, (size_t)g->block_k,
                                     (size_t)rows, (size_t)(keys.hi - keys.lo));
         }
-        if (keys.hi > keys.lo) {
-            add_products(b, block, ws, first, rows, keys, q_finite, grad_finite);
+        add_products(b, block, ws, first, rows, keys, q_finite, grad_finite);
+    }
+    return true;
+}
+
+/* Softmax over the queries, one query head: gradients of values, from them delta, from that the rest. */
+static bool visit_rows_twice(struct fa_job *job, int thread, struct key_block *block,
+                             struct fa_backward_workspace *ws)
+{
+    const struct fa_backward *b = job->context;
+    const struct fa_geometry *g = &b->geometry;
+    const struct fa_input *grad_lse = &b->params->grad_lse;
+    const int64_t elements = g->block_k * b->padded_v;
+    const char *lse = fa_input_of(g, grad_lse, block->head_index);
+
+    memset(ws->head_grad_v, 0, (size_t)(elements * (int64_t)g->ops->size));
+    block->purpose = GRAD_V;
+    block->grad_v = ws->head_grad_v;
+    if (!visit_rows(job, thread, block, ws)) {
+        return false;
+    }
+    if (!block->packed) {
+        return true; /* no query sees a key of it */
+    }
+    g->ops->column_deltas(b->delta + fa_column_at(g, block->head_index, block->key),
+                          (size_t)block->live, (size_t)g->params->head_dim_v, ws->tile.v,
+                          ws->head_grad_v, (size_t)b->padded_v,
+                          lse == NULL ? NULL : lse + block->key * grad_lse->row, grad_lse->row);
+    g->ops->add(ws->grad_v, ws->head_grad_v, (size_t)elements);
+    block->purpose = THE_REST;
+    return visit_rows(job, thread, block, ws);
+}
+
+/* One key block against all heads that read it. */
+static bool visit_key_block(struct fa_job *job, int thread, struct key_block *block,
+                            struct fa_backward_workspace *ws, int64_t members)
+{
+    const struct fa_backward *b = job->context;
+    const struct fa_geometry *g = &b->geometry;
+    const struct fa_attention_params *p = &b->params->attention;
+    const int64_t size = (int64_t)g->ops->size, first_head = block->head_index;
+    bool done = true;
+
+    memset(ws->grad_k, 0, (size_t)(g->block_k * b->padded_k * size));
+    memset(ws->grad_v, 0, (size_t)(g->block_k * b->padded_v * size));
+    block->packed = false;
+    for (int64_t i = 0; done && i < members; i++) {
+        struct fa_head head;
+        block->head_index = first_head + i;
+        block->head = &head;
+        fa_head_init(&head, g, block->head_index);
+        block->live = fa_min(block->keys, head.kv_length - block->key);
+        if (fa_over_queries(g)) {
+            done = visit_rows_twice(job, thread, block, ws);
+        } else {
+            block->purpose = EVERYTHING;
+            block->grad_v = ws->grad_v;
+            done = visit_rows(job, thread, block, ws);
         }
     }
-    store_keys(b, block, &b->params->grad_k, ws->grad_k, b->padded_k, p->head_dim, p->scale);
-    store_keys(b, block, &b->params->grad_v, ws->grad_v, b->padded_v, p->head_dim_v, 1);
-    return true;
+    block->head_index = first_head;
+    if (done) {
+        store_keys(b, block, &b->params->grad_k, ws->grad_k, b->padded_k, p->head_dim, p->scale);
+        store_keys(b, block, &b->params->grad_v, ws->grad_v, b->padded_v, p->head_dim_v, 1);
+    }
+    return done;
+}
+
+/* Heads that share their keys and are not stacked. */
+static int64_t count_members(const struct fa_geometry *g)
+{
+    const struct fa_attention_params *p = g->params;
+    return fa_over_queries(g) && p->num_kv_heads > 0 ? p->num_heads / p->num_kv_heads : 1;
+}
+
+/* The group's sums of grad_q of a head begin at 0. */
+static void clear_sums(const struct fa_backward *b, int64_t head_index, int64_t group)
+{
+    const struct fa_geometry *g = &b->geometry;
+    const int64_t row_bytes = b->padded_k * (int64_t)g->ops->size;
+    struct fa_head head;
+    fa_head_init(&head, g, head_index);
+    const int64_t before = fa_rows_before(g, head_index) * b->groups + group * head.rows;
+    memset(b->grad_q + before * row_bytes, 0, (size_t)(head.rows * row_bytes));
 }
 
 static void run_group(struct fa_job *job, int64_t index, int thread)
@@ -192,27 +289,22 @@ static void run_group(struct fa_job *job, int64_t index, int thread)
     const struct fa_backward *b = job->context;
     const struct fa_geometry *g = &b->geometry;
     struct fa_backward_workspace ws = fa_backward_workspace_of(b, thread);
-    struct fa_head head;
-    struct key_block block = {
-        .head = &head, .head_index = index / b->groups, .group = index % b->groups};
+    const int64_t members = count_members(g), head_index = index / b->groups * members;
+    const int64_t groups = fa_backward_groups(g, head_index);
+    struct key_block block = {.head_index = head_index, .group = index % b->groups};
 
-    const int64_t groups = fa_backward_groups(g, block.head_index);
     if (block.group >= groups) {
         return;
     }
-    fa_head_init(&head, g, block.head_index);
-    if (b->grad_q != NULL) {
-        const int64_t row_bytes = b->padded_k * (int64_t)g->ops->size;
-        const int64_t before =
-            fa_rows_before(g, block.head_index) * b->groups + block.group * head.rows;
-        memset(b->grad_q + before * row_bytes, 0, (size_t)(head.rows * row_bytes));
+    for (int64_t i = 0; b->grad_q != NULL && i < members; i++) {
+        clear_sums(b, head_index + i, block.group);
     }
     /* Dealt out in turn, because under a causal mask the first blocks are seen by the most rows. */
-    const int64_t seqlen_k = fa_backward_seqlen_k(g, block.head_index);
+    const int64_t seqlen_k = fa_backward_seqlen_k(g, head_index);
     for (int64_t i = block.group; i * g->block_k < seqlen_k; i += groups) {
         block.key = i * g->block_k;
         block.keys = fa_min(g->block_k, seqlen_k - block.key);
-        if (!visit_key_block(job, thread, &block, &ws)) {
+        if (!visit_key_block(job, thread, &block, &ws, members)) {
             return;
         }
     }
@@ -232,10 +324,12 @@ static enum fa_status allocate(struct fa_backward *b)
     const struct fa_geometry *g = &b->geometry;
     const int64_t size = (int64_t)g->ops->size;
     const int64_t rows = count_rows(b);
+    const int64_t statistics =
+        fa_over_queries(g) ? g->batch * g->heads * g->key_blocks * g->block_k : rows;
     int64_t total, reals = 0, sums, sum_bytes = 0;
     if (!fa_backward_workspace_bytes(b) ||
         !fa_multiply(b->workspace_bytes, g->num_threads, &total) ||
-        !fa_add_bytes(&reals, rows, size) || !fa_multiply(rows, b->groups, &sums) ||
+        !fa_add_bytes(&reals, statistics, size) || !fa_multiply(rows, b->groups, &sums) ||
         !fa_multiply(sums, b->padded_k, &sums) || !fa_add_bytes(&sum_bytes, sums, size)) {
         return FA_OVERFLOW;
     }
@@ -270,11 +364,13 @@ static enum fa_status run_passes(struct fa_backward *b)
     const struct fa_geometry *g = &b->geometry;
     const struct fa_backward_params *p = b->params;
     const int64_t heads = g->batch * g->heads, row_tasks = heads * fa_backward_row_blocks(g);
-    const bool main_pass =
-        p->grad_q.data != NULL || p->grad_k.data != NULL || p->grad_v.data != NULL;
-    enum fa_status status = run_pass(b, fa_backward_prepare_rows, row_tasks);
+    /* Over the queries it makes delta, too. */
+    const bool main_pass = fa_over_queries(g) || p->grad_q.data != NULL || p->grad_k.data != NULL ||
+                           p->grad_v.data != NULL;
+    enum fa_status status = fa_over_queries(g) ? run_pass(b, fa_backward_prepare_keys, heads)
+                                               : run_pass(b, fa_backward_prepare_rows, row_tasks);
     if (status == FA_OK && main_pass) {
-        status = run_pass(b, run_group, heads * b->groups);
+        status = run_pass(b, run_group, heads / count_members(g) * b->groups);
     }
     if (status == FA_OK && p->grad_q.data != NULL) {
         status = run_pass(b, fa_backward_store_rows, row_tasks);
@@ -291,8 +387,7 @@ enum fa_status fa_attention_backward(const struct fa_backward_params *params,
     const struct fa_attention_params *p = &params->attention;
     struct fa_backward b = {.params = params};
     FA_ASSERT(p->head_dim <= FA_MAX_BACKWARD_DIM && p->head_dim_v <= FA_MAX_BACKWARD_DIM);
-    FA_ASSERT(p->softmax_axis == FA_SOFTMAX_KEYS && p->kv_dtype == p->dtype);
-    FA_ASSERT(p->page_table.data == NULL);
+    FA_ASSERT(p->kv_dtype == p->dtype && p->page_table.data == NULL);
     enum fa_status status = fa_geometry_init(&b.geometry, p, fa_ops_for(kernels, p->dtype));
     if (status != FA_OK) {
         return status;

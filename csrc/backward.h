@@ -28,6 +28,7 @@ struct fa_backward_workspace {
     char *gradients;       /* likewise: of weights, then of scores */
     char *slope;           /* likewise, with softcap */
     char *grad_k, *grad_v; /* real [block_k][padded_k], [block_k][padded_v] */
+    char *head_grad_v;     /* like grad_v, with softmax over the queries: of one query head */
     const char **row;      /* [FA_BACKWARD_ROWS] */
 };
 
@@ -54,16 +55,19 @@ struct fa_backward_workspace fa_backward_workspace_of(const struct fa_backward *
 
 /* Rows [first, first + rows) of a head against the key block whose packed keys and values ws holds: weights
  * and gradients of scores, in ws->weights and ws->gradients, 0 where a key takes no part.  Returns the
- * columns, whole panels, outside of which there is nothing; none: lo == hi. */
+ * columns, whole panels, outside of which there is nothing; none: lo == hi.  weights_only: and nothing in
+ * ws->gradients. */
 struct fa_key_range fa_backward_tile(const struct fa_backward *backward, const struct fa_head *head,
                                      int64_t head_index, struct fa_backward_workspace *ws,
-                                     int64_t first, int64_t rows, int64_t block_key);
+                                     int64_t first, int64_t rows, int64_t block_key,
+                                     bool weights_only);
 
 /* Pack the keys and values of a block for fa_backward_tile. */
 void fa_backward_pack(const struct fa_backward *backward, const struct fa_head *head,
                       struct fa_backward_workspace *ws, int64_t block_key, int64_t keys);
 
-/* delta and shift of every row; grad_q from its sums; grad_bias. */
+/* shift of every key, or delta and shift of every row; grad_q from its sums; grad_bias. */
+void fa_backward_prepare_keys(struct fa_job *job, int64_t index, int thread);
 void fa_backward_prepare_rows(struct fa_job *job, int64_t index, int thread);
 void fa_backward_store_rows(struct fa_job *job, int64_t index, int thread);
 void fa_backward_bias(struct fa_job *job, int64_t index, int thread);
@@ -92,6 +96,17 @@ static inline int64_t fa_backward_groups(const struct fa_geometry *g, int64_t he
 {
     const int64_t wanted = fa_ceil_div(fa_backward_seqlen_k(g, head_index), FA_GROUP_K);
     return fa_max(1, fa_min(FA_MAX_GROUPS, wanted));
+}
+
+static inline bool fa_over_queries(const struct fa_geometry *g)
+{
+    return g->params->softmax_axis == FA_SOFTMAX_QUERIES;
+}
+
+/* Softmax over the queries: where shift and delta of a key lie. */
+static inline int64_t fa_column_at(const struct fa_geometry *g, int64_t head_index, int64_t key)
+{
+    return (head_index * g->key_blocks * g->block_k + key) * (int64_t)g->ops->size;
 }
 
 /* Tasks of the passes over rows: FA_BACKWARD_ROWS of one head each. */

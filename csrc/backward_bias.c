@@ -100,7 +100,7 @@ static bool visit_head(struct fa_job *job, int thread, int64_t head_index, int64
             g->ops->load_rows(ws.grad_out, (size_t)rows, ws.row, grad->col, (size_t)p->head_dim_v,
                               p->dtype, 1);
             struct fa_key_range seen =
-                fa_backward_tile(b, &head, head_index, &ws, first, rows, key);
+                fa_backward_tile(b, &head, head_index, &ws, first, rows, key, false);
             seen.hi = fa_min(seen.hi, keys);
             add_tile(b, &ws, first, rows, member, key, seen, plane);
         }

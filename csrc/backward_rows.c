@@ -64,6 +64,21 @@ static void prepare_row(const struct fa_backward *b, int64_t head_index, int64_t
     write_real(g, out, delta);
 }
 
+/* Softmax over the queries: the shift of every key of a head.  delta comes with the gradients of values. */
+void fa_backward_prepare_keys(struct fa_job *job, int64_t index, int thread)
+{
+    const struct fa_backward *b = job->context;
+    const struct fa_geometry *g = &b->geometry;
+    const struct fa_input *lse = &b->params->lse;
+    const char *from = fa_input_of(g, lse, index);
+    (void)thread;
+    for (int64_t j = 0; j < g->key_blocks * g->block_k; j++) {
+        const double x = j < g->params->seqlen_k ? read_real(g, from + j * lse->row) : -INFINITY;
+        write_real(g, b->shift + fa_column_at(g, index, j), x == -INFINITY ? 0 : x * FA_LOG2_E);
+        write_real(g, b->delta + fa_column_at(g, index, j), 0);
+    }
+}
+
 void fa_backward_prepare_rows(struct fa_job *job, int64_t index, int thread)
 {
     const struct fa_backward *b = job->context;

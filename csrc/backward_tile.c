@@ -24,6 +24,7 @@ static bool lay_out(const struct fa_backward *b, struct fa_backward_workspace *w
         {&ws->weights, rows, g->block_k},
         {&ws->gradients, rows, g->block_k},
         {&ws->slope, g->params->softcap > 0 ? rows : 0, g->block_k},
+        {&ws->head_grad_v, fa_over_queries(g) ? g->block_k : 0, b->padded_v},
         {&ws->grad_k, g->block_k, b->padded_k},
         {&ws->grad_v, g->block_k, b->padded_v},
     };
@@ -106,13 +107,34 @@ static void clear_columns(const struct fa_geometry *g, struct fa_backward_worksp
     }
 }
 
+/* Scores to weights, and gradients of weights to those of scores. */
+static void finish_tile(const struct fa_backward *b, const struct fa_tile *tile,
+                        struct fa_workspace *part, struct fa_backward_workspace *ws,
+                        int64_t head_index, int64_t offset, bool weights_only)
+{
+    const struct fa_geometry *g = tile->head->geometry;
+    const int64_t size = (int64_t)g->ops->size;
+    const size_t rows = (size_t)tile->rows, columns = (size_t)tile->columns;
+    void *scores = fa_tile_score_data(tile, part);
+    char *gradients = ws->gradients + (offset * g->block_k + tile->begin) * size;
+    if (fa_over_queries(g)) {
+        const int64_t at = fa_column_at(g, head_index, tile->block_key + tile->begin);
+        g->ops->column_gradients(scores, weights_only ? NULL : gradients, (size_t)g->block_k, rows,
+                                 columns, b->shift + at, b->delta + at);
+    } else {
+        const int64_t at = (fa_rows_before(g, head_index) + tile->first_row) * size;
+        g->ops->score_gradients(scores, gradients, (size_t)g->block_k, rows, columns, b->shift + at,
+                                b->delta + at);
+    }
+}
+
 struct fa_key_range fa_backward_tile(const struct fa_backward *backward, const struct fa_head *head,
                                      int64_t head_index, struct fa_backward_workspace *ws,
-                                     int64_t first, int64_t rows, int64_t block_key)
+                                     int64_t first, int64_t rows, int64_t block_key,
+                                     bool weights_only)
 {
     const struct fa_geometry *g = head->geometry;
     const int64_t size = (int64_t)g->ops->size;
-    const int64_t row_at = (fa_rows_before(g, head_index) + first) * size;
     struct fa_key_range of[FA_BACKWARD_ROWS / FA_TILE_Q], all = {g->block_k, 0};
 
     for (int64_t r = 0; r < rows; r += FA_TILE_Q) {
@@ -132,12 +154,10 @@ struct fa_key_range fa_backward_tile(const struct fa_backward *backward, const s
         all.lo = fa_min(all.lo, range->lo);
         all.hi = fa_max(all.hi, range->hi);
         fa_tile_scores(&tile, &part);
-        multiply_values(&tile, ws, r);
-        char *d = ws->gradients + at + tile.begin * size;
-        g->ops->score_gradients(fa_tile_score_data(&tile, &part), d, (size_t)g->block_k,
-                                (size_t)count, (size_t)tile.columns,
-                                backward->shift + row_at + r * size,
-                                backward->delta + row_at + r * size);
+        if (!weights_only) {
+            multiply_values(&tile, ws, r);
+        }
+        finish_tile(backward, &tile, &part, ws, head_index, r, weights_only);
     }
     if (all.hi <= all.lo) {
         return (struct fa_key_range){0, 0};

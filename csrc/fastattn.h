@@ -132,7 +132,7 @@ struct fa_attention_params {
     void *poll_arg;
 };
 
-/* Gradients of one call of attention with softmax over keys.  The forward's arguments are `attention`, with
+/* Gradients of one call of attention.  The forward's arguments are `attention`, with
  * head_dim and head_dim_v at most FA_MAX_BACKWARD_DIM, no page_table, no bias with packed sequences, kv_dtype ==
  * dtype; its `out` and `lse` are not used.  Nothing overlaps, but that rows of grad_bias may share memory. */
 struct fa_backward_params {

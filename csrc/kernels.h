@@ -158,6 +158,13 @@ struct fa_ops {
      * s = exp2(s - shift[row]), d = s * (d - delta[row]), both 0 where the weight is. */
     void (*score_gradients)(void *s, void *d, size_t ld, size_t rows, size_t n, const void *shift,
                             const void *delta);
+    /* The same with a shift and a delta for each column; d nullable: weights only. */
+    void (*column_gradients)(void *s, void *d, size_t ld, size_t rows, size_t n, const void *shift,
+                             const void *delta);
+    /* delta[j] = sum of v[j] * grad_v[j], less grad_lse[j] (nullable, stride in bytes), for `keys` packed
+     * values of `cols` columns, laid out as pack_keys does. */
+    void (*column_deltas)(void *delta, size_t keys, size_t cols, const void *v, const void *grad_v,
+                          size_t ld, const char *grad_lse, int64_t stride);
     /* d *= slope */
     void (*scale_gradients)(void *d, const void *slope, size_t ld, size_t rows, size_t n);
     /* sum += x; n: multiple of vl. */

@@ -61,6 +61,40 @@ static void FN(score_gradients)(void *s, void *d, size_t ld, size_t rows, size_t
     }
 }
 
+static void FN(column_gradients)(void *s, void *d, size_t ld, size_t rows, size_t n,
+                                 const void *shift, const void *delta)
+{
+    const VEC limit = V(set)(EXP2_MIN);
+    for (size_t r = 0; r < rows; r++) {
+        for (size_t l = 0; l < n; l += VL) {
+            REAL *at = (REAL *)s + r * ld + l;
+            VEC x = V(sub)(V(load)(at), V(load)((const REAL *)shift + l));
+            VEC p = FN(exp2)(x);
+            V(store)(at, p);
+            if (d != NULL) {
+                REAL *to = (REAL *)d + r * ld + l;
+                VEC difference = V(sub)(V(load)(to), V(load)((const REAL *)delta + l));
+                V(store)(to, V(keep_ge)(x, limit, V(mul)(p, difference)));
+            }
+        }
+    }
+}
+
+static void FN(column_deltas)(void *delta, size_t keys, size_t cols, const void *v,
+                              const void *grad_v, size_t ld, const char *grad_lse, int64_t stride)
+{
+    for (size_t j = 0; j < keys; j++) {
+        const REAL *value = (const REAL *)v + j / NR * NR * cols + j % NR;
+        const REAL *gradient = (const REAL *)grad_v + j * ld;
+        double sum = grad_lse == NULL ? 0 : -(double)FN(read)(grad_lse + (int64_t)j * stride);
+        for (size_t c = 0; c < cols; c++) {
+            /* A key that takes no part has gradient 0, whatever its value is. */
+            sum += gradient[c] == 0 ? 0 : (double)(value[c * NR] * gradient[c]);
+        }
+        ((REAL *)delta)[j] = (REAL)sum;
+    }
+}
+
 static void FN(scale_gradients)(void *d, const void *slope, size_t ld, size_t rows, size_t n)
 {
     for (size_t r = 0; r < rows; r++) {
