@@ -124,6 +124,10 @@ struct fa_attention_params {
     int64_t window_left; /* < 0: open; else i + q_offset - window_left <= j; <= 2^60 */
     int64_t window_right; /* < 0: open; else j <= i + q_offset + window_right; <= 2^60 */
 
+    double dropout_p; /* 0 .. 1: the share of weights that become 0; the others are divided by
+                            * 1 - dropout_p.  0: none */
+    uint64_t dropout_seed; /* with (batch entry, head, query, key) it decides (kernels/philox.h) */
+
     int num_threads; /* >= 1: the most threads that may work on this call */
 
     /* nullable; called now and then by the calling thread only.  Non-zero: stop, return

@@ -190,11 +190,12 @@ static char *skip_output_rows(char *p, int64_t rows, int64_t stride)
 struct fa_head_place fa_head_place(const struct fa_geometry *geometry, int64_t index)
 {
     const struct fa_attention_params *p = geometry->params;
-    const int64_t first_head = index % geometry->heads * geometry->stacked;
+    const int64_t head = index % geometry->heads;
+    const bool of_keys = p->softmax_axis == FA_SOFTMAX_KEYS;
     return (struct fa_head_place){
         .entry = index / geometry->heads,
-        .first_head = first_head,
-        .kv_head = first_head / (p->num_heads / p->num_kv_heads),
+        .first_head = head * geometry->stacked,
+        .kv_head = of_keys ? head : head / (p->num_heads / p->num_kv_heads),
     };
 }
 
@@ -227,6 +228,8 @@ void fa_head_init(struct fa_head *head, const struct fa_geometry *geometry, int6
     const int64_t kv_ndim = paged ? 0 : n; /* pages have no batch axis of their own */
     *head = (struct fa_head){
         .geometry = geometry,
+        .entry = entry,
+        .first_head = first_head,
         .q = skip_heads(locate(&p->q, at, n), first_head, &p->q),
         .k = skip_heads(locate(&p->k, at, kv_ndim), kv_head, &p->k),
         .v = skip_heads(locate(&p->v, at, kv_ndim), kv_head, &p->v),

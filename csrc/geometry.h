@@ -43,6 +43,7 @@ enum fa_status fa_geometry_init(struct fa_geometry *geometry,
 /* One (batch entry, head) of the call: where its arrays start. */
 struct fa_head {
     const struct fa_geometry *geometry;
+    int64_t entry, first_head; /* batch entry, first of the stacked query heads */
     const char *q, *k, *v, *bias, *mask, *residual, *alibi_slopes, *sinks;
     const char *q_segment_ids, *k_segment_ids, *k_scale, *v_scale, *page_table;
     char *out, *lse;

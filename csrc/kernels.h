@@ -81,6 +81,14 @@ struct fa_row_result {
     void *lse;              /* nullable; one element, natural logarithm */
 };
 
+/* Where a row of weights stands, and what is drawn against its random words. */
+struct fa_dropout {
+    uint64_t seed;
+    uint64_t threshold; /* words below it drop; up to 2^32 */
+    double kept;        /* factor of the others */
+    uint32_t query, head, entry;
+};
+
 /* Rows of caller memory that meet in a sum. */
 struct fa_row_terms {
     const char *grad, *out, *residual; /* residual nullable */
@@ -148,6 +156,11 @@ struct fa_ops {
     /* out = acc / sum (+ residual), and lse.  A row that saw no key stores 0 (+ residual), lse -inf. */
     void (*softmax_store)(const struct fa_state *state, size_t ldacc,
                           const struct fa_row_result *result);
+
+    /* Dropout: n factors for the keys from `key` on, 0 or kept; and n weights times theirs, n a multiple of
+     * vl. */
+    void (*dropout_factors)(void *factors, size_t n, const struct fa_dropout *dropout, int64_t key);
+    void (*apply_dropout)(void *x, const void *factors, size_t n);
 
     /* Backward.  Sum of grad * (out - residual) over one row; residual nullable. */
     double (*row_delta)(const struct fa_row_terms *terms);

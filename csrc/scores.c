@@ -309,3 +309,21 @@ void fa_tile_scores(const struct fa_tile *tile, struct fa_workspace *ws)
         group_scores(tile, ws, r, fa_min(group, tile->rows - r));
     }
 }
+
+void fa_tile_dropout(const struct fa_tile *tile, struct fa_workspace *ws, int64_t r)
+{
+    const struct fa_head *head = tile->head;
+    const struct fa_geometry *g = head->geometry;
+    const struct fa_attention_params *p = g->params;
+    const int64_t row = tile->first_row + r;
+    const struct fa_dropout dropout = {
+        .seed = p->dropout_seed,
+        .threshold = (uint64_t)(p->dropout_p * 0x1p32),
+        .kept = p->dropout_p < 1 ? 1 / (1 - p->dropout_p) : 0,
+        .query = (uint32_t)fa_row_token(g, row),
+        .head = (uint32_t)(head->first_head + fa_row_member(g, row)),
+        .entry = (uint32_t)head->entry,
+    };
+    g->ops->dropout_factors(ws->factors, (size_t)tile->columns, &dropout,
+                            tile->block_key + tile->begin);
+}

@@ -51,7 +51,7 @@ struct fa_state fa_state_at(const struct fa_geometry *geometry, int64_t rows, ch
 
 struct layout {
     struct state_layout part, total;
-    int64_t q, k, v, scores, mask, segments, k_row, v_row, k_scale, v_scale, bytes;
+    int64_t q, k, v, scores, mask, segments, k_row, v_row, k_scale, v_scale, factors, bytes;
 };
 
 static bool lay_out(const struct fa_geometry *g, struct layout *at)
@@ -71,6 +71,7 @@ static bool lay_out(const struct fa_geometry *g, struct layout *at)
         reserve(&total, &at->k_row, g->block_k + FA_KEYS_AHEAD, 1, (int64_t)sizeof(char *)) &&
         reserve(&total, &at->v_row, g->block_k + FA_KEYS_AHEAD, 1, (int64_t)sizeof(char *)) &&
         reserve(&total, &at->k_scale, g->block_k, 1, (int64_t)sizeof(float)) &&
+        reserve(&total, &at->factors, g->params->dropout_p > 0 ? g->block_k : 0, 1, size) &&
         reserve(&total, &at->v_scale, g->block_k, 1, (int64_t)sizeof(float));
     at->bytes = total;
     return ok;
@@ -102,6 +103,7 @@ struct fa_workspace fa_workspace_of(const struct fa_geometry *geometry, char *me
         .segments = (int64_t *)(void *)(base + at.segments),
         .k_row = (const char **)(void *)(base + at.k_row),
         .v_row = (const char **)(void *)(base + at.v_row),
+        .factors = base + at.factors,
         .k_scale = (float *)(void *)(base + at.k_scale),
         .v_scale = (float *)(void *)(base + at.v_scale),
     };

@@ -16,7 +16,7 @@ from cpython.buffer cimport (
     PyObject_GetBuffer,
 )
 from cpython.exc cimport PyErr_CheckSignals
-from libc.stdint cimport int64_t
+from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memset
 
 from fastattn._csrc cimport *
@@ -28,9 +28,9 @@ cdef extern from *:
     const char *FA_BUILD_SWITCHES
 
 
-# Arrays of one call: q k v out lse residual bias alibi_slopes sinks mask kv_lengths q_offset, two of
-# segment ids, two scales, page_table, and the starts of packed sequences; and of its gradients: grad_out
-# grad_lse grad_q grad_k grad_v grad_bias delta.
+# Arrays of one call: q k v out lse residual bias alibi_slopes sinks mask kv_lengths q_offset, two
+# of segment ids, two scales, page_table, and the starts of packed sequences; and of its gradients:
+# grad_out grad_lse grad_q grad_k grad_v grad_bias delta.
 cdef enum:
     MAX_VIEWS = 26
 
@@ -115,8 +115,8 @@ cdef int fill(
     object residual, double scale, double softcap, object bias, object alibi_slopes, object sinks,
     object mask, object kv_lengths, object q_offset, object q_segment_ids, object k_segment_ids,
     bint causal, int64_t window_left, int64_t window_right, bint softmax_over_queries,
-    int num_threads, object k_scale, object v_scale, object page_table, object q_starts,
-    object k_starts,
+    int num_threads, double dropout_p, uint64_t dropout_seed, object k_scale, object v_scale,
+    object page_table, object q_starts, object k_starts,
 ) except -1:
     cdef Py_buffer *view
     cdef int64_t nb, kv_nb
@@ -169,6 +169,8 @@ cdef int fill(
     p.window_right = window_right
     p.softmax_axis = FA_SOFTMAX_QUERIES if softmax_over_queries else FA_SOFTMAX_KEYS
     p.num_threads = num_threads
+    p.dropout_p = dropout_p
+    p.dropout_seed = dropout_seed
 
     read_input(&p.k_scale, held, k_scale, kv_nb, True, True, False)
     read_input(&p.v_scale, held, v_scale, kv_nb, True, True, False)
@@ -228,8 +230,9 @@ cdef const fa_kernels *find_kernels(str isa) except NULL:
 def attention(
     str isa, q, k, v, out, lse, residual, double scale, double softcap, bias, alibi_slopes, sinks,
     mask, kv_lengths, q_offset, q_segment_ids, k_segment_ids, bint causal, int64_t window_left,
-    int64_t window_right, bint softmax_over_queries, int num_threads, k_scale=None, v_scale=None,
-    page_table=None, q_starts=None, k_starts=None,
+    int64_t window_right, bint softmax_over_queries, int num_threads, double dropout_p,
+    uint64_t dropout_seed, k_scale=None, v_scale=None, page_table=None, q_starts=None,
+    k_starts=None,
 ):
     cdef fa_attention_params params
     cdef views held
@@ -240,8 +243,8 @@ def attention(
         fill(
             &params, &held, q, k, v, out, lse, residual, scale, softcap, bias, alibi_slopes, sinks,
             mask, kv_lengths, q_offset, q_segment_ids, k_segment_ids, causal, window_left,
-            window_right, softmax_over_queries, num_threads, k_scale, v_scale, page_table, q_starts,
-            k_starts,
+            window_right, softmax_over_queries, num_threads, dropout_p, dropout_seed, k_scale,
+            v_scale, page_table, q_starts, k_starts,
         )
         params.poll = poll_signals
         params.poll_arg = <void *>raised
@@ -255,8 +258,9 @@ def attention(
 def attention_backward(
     str isa, q, k, v, out, lse, residual, double scale, double softcap, bias, alibi_slopes, sinks,
     mask, kv_lengths, q_offset, q_segment_ids, k_segment_ids, bint causal, int64_t window_left,
-    int64_t window_right, bint softmax_over_queries, int num_threads, grad_out, grad_lse=None,
-    grad_q=None, grad_k=None, grad_v=None, grad_bias=None, delta=None, q_starts=None, k_starts=None,
+    int64_t window_right, bint softmax_over_queries, int num_threads, double dropout_p,
+    uint64_t dropout_seed, grad_out, grad_lse=None, grad_q=None, grad_k=None, grad_v=None,
+    grad_bias=None, delta=None, q_starts=None, k_starts=None,
 ):
     cdef fa_backward_params params
     cdef views held
@@ -269,8 +273,8 @@ def attention_backward(
         fill(
             &params.attention, &held, q, k, v, None, None, residual, scale, softcap, bias,
             alibi_slopes, sinks, mask, kv_lengths, q_offset, q_segment_ids, k_segment_ids, causal,
-            window_left, window_right, softmax_over_queries, num_threads, None, None, None,
-            q_starts, k_starts,
+            window_left, window_right, softmax_over_queries, num_threads, dropout_p, dropout_seed,
+            None, None, None, q_starts, k_starts,
         )
         nb = params.attention.batch_ndim if q_starts is None else 0
         read_input(&params.out, &held, out, nb, True, True, True)
@@ -298,8 +302,9 @@ def attention_backward(
 def describe(
     str isa, q, k, v, out, lse, residual, double scale, double softcap, bias, alibi_slopes, sinks,
     mask, kv_lengths, q_offset, q_segment_ids, k_segment_ids, bint causal, int64_t window_left,
-    int64_t window_right, bint softmax_over_queries, int num_threads, k_scale=None, v_scale=None,
-    page_table=None, q_starts=None, k_starts=None,
+    int64_t window_right, bint softmax_over_queries, int num_threads, double dropout_p,
+    uint64_t dropout_seed, k_scale=None, v_scale=None, page_table=None, q_starts=None,
+    k_starts=None,
 ):
     cdef fa_attention_params params
     cdef fa_attention_plan plan
@@ -310,8 +315,8 @@ def describe(
         fill(
             &params, &held, q, k, v, out, lse, residual, scale, softcap, bias, alibi_slopes, sinks,
             mask, kv_lengths, q_offset, q_segment_ids, k_segment_ids, causal, window_left,
-            window_right, softmax_over_queries, num_threads, k_scale, v_scale, page_table, q_starts,
-            k_starts,
+            window_right, softmax_over_queries, num_threads, dropout_p, dropout_seed, k_scale,
+            v_scale, page_table, q_starts, k_starts,
         )
         with nogil:
             status = fa_attention_describe(&params, kernels, &plan)

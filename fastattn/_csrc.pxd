@@ -1,5 +1,5 @@
 """Mirror of csrc/fastattn.h, where every field and function is described."""
-from libc.stdint cimport int64_t
+from libc.stdint cimport int64_t, uint64_t
 
 
 cdef extern from "fastattn.h" nogil:
@@ -56,6 +56,8 @@ cdef extern from "fastattn.h" nogil:
         fa_input mask, kv_lengths, q_offset, q_segment_ids, k_segment_ids
         bint causal
         int64_t window_left, window_right
+        double dropout_p
+        uint64_t dropout_seed
         int num_threads
         int (*poll)(void *) noexcept
         void *poll_arg

@@ -63,6 +63,8 @@ CORE_ARGUMENTS = (
     "window_right",
     "softmax_over_queries",
     "num_threads",
+    "dropout_p",
+    "dropout_seed",
 )
 
 
@@ -86,6 +88,8 @@ def core_arguments(
     return_lse: bool,
     out: Array | None,
     num_threads: int | None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | None = None,
 ) -> tuple[tuple[Any, ...], Array, Array | None]:
     """Validate the arguments of `fastattn.attention` and allocate its results.
 
@@ -118,6 +122,9 @@ def core_arguments(
         num_threads = config.default_num_threads()
     else:
         num_threads = min(count("num_threads", num_threads), MAX_C_INT)
+    dropout_value, seed_value = 0.0, 0
+    if dropout_p != 0.0 or dropout_seed is not None:
+        dropout_value, seed_value = _dropout(dropout_p, dropout_seed)
 
     if bias is not None:
         bias = float_array("bias", bias)
@@ -179,6 +186,8 @@ def core_arguments(
         window_right,
         over_queries,
         num_threads,
+        dropout_value,
+        seed_value,
     )
     if out is not None:
         refuse_overlap(
@@ -422,6 +431,23 @@ def _positive(name: str, x: object) -> float:
     if value <= 0.0:
         raise ValueError(f"`{name}` must be greater than 0 (None for no {name}), got {x!r}")
     return value
+
+
+def _dropout(dropout_p: object, dropout_seed: object) -> tuple[float, int]:
+    """The core's share and seed."""
+    share = real("dropout_p", dropout_p)
+    if not 0.0 <= share <= 1.0:
+        raise ValueError(f"`dropout_p` must be 0 to 1, got {dropout_p!r}")
+    if dropout_seed is None:
+        if share > 0.0:
+            raise ValueError(
+                "`dropout_seed` must be an int where `dropout_p` is greater than 0, got None"
+            )
+        return share, 0
+    seed = _integer("dropout_seed", dropout_seed, "an int")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"`dropout_seed` must be 0 to 2**64 - 1, got {seed}")
+    return share, seed
 
 
 def _window(window: Window) -> tuple[int, int]:

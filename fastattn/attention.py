@@ -33,6 +33,8 @@ class Options(TypedDict, total=False):
     segment_ids: Sequence[ArrayLike] | None
     sinks: ArrayLike | None
     softmax_axis: Literal["keys", "queries"]
+    dropout_p: float
+    dropout_seed: int | None
     out: Array | None
     num_threads: int | None
 
@@ -87,6 +89,8 @@ def attention(
     segment_ids: Sequence[ArrayLike] | None = None,
     sinks: ArrayLike | None = None,
     softmax_axis: Literal["keys", "queries"] = "keys",
+    dropout_p: float = 0.0,
+    dropout_seed: int | None = None,
     residual: ArrayLike | None = None,
     return_lse: bool = False,
     out: Array | None = None,
@@ -137,6 +141,12 @@ def attention(
     softmax_axis : {"keys", "queries"}, optional
         The weights of each query sum to one over the keys, or the weights of each key sum to one
         over the queries.
+    dropout_p : float, optional
+        Share of the weights that are set to 0, 0 to 1; the others are divided by ``1 - dropout_p``.
+        `lse` is that of the weights before.
+    dropout_seed : int, optional
+        0 to 2**64 - 1, required with `dropout_p`: with the same seed, the weight of a (batch entry,
+        head, query, key) is dropped or kept whatever the rest of the call is.
     residual : array_like of q's dtype and the result's shape, optional
         Added to the result; may be the same array as `out`.
     return_lse : bool, optional
@@ -224,8 +234,9 @@ def attention(
     https://arxiv.org/abs/2205.14135.  Grouped heads: J. Ainslie et al., 2023,
     https://arxiv.org/abs/2305.13245.  ALiBi: O. Press et al., 2022,
     https://arxiv.org/abs/2108.12409.  Sinks: G. Xiao et al., 2023,
-    https://arxiv.org/abs/2309.17453.  Softmax over the queries: F. Locatello et al., "Slot
-    Attention", 2020, https://arxiv.org/abs/2006.15055.
+    https://arxiv.org/abs/2309.17453.  Dropout by counter: J. Salmon et al., "Parallel random
+    numbers: as easy as 1, 2, 3", 2011, https://doi.org/10.1145/2063384.2063405.  Softmax over the
+    queries: F. Locatello et al., "Slot Attention", 2020, https://arxiv.org/abs/2006.15055.
 
     Examples
     --------
@@ -270,6 +281,8 @@ def attention(
         return_lse,
         out,
         num_threads,
+        dropout_p,
+        dropout_seed,
     )
     _core.attention(*arguments)
     return result if lse is None else (result, lse)
@@ -328,9 +341,9 @@ def self_attention(
         Whether to return `lse` too.
     **options
         As in `attention`: `scale`, `softcap`, `bias`, `alibi_slopes`, `mask`, `causal`, `window`,
-        `q_offset`, `kv_lengths`, `segment_ids`, `sinks`, `softmax_axis`, `out` and `num_threads`.
-        The scores have shape (..., num_heads, seqlen, seqlen), `out` has the shape and dtype of `x`
-        and may not overlap it.
+        `q_offset`, `kv_lengths`, `segment_ids`, `sinks`, `softmax_axis`, `dropout_p`,
+        `dropout_seed`, `out` and `num_threads`.  The scores have shape (..., num_heads, seqlen,
+        seqlen), `out` has the shape and dtype of `x` and may not overlap it.
 
     Returns
     -------

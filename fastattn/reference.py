@@ -37,6 +37,8 @@ def attention(
     segment_ids: tuple[ArrayLike, ArrayLike] | None = None,
     sinks: ArrayLike | None = None,
     softmax_axis: str = "keys",
+    dropout_p: float = 0.0,
+    dropout_seed: int | None = None,
     residual: ArrayLike | None = None,
     return_lse: bool = False,
 ) -> Any:
@@ -106,7 +108,10 @@ def attention(
         weights, lse = _softmax(scores, axis=-2)
     else:
         raise ValueError('`sinks` must be None with softmax_axis="queries"')
-    # 6. Weighted sum.
+    # 6. Dropout and weighted sum.
+    if dropout_p > 0:
+        keep = dropout_mask(dropout_p, dropout_seed or 0, weights.shape)
+        weights = np.where(keep, weights / (1 - dropout_p) if dropout_p < 1 else 0.0, 0.0)
     out = _weighted_sum(weights, v)
 
     if single_head:
@@ -114,6 +119,46 @@ def attention(
     if residual is not None:
         out = out + np.asarray(residual, dtype=np.float64)
     return (out, lse) if return_lse else out
+
+
+def dropout_mask(dropout_p: float, seed: int, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    """Which weights dropout keeps, (..., num_heads, seqlen_q, seqlen_k).
+
+    The random word of a weight is word ``key % 4`` of Philox-4x32-10 with the counter ``(key // 4,
+    query, head, batch entry)``, leading dimensions counted as one in C order, and the key `seed`;
+    it is kept where the word is at least ``dropout_p * 2**32``.
+
+    Examples
+    --------
+    >>> from fastattn import reference
+    >>> reference.dropout_mask(0.5, 7, (1, 2, 6)).astype(int)
+    array([[[1, 1, 0, 0, 0, 1],
+            [0, 0, 1, 1, 0, 0]]])
+    """
+    *batch_shape, num_heads, seqlen_q, seqlen_k = shape
+    entries = int(np.prod(batch_shape, dtype=np.int64))
+    groups = -(-seqlen_k // 4)
+    ranges = [np.arange(n, dtype=np.uint64) for n in (entries, num_heads, seqlen_q, groups)]
+    entry, head, query, group = np.meshgrid(*ranges, indexing="ij")
+    words = _philox((group, query, head, entry), seed)
+    keep = np.stack(words, axis=-1) >= np.uint64(int(dropout_p * 2**32))
+    kept: NDArray[np.bool_] = keep.reshape(entries, num_heads, seqlen_q, 4 * groups)[..., :seqlen_k]
+    return kept.reshape(shape)
+
+
+def _philox(
+    counter: tuple[NDArray[np.uint64], ...], seed: int
+) -> tuple[NDArray[np.uint64], ...]:
+    """Philox-4x32-10 (Salmon et al., 2011) on 32-bit words held in 64 bits."""
+    low = np.uint64(0xFFFFFFFF)
+    half = np.uint64(32)
+    c0, c1, c2, c3 = (c & low for c in counter)
+    k0, k1 = np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32)
+    for _ in range(10):
+        even, odd = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
+        c0, c1, c2, c3 = (odd >> half) ^ c1 ^ k0, odd & low, (even >> half) ^ c3 ^ k1, even & low
+        k0, k1 = (k0 + np.uint64(0x9E3779B9)) & low, (k1 + np.uint64(0xBB67AE85)) & low
+    return c0, c1, c2, c3
 
 
 def self_attention(

@@ -8,6 +8,7 @@
 #include "kernels.h"
 #include "memory.h"
 #include "names.h"
+#include "philox.h"
 
 #include "exp2_template.h"
 
@@ -26,6 +27,8 @@
 #include "softmax_template.h"
 
 #include "column_template.h"
+
+#include "dropout_template.h"
 
 #include "backward_template.h"
 
@@ -54,6 +57,8 @@ static const struct fa_ops FN(ops) = {
     .softmax_update = FN(softmax_update),
     .softmax_fold = FN(softmax_fold),
     .softmax_store = FN(softmax_store),
+    .dropout_factors = FN(dropout_factors),
+    .apply_dropout = FN(apply_dropout),
     .row_delta = FN(row_delta),
     .softcap_slope = FN(softcap_slope),
     .score_gradients = FN(score_gradients),
