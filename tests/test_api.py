@@ -46,39 +46,43 @@ def read_only(array):
 
 OUT = (B, H, LQ, DV)
 SCORES = (B, H, LQ, LK)
+FLOATS = "float16, bfloat16, float32 or float64"
 
 REFUSED_OPERANDS = [
     # dtype and kind
-    ({"q": np.ones((B, H, LQ, D), int)}, TypeError, "`q` must be float32 or float64, got int64"),
-    ({"q": np.ones((B, H, LQ, D), bool)}, TypeError, "`q` must be float32 or float64, got bool"),
+    ({"q": np.ones((B, H, LQ, D), int)}, TypeError, f"`q` must be {FLOATS}, got int64"),
+    ({"q": np.ones((B, H, LQ, D), bool)}, TypeError, f"`q` must be {FLOATS}, got bool"),
     (
         {"k": np.ones((B, HK, LK, D), np.complex64)},
         TypeError,
-        "`k` must be float32 or float64, got complex64",
+        f"`k` must be {FLOATS}, got complex64",
     ),
     (
         {"v": np.ones((B, HK, LK, DV), object)},
         TypeError,
-        "`v` must be float32 or float64, got ndarray (dtype object)",
+        f"`v` must be {FLOATS}, got ndarray (dtype object)",
     ),
-    ({"q": None}, TypeError, "`q` must be float32 or float64, got NoneType (dtype object)"),
-    ({"q": "scores"}, TypeError, "`q` must be float32 or float64, got <U6"),
+    ({"q": None}, TypeError, f"`q` must be {FLOATS}, got NoneType (dtype object)"),
+    ({"q": "scores"}, TypeError, f"`q` must be {FLOATS}, got <U6"),
     (
         {"q": zeros(B, H, LQ, D, dtype=np.longdouble)},
         TypeError,
-        f"`q` must be float32 or float64, got {np.dtype(np.longdouble)}",
+        f"`q` must be {FLOATS}, got {np.dtype(np.longdouble)}",
     ),
     (
         {"q": zeros(B, H, LQ, D, dtype=np.float16)},
         TypeError,
-        "`q` must be float32 or float64 (16-bit types are not supported yet in this version), "
-        "got float16",
+        "`k` must have dtype float16 like `q`, got float32",
     ),
     (
         {"k": zeros(B, HK, LK, D, dtype=ml_dtypes.bfloat16)},
         TypeError,
-        "`k` must be float32 or float64 (16-bit types are not supported yet in this version), "
-        "got bfloat16",
+        "`k` must have dtype float32 like `q`, got bfloat16",
+    ),
+    (
+        {"q": zeros(B, H, LQ, D, dtype=ml_dtypes.float8_e4m3fn)},
+        TypeError,
+        f"`q` must be {FLOATS}, got float8_e4m3fn",
     ),
     (
         {"q": zeros(B, H, LQ, D, dtype=">f4")},
@@ -183,13 +187,7 @@ REFUSED_OPTIONS = [
     (
         {"bias": np.ones(SCORES, int)},
         TypeError,
-        "`bias` must be float32 or float64, got int64",
-    ),
-    (
-        {"bias": np.ones(SCORES, np.float16)},
-        TypeError,
-        "`bias` must be float32 or float64 (16-bit types are not supported yet in this version), "
-        "got float16",
+        f"`bias` must be {FLOATS}, got int64",
     ),
     (
         {"bias": np.ma.masked_array(zeros(LK))},
@@ -415,8 +413,33 @@ REFUSED_OPTIONS = [
         ValueError,
         "`out` must not hold two elements in the same memory, got strides (480, 120, 20, 4)",
     ),
+    # dropout
+    ({"dropout_p": 1.5, "dropout_seed": 0}, ValueError, "`dropout_p` must be 0 to 1, got 1.5"),
+    ({"dropout_p": -0.1, "dropout_seed": 0}, ValueError, "`dropout_p` must be 0 to 1, got -0.1"),
+    ({"dropout_p": nan, "dropout_seed": 0}, ValueError, "`dropout_p` must be finite, got nan"),
+    ({"dropout_p": "0.1"}, TypeError, "`dropout_p` must be a real number, got '0.1'"),
+    (
+        {"dropout_p": 0.1},
+        ValueError,
+        "`dropout_seed` must be an int where `dropout_p` is greater than 0, got None",
+    ),
+    (
+        {"dropout_p": 0.1, "dropout_seed": 1.0},
+        TypeError,
+        "`dropout_seed` must be an int, got 1.0",
+    ),
+    (
+        {"dropout_p": 0.1, "dropout_seed": -1},
+        ValueError,
+        "`dropout_seed` must be 0 to 2**64 - 1, got -1",
+    ),
+    (
+        {"dropout_p": 0.0, "dropout_seed": 2**64},
+        ValueError,
+        "`dropout_seed` must be 0 to 2**64 - 1, got 18446744073709551616",
+    ),
     # what no function has
-    ({"dropout_p": 0.1}, TypeError, "got an unexpected keyword argument 'dropout_p'"),
+    ({"dropout": 0.1}, TypeError, "got an unexpected keyword argument 'dropout'"),
 ]
 
 
@@ -453,7 +476,7 @@ def test_refused_options(function, options, error, message):
 @pytest.mark.parametrize(
     ("x", "options", "error", "message"),
     [
-        (np.ones((3, 4), int), {}, TypeError, "`x` must be float32 or float64, got int64"),
+        (np.ones((3, 4), int), {}, TypeError, f"`x` must be {FLOATS}, got int64"),
         (
             np.ma.masked_array(np.ones((3, 4))),
             {},
@@ -524,7 +547,7 @@ def test_refused_by_self_attention(x, options, error, message):
             np.ones((2, 3, 4), int),
             zeros(2, 3),
             TypeError,
-            "`outs[0]` must be float32 or float64, got int64",
+            f"`outs[0]` must be {FLOATS}, got int64",
         ),
         (
             [zeros(3, 4), zeros(3, 4, dtype=np.float64)],
@@ -536,7 +559,7 @@ def test_refused_by_self_attention(x, options, error, message):
             zeros(2, 3, 4),
             zeros(2, 3, dtype=np.float64),
             TypeError,
-            "`lses[0]` must have dtype float32 like `outs[0]`, got float64",
+            "`lses[0]` must have dtype float32 to match `outs[0]`, got float64",
         ),
         (
             [zeros(3, 4), zeros(2, 4)],
