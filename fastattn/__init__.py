@@ -13,20 +13,25 @@ from typing import TYPE_CHECKING
 
 from fastattn import reference
 from fastattn.attention import Explanation, attention, explain, merge_attention, self_attention
+from fastattn.backward import attention_backward
 from fastattn.cache import KVCache
 from fastattn.config import show_config
 from fastattn.layers import MultiHeadAttention
 from fastattn.paged_cache import OutOfPagesError, PagedKVCache
-from fastattn.varlen import attention_varlen
+from fastattn.reference import Gradients
+from fastattn.varlen import attention_varlen, attention_varlen_backward
 
 __all__ = [
     "Explanation",
+    "Gradients",
     "KVCache",
     "MultiHeadAttention",
     "OutOfPagesError",
     "PagedKVCache",
     "attention",
+    "attention_backward",
     "attention_varlen",
+    "attention_varlen_backward",
     "explain",
     "merge_attention",
     "reference",

@@ -90,8 +90,12 @@ def core_arguments(
     num_threads: int | None,
     dropout_p: float = 0.0,
     dropout_seed: int | None = None,
+    made: tuple[ArrayLike, ArrayLike] | None = None,
 ) -> tuple[tuple[Any, ...], Array, Array | None]:
     """Validate the arguments of `fastattn.attention` and allocate its results.
+
+    `made` is the (out, lse) of an earlier call with the same arguments, to be read: they are
+    checked, and nothing is allocated.
 
     Returns
     -------
@@ -149,14 +153,17 @@ def core_arguments(
     rows_shape = (seqlen_q,) if single_head else q_shape[:-1]
     out_shape = (*rows_shape, head_dim_v)
     if residual is not None:
-        residual = _residual(residual, out_shape, dtype)
-    if out is None:
+        residual = exact_array("residual", residual, out_shape, dtype)
+    lse_shape = (*rows_shape[:-1], seqlen_k) if over_queries else rows_shape
+    lse = None
+    if made is not None:
+        result = exact_array("out", made[0], out_shape, dtype)
+        lse = exact_array("lse", made[1], lse_shape, lse_dtype(dtype))
+    elif out is None:
         result = empty_result(given_q, out_shape)
     else:
         result = check_out(out, out_shape, dtype, "q")
-    lse = None
     if return_lse:
-        lse_shape = (*rows_shape[:-1], seqlen_k) if over_queries else rows_shape
         lse = allocate(lse_shape, lse_dtype(dtype))
 
     core_q, core_k, core_v, core_out, core_residual = q, k, v, result, residual
@@ -534,14 +541,13 @@ def _segment_ids(
 # --- results ----------------------------------------------------------------------------------
 
 
-def _residual(residual: ArrayLike, shape: Shape, dtype: np.dtype[Any]) -> Array:
-    array = as_array("residual", residual)
+def exact_array(name: str, x: ArrayLike, shape: Shape, dtype: np.dtype[Any]) -> Array:
+    """An input that has the shape and dtype of a result."""
+    array = as_array(name, x)
     if array.dtype != dtype:
-        raise TypeError(f"`residual` must have dtype {dtype} like `q`, got {array.dtype}")
+        raise TypeError(f"`{name}` must have dtype {dtype} to match `q`, got {array.dtype}")
     if array.shape != shape:
-        raise ValueError(
-            f"`residual` must have the result's shape {shape}, got shape {array.shape}"
-        )
+        raise ValueError(f"`{name}` must have the result's shape {shape}, got shape {array.shape}")
     return array
 
 

@@ -7,7 +7,7 @@ given.  Arguments are not validated.  What the kernels compute is tested against
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -19,8 +19,122 @@ Float64Array = NDArray[np.float64]
 MAX_POSITION = 2**60
 
 
+class Gradients(NamedTuple):
+    """Gradients of `attention` by its arguments; None where none was asked for."""
+
+    q: NDArray[Any] | None
+    k: NDArray[Any] | None
+    v: NDArray[Any] | None
+    bias: NDArray[Any] | None
+    sinks: NDArray[Any] | None
+
+
 @np.errstate(all="ignore")
 def attention(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    *,
+    residual: ArrayLike | None = None,
+    return_lse: bool = False,
+    **options: Any,
+) -> Any:
+    """Attention by its definition; see `fastattn.attention` for the arguments.
+
+    Returns
+    -------
+    out : float64 array, (..., num_heads, seqlen_q, head_dim_v)
+    lse : float64 array, (..., num_heads, seqlen_q), or (..., num_heads, seqlen_k) with
+        ``softmax_axis="queries"``; only with `return_lse`.
+
+    Examples
+    --------
+    >>> from fastattn import reference
+    >>> print(reference.attention([[0.0]], [[1.0], [2.0]], [[10.0], [30.0]]))
+    [[20.]]
+    """
+    steps = _compute_weights(q, k, v, **options)
+    # 6. Weighted sum.
+    out, lse = _weighted_sum(steps.dropped, steps.v), steps.lse
+    if all(np.ndim(x) == 2 for x in (q, k, v)):
+        out, lse = out[0], lse[0]
+    if residual is not None:
+        out = out + np.asarray(residual, dtype=np.float64)
+    return (out, lse) if return_lse else out
+
+
+@np.errstate(all="ignore")
+def attention_backward(
+    grad_out: ArrayLike,
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    *,
+    bias: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    grad_lse: ArrayLike | None = None,
+    **options: Any,
+) -> Gradients:
+    """Gradients of `attention` by the chain rule; see `fastattn.attention_backward`.
+
+    `out` and `lse` are not needed: everything is computed again.
+
+    Examples
+    --------
+    >>> from fastattn import reference
+    >>> grads = reference.attention_backward([[1.0]], [[0.0]], [[1.0], [3.0]], [[10.0], [30.0]])
+    >>> print(grads.q, grads.v.ravel())
+    [[10.]] [0.5 0.5]
+    """
+    steps = _compute_weights(q, k, v, bias=bias, sinks=sinks, **options)
+    weights, dropped = steps.weights, steps.dropped
+    rows = weights.shape[:-1]
+    grad_out = np.broadcast_to(np.asarray(grad_out, np.float64), (*rows, steps.v.shape[-1]))
+    # 6. Weighted sum.  A weight of 0 has no gradient, whatever its value holds.
+    grad_v = _weighted_sum(dropped.swapaxes(-1, -2), grad_out)
+    grad_dropped = grad_out @ steps.v.swapaxes(-1, -2)
+    grad_weights = np.where(dropped == 0, 0.0, steps.kept * grad_dropped)
+    # 5. Softmax: each weight pulls down the others of its sum.
+    axis = -2 if options.get("softmax_axis") == "queries" else -1
+    delta = np.sum(weights * grad_weights, axis=axis, keepdims=True)
+    if grad_lse is not None:
+        grad_lse = np.expand_dims(np.asarray(grad_lse, np.float64), axis)
+        delta = delta - np.where(np.expand_dims(steps.lse, axis) == -np.inf, 0.0, grad_lse)
+    grad_scores = np.where(weights == 0, 0.0, weights * (grad_weights - delta))
+    grad_sinks = None
+    if sinks is not None:
+        per_head = np.sum(-steps.sink_weights * delta, axis=(-2, -1))
+        grad_sinks = per_head.reshape(-1, per_head.shape[-1]).sum(axis=0)
+    # 2. and 1. Soft cap and scaled products.
+    grad_products = steps.scale * np.where(weights == 0, 0.0, grad_scores * steps.slope)
+    grad_q = _weighted_sum(grad_products, steps.k)
+    grad_k = _weighted_sum(grad_products.swapaxes(-1, -2), steps.q)
+    return Gradients(
+        q=_sum_to(grad_q, np.shape(q)),
+        k=_sum_to(_sum_groups(grad_k, steps.group_size), np.shape(k)),
+        v=_sum_to(_sum_groups(grad_v, steps.group_size), np.shape(v)),
+        bias=None if bias is None else _sum_to(grad_scores, np.shape(bias)),
+        sinks=grad_sinks,
+    )
+
+
+class _Steps(NamedTuple):
+    """What comes before the weighted sum; arrays with a head axis and all heads."""
+
+    q: Float64Array
+    k: Float64Array
+    v: Float64Array
+    group_size: int
+    scale: float
+    slope: Float64Array  # of the soft cap
+    weights: Float64Array
+    sink_weights: Float64Array  # (..., num_heads, seqlen_q, 1)
+    kept: Float64Array  # factors of dropout
+    dropped: Float64Array  # weights times these
+    lse: Float64Array
+
+
+def _compute_weights(
     q: ArrayLike,
     k: ArrayLike,
     v: ArrayLike,
@@ -39,30 +153,13 @@ def attention(
     softmax_axis: str = "keys",
     dropout_p: float = 0.0,
     dropout_seed: int | None = None,
-    residual: ArrayLike | None = None,
-    return_lse: bool = False,
-) -> Any:
-    """Attention by its definition; see `fastattn.attention` for the arguments.
-
-    Returns
-    -------
-    out : float64 array, (..., num_heads, seqlen_q, head_dim_v)
-    lse : float64 array, (..., num_heads, seqlen_q), or (..., num_heads, seqlen_k) with
-        ``softmax_axis="queries"``; only with `return_lse`.
-
-    Examples
-    --------
-    >>> from fastattn import reference
-    >>> print(reference.attention([[0.0]], [[1.0], [2.0]], [[10.0], [30.0]]))
-    [[20.]]
-    """
+) -> _Steps:
     q, k, v = (np.asarray(x, dtype=np.float64) for x in (q, k, v))
-    single_head = q.ndim == k.ndim == v.ndim == 2
     q, k, v = (x[np.newaxis] if x.ndim == 2 else x for x in (q, k, v))
     num_heads, seqlen_q, head_dim = q.shape[-3:]
     num_kv_heads, seqlen_k, _ = k.shape[-3:]
     batch_shape = np.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
-    q = np.broadcast_to(q, batch_shape + q.shape[-3:])
+    q, k, v = (np.broadcast_to(x, batch_shape + x.shape[-3:]) for x in (q, k, v))
     # Grouped-query attention: query head h reads K and V head h // group_size.
     group_size = num_heads // max(num_kv_heads, 1)
     k, v = (np.repeat(x, group_size, axis=-3) for x in (k, v))
@@ -72,7 +169,9 @@ def attention(
         scale = 1.0 / np.sqrt(max(head_dim, 1))
     scores = scale * (q @ k.swapaxes(-1, -2))
     # 2. Soft cap.
+    slope = np.ones_like(scores)
     if softcap is not None:
+        slope = 1.0 - np.tanh(scores / softcap) ** 2
         scores = softcap * np.tanh(scores / softcap)
     # 3. Terms added to the scores.  Query i stands at `position` on the key axis.
     lengths = _per_batch_entry(seqlen_k if kv_lengths is None else kv_lengths, batch_shape)
@@ -101,24 +200,40 @@ def attention(
         takes_part = takes_part & (q_ids[..., :, np.newaxis] == k_ids[..., np.newaxis, :])
     scores = np.where(takes_part, scores, -np.inf)
     # 5. Softmax.
+    sink_weights = np.zeros((1, 1, 1))
     if softmax_axis == "keys":
         extra = None if sinks is None else np.asarray(sinks, dtype=np.float64)[:, None, None]
         weights, lse = _softmax(scores, axis=-1, extra=extra)
+        if extra is not None:
+            empty = lse == -np.inf
+            sink_weights = np.where(empty, 0.0, np.exp(extra[..., 0] - lse))[..., np.newaxis]
     elif sinks is None:
         weights, lse = _softmax(scores, axis=-2)
     else:
         raise ValueError('`sinks` must be None with softmax_axis="queries"')
-    # 6. Dropout and weighted sum.
+    # Dropout takes weights away after they were summed.
+    kept = np.ones((1, 1, 1))
     if dropout_p > 0:
-        keep = dropout_mask(dropout_p, dropout_seed or 0, weights.shape)
-        weights = np.where(keep, weights / (1 - dropout_p) if dropout_p < 1 else 0.0, 0.0)
-    out = _weighted_sum(weights, v)
+        drawn = dropout_mask(dropout_p, dropout_seed or 0, weights.shape)
+        kept = np.where(drawn, 1.0 / np.float64(1.0 - dropout_p), 0.0)
+    dropped = np.where(kept == 0, 0.0, kept * weights)
+    return _Steps(q, k, v, group_size, scale, slope, weights, sink_weights, kept, dropped, lse)
 
-    if single_head:
-        out, lse = out[0], lse[0]
-    if residual is not None:
-        out = out + np.asarray(residual, dtype=np.float64)
-    return (out, lse) if return_lse else out
+
+def _sum_groups(per_query_head: Float64Array, group_size: int) -> Float64Array:
+    """Gradients of key heads from those of the query heads that read them."""
+    *batch_shape, num_heads, rows, columns = per_query_head.shape
+    groups = num_heads // max(group_size, 1), max(group_size, 1)
+    total: Float64Array = per_query_head.reshape(*batch_shape, *groups, rows, columns).sum(axis=-3)
+    return total
+
+
+def _sum_to(array: Float64Array, shape: tuple[int, ...]) -> Float64Array:
+    """The sum of what was broadcast from an array of `shape`."""
+    padded = (1,) * (array.ndim - len(shape)) + shape
+    axes = tuple(i for i, n in enumerate(padded) if n == 1 and array.shape[i] != 1)
+    total: Float64Array = array.sum(axis=axes, keepdims=True).reshape(shape)
+    return total
 
 
 def dropout_mask(dropout_p: float, seed: int, shape: tuple[int, ...]) -> NDArray[np.bool_]:
@@ -146,9 +261,7 @@ def dropout_mask(dropout_p: float, seed: int, shape: tuple[int, ...]) -> NDArray
     return kept.reshape(shape)
 
 
-def _philox(
-    counter: tuple[NDArray[np.uint64], ...], seed: int
-) -> tuple[NDArray[np.uint64], ...]:
+def _philox(counter: tuple[NDArray[np.uint64], ...], seed: int) -> tuple[NDArray[np.uint64], ...]:
     """Philox-4x32-10 (Salmon et al., 2011) on 32-bit words held in 64 bits."""
     low = np.uint64(0xFFFFFFFF)
     half = np.uint64(32)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn import _core, _validate
+from fastattn.backward import compute_gradients, wanted_gradients
+from fastattn.reference import Gradients
 
 Array = NDArray[Any]
 
@@ -26,6 +29,8 @@ def attention_varlen(
     window: _validate.Window | None = None,
     q_offset: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | None = None,
     residual: ArrayLike | None = None,
     return_lse: bool = False,
     out: Array | None = None,
@@ -57,6 +62,8 @@ def attention_varlen(
         As in `attention`.
     q_offset : int or array_like of int, (num_sequences,), optional
         Position of each sequence's first query among its keys.
+    dropout_p, dropout_seed : optional
+        As in `attention`; a sequence counts as a batch entry.
     residual : array_like of q's dtype and the result's shape, optional
         Added to the result; may be the same array as `out`.
     return_lse : bool, optional
@@ -104,6 +111,156 @@ def attention_varlen(
     >>> bool(np.array_equal(out[:3], first.swapaxes(0, 1)))
     True
     """
+    call, result, lse = _packed_arguments(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        q_offset=q_offset,
+        scale=scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        causal=causal,
+        window=window,
+        sinks=sinks,
+        dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
+        residual=residual,
+        return_lse=return_lse,
+        out=out,
+        num_threads=num_threads,
+    )
+    _core.attention(**call)
+    given = result.swapaxes(0, 1) if out is None else out
+    return given if lse is None else (given, lse)
+
+
+def attention_varlen_backward(
+    grad_out: ArrayLike,
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    out: ArrayLike,
+    lse: ArrayLike,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_k: ArrayLike,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    causal: bool = False,
+    window: _validate.Window | None = None,
+    q_offset: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | None = None,
+    residual: ArrayLike | None = None,
+    grad_lse: ArrayLike | None = None,
+    needs: Sequence[str] = Gradients._fields,
+    num_threads: int | None = None,
+) -> Gradients:
+    """Gradients of `attention_varlen`: of each sequence of a packed batch.
+
+    Parameters
+    ----------
+    grad_out : array_like, (total_q, num_heads, head_dim_v)
+        Gradient of some loss by the result, of q's dtype.
+    q, k, v, cu_seqlens_q, cu_seqlens_k : array_like
+        The arguments of the forward call; see `attention_varlen`.
+    out, lse : array_like
+        What the forward call returned, with ``return_lse=True``.
+    scale, softcap, alibi_slopes, causal, window, q_offset, sinks : optional
+        As below.
+    dropout_p, dropout_seed, residual : optional
+        The options of the forward call; see `attention_varlen`.
+    grad_lse, needs, num_threads : optional
+        As in `attention_backward`.
+
+    Returns
+    -------
+    Gradients
+        See `attention_backward`; `bias` is None.
+
+    Raises
+    ------
+    TypeError
+        An argument has the wrong dtype or kind; the message names it.
+    ValueError
+        An argument has the wrong shape or value; the message names it.
+    MemoryError
+        The result or the workspace cannot be allocated.
+
+    See Also
+    --------
+    attention_varlen : The forward pass.
+
+    References
+    ----------
+    T. Dao et al., "FlashAttention", 2022, https://arxiv.org/abs/2205.14135, appendix B.2.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn as fa
+    >>> rng = np.random.default_rng(0)
+    >>> q, k, v, grad_out = rng.standard_normal((4, 10, 2, 8), dtype=np.float32)
+    >>> starts = [0, 3, 10]
+    >>> out, lse = fa.attention_varlen(q, k, v, starts, starts, return_lse=True)
+    >>> grads = fa.attention_varlen_backward(grad_out, q, k, v, out, lse, starts, starts)
+    >>> grads.k.shape
+    (10, 2, 8)
+    """
+    wanted = wanted_gradients(needs, bias=None, sinks=sinks)
+    call, result, made_lse = _packed_arguments(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        q_offset=q_offset,
+        scale=scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        causal=causal,
+        window=window,
+        sinks=sinks,
+        dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
+        residual=residual,
+        num_threads=num_threads,
+        made=(out, lse),
+    )
+    given = {name: _heads_first(name, x) for name, x in (("q", q), ("k", k), ("v", v))}
+    grad = _result_like("grad_out", grad_out, result.swapaxes(0, 1).shape)
+    grads = compute_gradients(call, wanted, given, (result, made_lse), grad, grad_lse, sinks)
+    q_k_v = {name: _swapped(getattr(grads, name)) for name in ("q", "k", "v")}
+    return grads._replace(**q_k_v)
+
+
+def _swapped(array: Array | None) -> Array | None:
+    return None if array is None else array.swapaxes(0, 1)
+
+
+def _packed_arguments(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_k: ArrayLike,
+    *,
+    q_offset: ArrayLike | None,
+    alibi_slopes: ArrayLike | None,
+    residual: ArrayLike | None,
+    return_lse: bool = False,
+    out: Array | None = None,
+    made: tuple[ArrayLike, ArrayLike] | None = None,
+    **options: Any,
+) -> tuple[dict[str, Any], Array, Array | None]:
+    """What ``_core.attention`` takes, by name; the result, heads first; lse.
+
+    `made` is the (out, lse) of an earlier call; see `_validate.core_arguments`.
+    """
     q, k, v = _heads_first("q", q), _heads_first("k", k), _heads_first("v", v)
     if alibi_slopes is not None and np.ndim(alibi_slopes) != 1:
         raise ValueError(
@@ -116,35 +273,28 @@ def attention_varlen(
             f"`cu_seqlens_k` must have {len(q_starts)} entries like `cu_seqlens_q`, "
             f"got {len(k_starts)}"
         )
-    num_sequences = len(q_starts) - 1
-    out_shape = (q.shape[1], q.shape[0], v.shape[2])
+    shape = (q.shape[1], q.shape[0], v.shape[2])
     arguments, result, lse = _validate.core_arguments(
         q,
         k,
         v,
-        scale=scale,
-        softcap=softcap,
         bias=None,
-        alibi_slopes=alibi_slopes,
         mask=None,
-        causal=causal,
-        window=window,
-        q_offset=None,
         kv_lengths=None,
         segment_ids=None,
-        sinks=sinks,
         softmax_axis="keys",
-        residual=None if residual is None else _result_like("residual", residual, out_shape),
+        q_offset=None,
+        alibi_slopes=alibi_slopes,
+        residual=None if residual is None else _result_like("residual", residual, shape),
         return_lse=return_lse,
-        out=None if out is None else _result_like("out", out, out_shape),
-        num_threads=num_threads,
+        out=None if out is None else _result_like("out", out, shape),
+        made=None if made is None else (_result_like("out", made[0], shape), made[1]),
+        **options,
     )
     call = dict(zip(_validate.CORE_ARGUMENTS, arguments, strict=True))
     if q_offset is not None:
-        call["q_offset"] = _validate.q_offsets(q_offset, (num_sequences,))
-    _core.attention(**call, q_starts=q_starts, k_starts=k_starts)
-    given = result.swapaxes(0, 1) if out is None else out
-    return given if lse is None else (given, lse)
+        call["q_offset"] = _validate.q_offsets(q_offset, (len(q_starts) - 1,))
+    return call | {"q_starts": q_starts, "k_starts": k_starts}, result, lse
 
 
 def _heads_first(name: str, x: ArrayLike) -> Array:

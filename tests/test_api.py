@@ -377,7 +377,7 @@ REFUSED_OPTIONS = [
     (
         {"residual": np.zeros(OUT)},
         TypeError,
-        "`residual` must have dtype float32 like `q`, got float64",
+        "`residual` must have dtype float32 to match `q`, got float64",
     ),
     (
         {"residual": zeros(DV)},

@@ -30,6 +30,7 @@ def test_every_float32(kernel_set: str, tmp_path: Path) -> None:
         ROOT / "tests" / "c" / "exp2_exhaustive.c",
         tmp_path / "exp2_exhaustive",
         *kernel_set_flags(kernel_set),
+        f"-I{ROOT / 'csrc'}",
         f"-I{ROOT / 'csrc' / 'kernels'}",
         f'-DVEC_HEADER="vec_{kernel_set}.h"',
     )

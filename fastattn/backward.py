@@ -1,0 +1,275 @@
+"""Gradients of attention.
+
+Like its forward pass, it validates in ``_validate.py`` and computes in C, behind ``_core``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fastattn import _core, _validate
+from fastattn.reference import Gradients
+
+Array = NDArray[Any]
+
+# The core keeps whole rows of a key block's gradients in its workspace (FA_MAX_BACKWARD_DIM).
+MAX_HEAD_DIM = 1024
+
+
+def attention_backward(
+    grad_out: ArrayLike,
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    out: ArrayLike,
+    lse: ArrayLike,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    bias: ArrayLike | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    causal: bool = False,
+    window: _validate.Window | None = None,
+    q_offset: ArrayLike | None = None,
+    kv_lengths: ArrayLike | None = None,
+    segment_ids: Sequence[ArrayLike] | None = None,
+    sinks: ArrayLike | None = None,
+    softmax_axis: Literal["keys", "queries"] = "keys",
+    dropout_p: float = 0.0,
+    dropout_seed: int | None = None,
+    residual: ArrayLike | None = None,
+    grad_lse: ArrayLike | None = None,
+    needs: Sequence[str] = Gradients._fields,
+    num_threads: int | None = None,
+) -> Gradients:
+    """Gradients of `attention`, in linear memory.
+
+    The weights are computed again, block by block, from the scores and `lse`; the score matrix
+    never exists.  The result has the same bits for any `num_threads`, and for strided views or
+    their copies.
+
+    Parameters
+    ----------
+    grad_out : array_like, (..., num_heads, seqlen_q, head_dim_v)
+        Gradient of some loss by the result, of q's dtype.
+    q, k, v : array_like
+        The inputs of the forward call; see `attention`.  `head_dim` and `head_dim_v` are at most
+        1024.
+    out, lse : array_like
+        What the forward call returned, with ``return_lse=True``.
+    scale, softcap, bias, alibi_slopes, mask, causal, window, q_offset, kv_lengths, segment_ids, \
+sinks, softmax_axis, dropout_p, dropout_seed : optional
+        The options of the forward call; see `attention`.
+    residual : array_like, optional
+        That of the forward call: `out` minus `residual` is what the gradients need.  The gradient
+        by `residual` is `grad_out`.
+    grad_lse : array_like of lse's shape and dtype, optional
+        Gradient of the loss by `lse`, where it depends on that too.
+    needs : sequence of str, optional
+        Which gradients to compute, of "q", "k", "v", "bias" and "sinks".  Default: those of all
+        arguments that are given.
+    num_threads : int, optional
+        The most threads to work with; see `attention`.
+
+    Returns
+    -------
+    Gradients
+        A named tuple of arrays `q`, `k`, `v`, `bias` and `sinks`, each with the shape and dtype of
+        its argument (`sinks` in float64 if they are integers), and None where it is not needed or
+        the argument is not given.  Where an argument was broadcast or a key head shared, the
+        gradient is the sum.
+
+    Raises
+    ------
+    TypeError
+        An argument has the wrong dtype or kind; the message names it.
+    ValueError
+        An argument has the wrong shape or value; the message names it.
+    MemoryError
+        The result or the workspace cannot be allocated.
+
+    See Also
+    --------
+    attention : The forward pass.
+    attention_varlen_backward : Gradients of packed sequences.
+
+    Notes
+    -----
+    Each gradient is accumulated in float32 (float64 for float64 inputs), over blocks in an order
+    that depends on the shapes alone, and rounded once.  Keys that do not take part get gradient 0
+    and change none, whatever they hold; so does a query without keys.
+
+    Memory, beyond inputs and results: up to 3 float32 arrays of q's size (one for each 1024 keys),
+    two numbers per query and head, and a workspace per thread.  A gradient whose argument was
+    broadcast along leading dimensions is computed at the full shape and summed in float64.  The
+    gradient by `bias` costs two more matrix products.
+
+    References
+    ----------
+    T. Dao et al., "FlashAttention", 2022, https://arxiv.org/abs/2205.14135, appendix B.2.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn as fa
+    >>> rng = np.random.default_rng(0)
+    >>> q, k, v, grad_out = rng.standard_normal((4, 2, 16, 8))
+    >>> out, lse = fa.attention(q, k, v, causal=True, return_lse=True)
+    >>> grads = fa.attention_backward(grad_out, q, k, v, out, lse, causal=True)
+    >>> grads.q.shape, grads.bias is None
+    ((2, 16, 8), True)
+    >>> expected = fa.reference.attention_backward(grad_out, q, k, v, causal=True)
+    >>> bool(np.allclose(grads.k, expected.k))
+    True
+    """
+    wanted = wanted_gradients(needs, bias=bias, sinks=sinks)
+    given_bias = None if bias is None else _validate.float_array("bias", bias)
+    arguments, made, made_lse = _validate.core_arguments(
+        q,
+        k,
+        v,
+        scale,
+        softcap,
+        given_bias,
+        alibi_slopes,
+        mask,
+        causal,
+        window,
+        q_offset,
+        kv_lengths,
+        segment_ids,
+        sinks,
+        softmax_axis,
+        residual,
+        False,
+        None,
+        num_threads,
+        dropout_p,
+        dropout_seed,
+        made=(out, lse),
+    )
+    call = dict(zip(_validate.CORE_ARGUMENTS, arguments, strict=True))
+    grad_bias = None
+    if given_bias is not None and "bias" in wanted:
+        grad_bias = _zeros(given_bias.shape, call["lse"].dtype)
+        call["grad_bias"] = _as_broadcast(grad_bias, call["bias"].shape)
+    given = {name: _validate.as_array(name, x) for name, x in (("q", q), ("k", k), ("v", v))}
+    grads = compute_gradients(call, wanted, given, (made, made_lse), grad_out, grad_lse, sinks)
+    if grad_bias is not None and given_bias is not None:
+        grads = grads._replace(bias=grad_bias.astype(given_bias.dtype, copy=False))
+    return grads
+
+
+def wanted_gradients(needs: Sequence[str], **optional: ArrayLike | None) -> frozenset[str]:
+    """The names in `needs`, less those of arguments that are not given."""
+    if isinstance(needs, str):
+        raise TypeError(f"`needs` must be a sequence of names, got the str {needs!r}")
+    names = frozenset(needs)
+    unknown = sorted(str(name) for name in names.difference(Gradients._fields))
+    if unknown:
+        listed = ", ".join(f'"{name}"' for name in Gradients._fields)
+        raise ValueError(f'`needs` must hold names out of {listed}, got "{unknown[0]}"')
+    return names.difference(name for name, x in optional.items() if x is None)
+
+
+def compute_gradients(
+    call: dict[str, Any],
+    wanted: frozenset[str],
+    given: dict[str, Array],
+    made: tuple[Array, Array | None],
+    grad_out: ArrayLike,
+    grad_lse: ArrayLike | None,
+    sinks: ArrayLike | None,
+) -> Gradients:
+    """Compute what is wanted but the gradient by `bias`, which `call` has a place for."""
+    for name in ("q", "v"):
+        width = call[name].shape[-1]
+        if width > MAX_HEAD_DIM:
+            of = "head_dim" if name == "q" else "head_dim_v"
+            raise ValueError(
+                f"`{name}` must have {of} at most {MAX_HEAD_DIM} for gradients, got {width}"
+            )
+    out, lse = made
+    grad = _validate.exact_array("grad_out", grad_out, out.shape, out.dtype)
+    call["grad_out"] = _like(call["out"], _validate.core_view(grad))
+    if grad_lse is not None and lse is not None:
+        checked = _validate.exact_array("grad_lse", grad_lse, lse.shape, lse.dtype)
+        call["grad_lse"] = _like(call["lse"], checked)
+    call["delta"] = _validate.allocate(call["lse"].shape, call["lse"].dtype)
+
+    finish: dict[str, Callable[[], Array]] = {}
+    places = {name: _Place(given[name], call[name], call["lse"].dtype) for name in given}
+    # One dtype for all three, in the core: where one is summed, all are in the accumulator's.
+    exact = all(place.is_whole for name, place in places.items() if name in wanted)
+    for name, place in places.items():
+        if name in wanted:
+            call[f"grad_{name}"], finish[name] = place.allocate(exact)
+    _core.attention_backward(**call)
+    grads = {name: done() for name, done in finish.items()}
+    if sinks is not None and "sinks" in wanted:
+        grads["sinks"] = _grad_sinks(_validate.as_array("sinks", sinks), call)
+    return Gradients(**{name: grads.get(name) for name in Gradients._fields})
+
+
+class _Place:
+    """Where the gradient by q, k or v goes: an array of the argument's shape, or, where that was
+    broadcast, one of the full shape, to be summed."""
+
+    def __init__(self, given: Array, full: Array, accumulator: np.dtype[Any]) -> None:
+        self.given = given
+        self.accumulator = accumulator
+        self.shape = full.shape
+        self.padded = (1,) * (full.ndim - given.ndim) + given.shape
+        self.axes = tuple(i for i, n in enumerate(self.padded) if n == 1 and self.shape[i] != 1)
+        self.is_whole = not self.axes
+
+    def allocate(self, exact: bool) -> tuple[Array, Callable[[], Array]]:
+        """What the core writes to, and what makes the gradient of it."""
+        given = self.given
+        if exact or (self.is_whole and given.dtype == self.accumulator):
+            result = _validate.empty_result(given, given.shape)
+            missing = (np.newaxis,) * (len(self.shape) - given.ndim)
+            return _validate.core_view(result)[missing], lambda: result
+        whole = _validate.allocate(self.shape, self.accumulator)
+
+        def summed() -> Array:
+            total = whole.sum(axis=self.axes, dtype=np.float64) if self.axes else whole
+            return total.reshape(given.shape).astype(given.dtype)
+
+        return whole, summed
+
+
+def _like(core: Array, array: Array) -> Array:
+    """`array` with the head axis that the core's array has and the caller's may not have."""
+    return array[(np.newaxis,) * (core.ndim - array.ndim)]
+
+
+def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    array = _validate.allocate(shape, dtype)
+    array.fill(0)
+    return array
+
+
+def _as_broadcast(array: Array, shape: tuple[int, ...]) -> Array:
+    """A writeable view whose elements are added to where `array` is broadcast."""
+    strides = np.broadcast_to(array, shape).strides
+    return np.lib.stride_tricks.as_strided(array, shape, strides)
+
+
+def _grad_sinks(sinks: Array, call: dict[str, Any]) -> Array:
+    """A sink takes part in each softmax of its head, with a value that is 0."""
+    lse, delta = call["lse"], call["delta"]
+    num_heads = call["q"].shape[-3]
+    total = np.zeros(num_heads, np.float64)
+    for head in range(num_heads):
+        head_lse = lse[..., head, :].astype(np.float64)
+        with np.errstate(all="ignore"):
+            weight = np.exp(float(sinks[head]) - head_lse)
+            terms = np.where(head_lse == -np.inf, 0.0, weight * delta[..., head, :])
+        total[head] = -terms.sum()
+    return total.astype(sinks.dtype) if sinks.dtype.kind == "f" else total
