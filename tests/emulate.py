@@ -138,6 +138,7 @@ def run_exp2(
         folder / "exp2",
         *code_flags(),
         *flags,
+        f"-I{ROOT / 'csrc'}",
         f"-I{ROOT / 'csrc' / 'kernels'}",
         f'-DVEC_HEADER="vec_{name}.h"',
         ROOT / "tests" / "c" / "exp2_exhaustive.c",

@@ -21,4 +21,91 @@
 #undef _mm512_shuffle_f64x2
 #define _mm512_shuffle_f64x2(a, b, imm) simde_mm512_shuffle_f64x2(a, b, imm)
 
+/* Conversions and a shift that are missing too, lane by lane, or for halves by F16C as two of 8. */
+static inline simde__m512i fa_cvtepu16_epi32(simde__m256i x)
+{
+    uint16_t from[16];
+    uint32_t to[16];
+    simde_mm256_storeu_si256((simde__m256i *)from, x);
+    for (int i = 0; i < 16; i++) {
+        to[i] = from[i];
+    }
+    return simde_mm512_loadu_si512(to);
+}
+#undef _mm512_cvtepu16_epi32
+#define _mm512_cvtepu16_epi32(x) fa_cvtepu16_epi32(x)
+
+static inline simde__m512i fa_cvtepi8_epi32(simde__m128i x)
+{
+    int8_t from[16];
+    int32_t to[16];
+    simde_mm_storeu_si128((simde__m128i *)from, x);
+    for (int i = 0; i < 16; i++) {
+        to[i] = from[i];
+    }
+    return simde_mm512_loadu_si512(to);
+}
+#undef _mm512_cvtepi8_epi32
+#define _mm512_cvtepi8_epi32(x) fa_cvtepi8_epi32(x)
+
+static inline simde__m256i fa_cvtepi32_epi16(simde__m512i x)
+{
+    uint32_t from[16];
+    uint16_t to[16];
+    simde_mm512_storeu_si512(from, x);
+    for (int i = 0; i < 16; i++) {
+        to[i] = (uint16_t)from[i];
+    }
+    return simde_mm256_loadu_si256((const simde__m256i *)to);
+}
+#undef _mm512_cvtepi32_epi16
+#define _mm512_cvtepi32_epi16(x) fa_cvtepi32_epi16(x)
+
+static inline simde__m512 fa_cvtepi32_ps(simde__m512i x)
+{
+    int32_t from[16];
+    float to[16];
+    simde_mm512_storeu_si512(from, x);
+    for (int i = 0; i < 16; i++) {
+        to[i] = (float)from[i];
+    }
+    return simde_mm512_loadu_ps(to);
+}
+#undef _mm512_cvtepi32_ps
+#define _mm512_cvtepi32_ps(x) fa_cvtepi32_ps(x)
+
+static inline simde__m512i fa_srai_epi32(simde__m512i x, int count)
+{
+    int32_t lanes[16];
+    simde_mm512_storeu_si512(lanes, x);
+    for (int i = 0; i < 16; i++) {
+        lanes[i] >>= count;
+    }
+    return simde_mm512_loadu_si512(lanes);
+}
+#undef _mm512_srai_epi32
+#define _mm512_srai_epi32(x, count) fa_srai_epi32(x, count)
+
+static inline simde__m512 fa_cvtph_ps(simde__m256i halves)
+{
+    float lanes[16];
+    _mm256_storeu_ps(lanes, _mm256_cvtph_ps(simde_mm256_extracti128_si256(halves, 0)));
+    _mm256_storeu_ps(lanes + 8, _mm256_cvtph_ps(simde_mm256_extracti128_si256(halves, 1)));
+    return simde_mm512_loadu_ps(lanes);
+}
+#undef _mm512_cvtph_ps
+#define _mm512_cvtph_ps(halves) fa_cvtph_ps(halves)
+
+/* The only rounding that is asked for is to nearest, ties to even. */
+static inline simde__m256i fa_cvtps_ph(simde__m512 x)
+{
+    float lanes[16];
+    simde_mm512_storeu_ps(lanes, x);
+    return simde_mm256_set_m128i(
+        _mm256_cvtps_ph(_mm256_loadu_ps(lanes + 8), _MM_FROUND_TO_NEAREST_INT),
+        _mm256_cvtps_ph(_mm256_loadu_ps(lanes), _MM_FROUND_TO_NEAREST_INT));
+}
+#undef _mm512_cvtps_ph
+#define _mm512_cvtps_ph(x, rounding) fa_cvtps_ph(x)
+
 #endif
