@@ -15,6 +15,14 @@ With u the unit roundoff of the result and P the softmax weights, an error is me
 because a relative error of u in a score s changes its weight by a factor 1 + u |s|, and the sum
 that makes up a score may be wrong by u sum |q||k| however small it comes out.  For a softmax over
 the queries the weights of a column share the column's K.
+
+The errors of gradients are measured in units of
+
+    W_ij = P_ij ((|dO||V|^T)_ij + sum_c |dO_ic| (P|V|)_ic) K_i
+    dQ: u |scale| (W|K|)      dK: u |scale| (W^T|Q|)      dV: u ((P K)^T |dO|)
+
+where P carries the factors of dropout, and the second term what delta sums besides: grad_lse, and
+out as it was rounded.
 """
 
 from typing import Any, NamedTuple
@@ -34,6 +42,9 @@ MAX_POSITION = 2**60
 
 # Section 4 of the design: the gauge of every result is at most this.
 MAX_GAUGE = 4.0
+
+# The same of gradients.  Naive float32 measures up to 0.61, 0.75 and 4.4 of the first three.
+MAX_GRADIENT_GAUGES = {"q": 2.0, "k": 2.0, "v": 8.0, "bias": 2.0, "sinks": 2.0}
 
 
 class Naive(NamedTuple):
@@ -56,7 +67,22 @@ def _clipped(positions: Any) -> Array:
     return np.clip(np.asarray(positions, np.int64), -MAX_POSITION, MAX_POSITION)
 
 
-def naive_attention(
+class _Weights(NamedTuple):
+    """What comes before the weighted sum: (..., num_heads, seqlen_q, seqlen_k), heads repeated."""
+
+    q: Array
+    k: Array
+    v: Array
+    scale: Any
+    cap_input: Array | float  # scores / softcap, of which softcap takes tanh
+    weights: Array
+    gain: Array  # K, one per softmax
+    lse: Array  # one per softmax
+    empty: Array  # softmax without a score
+    sink_weights: Array | float
+
+
+def _naive_weights(
     q: Array,
     k: Array,
     v: Array,
@@ -74,10 +100,7 @@ def naive_attention(
     segment_ids: tuple[Array, Array] | None = None,
     sinks: Array | None = None,
     softmax_axis: str = "keys",
-    residual: Array | None = None,
-) -> Naive:
-    """Attention by full score matrices, every step rounded to `dtype`."""
-    all_2d = q.ndim == k.ndim == v.ndim == 2
+) -> _Weights:
     q, k, v = (_with_heads(np.asarray(x)).astype(dtype) for x in (q, k, v))
     group_size = q.shape[-3] // k.shape[-3] if k.shape[-3] else 1
     k, v = (np.repeat(x, group_size, axis=-3) for x in (k, v))
@@ -87,70 +110,212 @@ def naive_attention(
         scale = 1.0 / np.sqrt(head_dim) if head_dim else 0.0
 
     kt = np.swapaxes(k, -1, -2)
+    scores = np.matmul(q, kt) * dtype(scale)
+    magnitude = np.matmul(np.abs(q), np.abs(kt)) * dtype(abs(scale))
+    cap_input: Array | float = 0.0
+    if softcap is not None:
+        cap_input = scores / dtype(softcap)
+        scores = dtype(softcap) * np.tanh(cap_input)
+
+    valid = np.asarray(seqlen_k if kv_lengths is None else kv_lengths)[..., None, None, None]
+    offset = valid - seqlen_q if q_offset is None else _clipped(q_offset)[..., None, None, None]
+    i = np.arange(seqlen_q)[:, None] + offset
+    j = np.arange(seqlen_k)
+    if bias is not None:
+        scores = scores + np.asarray(bias).astype(dtype)
+        magnitude = magnitude + np.abs(bias)
+    if alibi_slopes is not None:
+        slopes = np.asarray(alibi_slopes).astype(dtype)[..., None, None]
+        distance = np.abs(i - j).astype(dtype)
+        scores = scores - slopes * distance
+        magnitude = magnitude + np.abs(slopes) * distance
+
+    keep = np.broadcast_to(j < valid, scores.shape)
+    if mask is not None:
+        keep = keep & mask
+    if causal:
+        keep = keep & (j <= i)
+    if window is not None:
+        left, right = window
+        if left is not None:
+            keep = keep & (j >= i - _clipped(left))
+        if right is not None:
+            keep = keep & (j <= i + _clipped(right))
+    if segment_ids is not None:
+        q_ids, k_ids = (np.asarray(ids) for ids in segment_ids)
+        keep = keep & (q_ids[..., None, :, None] == k_ids[..., None, None, :])
+    scores = np.where(keep, scores, dtype(-np.inf))
+    magnitude = np.where(scores > -np.inf, magnitude, dtype(0))
+
+    axis = -1 if softmax_axis == "keys" else -2
+    top = np.max(scores, axis=axis, keepdims=True, initial=-np.inf)
+    gain = 1 + np.max(magnitude, axis=axis, keepdims=True, initial=0)
+    empty = top == -np.inf
+    if sinks is not None:
+        sink = np.asarray(sinks).astype(dtype)[:, None, None]
+        top = np.maximum(top, sink)
+        gain = np.maximum(gain, 1 + np.abs(sink))
+    top = np.where(empty, dtype(0), top)
+    weights = np.exp(scores - top)
+    total = np.sum(weights, axis=axis, keepdims=True)
+    sink_weights: Array | float = 0.0
+    if sinks is not None:
+        total = total + np.exp(sink - top)
+        sink_weights = np.where(empty, dtype(0), np.exp(sink - top) / total)
+    lse = np.where(empty, dtype(-np.inf), top + np.log(total))
+    weights = np.where(empty, dtype(0), weights / total)
+    return _Weights(q, k, v, dtype(scale), cap_input, weights, gain, lse, empty, sink_weights)
+
+
+def naive_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    dtype: Any = np.float64,
+    residual: Array | None = None,
+    softmax_axis: str = "keys",
+    **options: Any,
+) -> Naive:
+    """Attention by full score matrices, every step rounded to `dtype`."""
+    all_2d = q.ndim == k.ndim == v.ndim == 2
     with np.errstate(all="ignore"):
-        scores = np.matmul(q, kt) * dtype(scale)
-        magnitude = np.matmul(np.abs(q), np.abs(kt)) * dtype(abs(scale))
-        if softcap is not None:
-            scores = dtype(softcap) * np.tanh(scores / dtype(softcap))
-
-        valid = np.asarray(seqlen_k if kv_lengths is None else kv_lengths)[..., None, None, None]
-        offset = valid - seqlen_q if q_offset is None else _clipped(q_offset)[..., None, None, None]
-        i = np.arange(seqlen_q)[:, None] + offset
-        j = np.arange(seqlen_k)
-        if bias is not None:
-            scores = scores + np.asarray(bias).astype(dtype)
-            magnitude = magnitude + np.abs(bias)
-        if alibi_slopes is not None:
-            slopes = np.asarray(alibi_slopes).astype(dtype)[..., None, None]
-            distance = np.abs(i - j).astype(dtype)
-            scores = scores - slopes * distance
-            magnitude = magnitude + np.abs(slopes) * distance
-
-        keep = np.broadcast_to(j < valid, scores.shape)
-        if mask is not None:
-            keep = keep & mask
-        if causal:
-            keep = keep & (j <= i)
-        if window is not None:
-            left, right = window
-            if left is not None:
-                keep = keep & (j >= i - _clipped(left))
-            if right is not None:
-                keep = keep & (j <= i + _clipped(right))
-        if segment_ids is not None:
-            q_ids, k_ids = (np.asarray(ids) for ids in segment_ids)
-            keep = keep & (q_ids[..., None, :, None] == k_ids[..., None, None, :])
-        scores = np.where(keep, scores, dtype(-np.inf))
-        magnitude = np.where(scores > -np.inf, magnitude, dtype(0))
-
-        axis = -1 if softmax_axis == "keys" else -2
-        top = np.max(scores, axis=axis, keepdims=True, initial=-np.inf)
-        gain = 1 + np.max(magnitude, axis=axis, keepdims=True, initial=0)
-        empty = top == -np.inf
-        if sinks is not None:
-            sink = np.asarray(sinks).astype(dtype)[:, None, None]
-            top = np.maximum(top, sink)
-            gain = np.maximum(gain, 1 + np.abs(sink))
-        top = np.where(empty, dtype(0), top)
-        weights = np.exp(scores - top)
-        total = np.sum(weights, axis=axis, keepdims=True)
-        if sinks is not None:
-            total = total + np.exp(sink - top)
-        lse = np.where(empty, dtype(-np.inf), top + np.log(total))
-        weights = np.where(empty, dtype(0), weights / total)
-
+        steps = _naive_weights(q, k, v, dtype=dtype, softmax_axis=softmax_axis, **options)
+        weights, gain, v = steps.weights, steps.gain, steps.v
         out = np.matmul(weights, v)
         out_unit = np.matmul(weights * gain, np.abs(v))
         if residual is not None:
             residual = residual[None] if all_2d else residual
             out = out + residual.astype(dtype)
             out_unit = out_unit + np.abs(residual)
-        lse_unit = gain + np.where(empty, 0, np.abs(lse))
+        lse_unit = gain + np.where(steps.empty, 0, np.abs(steps.lse))
         floor_unit = np.sum(np.abs(v), axis=-2, keepdims=True)
 
-    lse, lse_unit = np.squeeze(lse, axis), np.squeeze(lse_unit, axis)
+    axis = -1 if softmax_axis == "keys" else -2
+    lse, lse_unit = np.squeeze(steps.lse, axis), np.squeeze(lse_unit, axis)
     result = Naive(out, lse, out_unit, lse_unit, floor_unit)
     return Naive(*(x[0] for x in result)) if all_2d else result
+
+
+class NaiveGradients(NamedTuple):
+    """Result of `naive_gradients`; keys of the dicts are the names of the arguments."""
+
+    values: dict[str, Array]
+    units: dict[str, Array]
+    floors: dict[str, Array]
+
+
+def naive_gradients(
+    grad_out: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    dtype: Any = np.float64,
+    bias: Array | None = None,
+    sinks: Array | None = None,
+    residual: Array | None = None,
+    grad_lse: Array | None = None,
+    kept: Array | None = None,
+    softmax_axis: str = "keys",
+    out_roundoff: float = 0.0,
+    **options: Any,
+) -> NaiveGradients:
+    """Gradients of attention by full matrices, every step rounded to `dtype`, and their units.
+
+    `kept` holds the factors of dropout.  `out_roundoff` is how many units the result itself was
+    rounded by before it was read again: 2^16 / 2^8 for bfloat16 beside float32's u.
+    """
+    all_2d = q.ndim == k.ndim == v.ndim == 2
+    given = {"q": q, "k": k, "v": v, "bias": bias, "sinks": sinks}
+    axis = -1 if softmax_axis == "keys" else -2
+    with np.errstate(all="ignore"):
+        steps = _naive_weights(
+            q, k, v, dtype=dtype, bias=bias, sinks=sinks, softmax_axis=softmax_axis, **options
+        )
+        weights, gain, scale = steps.weights, steps.gain, steps.scale
+        q, k, v = steps.q, steps.k, steps.v
+        grad_out = np.asarray(grad_out[None] if all_2d else grad_out).astype(dtype)
+        kept = np.ones((1, 1), dtype) if kept is None else np.asarray(kept).astype(dtype)
+        dropped = weights * kept
+        vt = np.swapaxes(v, -1, -2)
+        grad_weights = kept * np.matmul(grad_out, vt)
+        size_weights = kept * np.matmul(np.abs(grad_out), np.abs(vt))
+        if grad_lse is None:
+            lse_part = np.zeros_like(steps.lse)
+        else:
+            grad_lse = np.asarray(grad_lse[None] if all_2d else grad_lse).astype(dtype)
+            lse_part = np.where(steps.empty, dtype(0), np.expand_dims(grad_lse, axis))
+        delta = np.sum(weights * grad_weights, axis=axis, keepdims=True) - lse_part
+        size_delta = np.sum(weights * size_weights, axis=axis, keepdims=True) + np.abs(lse_part)
+        if axis == -1:  # delta is made of out, which was rounded, with the residual in it
+            out_size = np.matmul(dropped, np.abs(v))
+            if residual is not None:
+                out_size = out_size + np.abs(residual[None] if all_2d else residual)
+            rounded = np.sum(np.abs(grad_out) * out_size, axis=-1, keepdims=True)
+            size_delta = size_delta + (1 + out_roundoff) / gain * rounded
+        grad_scores = weights * (grad_weights - delta)
+        size_sum = (size_weights + size_delta) * gain
+        tanh = np.tanh(steps.cap_input)
+        slope, size_slope = 1 - tanh**2, 1 + np.abs(tanh)
+        grad_products = scale * np.where(weights == 0, 0, grad_scores * slope)
+        size_scores = weights * size_sum
+        # Of weights that are 0 because they are below the smallest that exp2 gives.
+        floor_scores = np.broadcast_to(size_sum, weights.shape)
+        floor_weights = np.broadcast_to(kept, weights.shape)
+
+        def gradients(scores: Array, products: Array, weights: Array, of: Any) -> dict[str, Array]:
+            found = {
+                "q": np.matmul(products, of(k)),
+                "k": np.matmul(np.swapaxes(products, -1, -2), of(q)),
+                "v": np.matmul(np.swapaxes(weights, -1, -2), of(grad_out)),
+                "bias": scores,
+            }
+            return {
+                name: _sum_to(x, np.shape(given[name]))
+                for name, x in found.items()
+                if given[name] is not None
+            }
+
+        def positive(x: Array) -> Array:
+            return np.abs(x)
+
+        values = gradients(grad_scores, grad_products, dropped, lambda x: x)
+        cap = abs(scale) * size_slope
+        units = gradients(size_scores, cap * size_scores, dropped * gain, positive)
+        floors = gradients(floor_scores, cap * floor_scores, floor_weights, positive)
+        if sinks is not None:
+            per_sink = steps.sink_weights * np.ones_like(delta)
+            units["sinks"] = _sum_to(
+                (per_sink * size_delta * gain).swapaxes(-2, -3)[..., 0], np.shape(sinks)
+            )
+            values["sinks"] = _sum_to(
+                (-per_sink * delta).swapaxes(-2, -3)[..., 0], np.shape(sinks)
+            )
+            floors["sinks"] = np.zeros(np.shape(sinks))
+    return NaiveGradients(values, units, floors)
+
+
+def _sum_to(x: Array, shape: tuple[int, ...]) -> Array:
+    """The sum over what was broadcast from `shape`, shared heads included."""
+    padded = (1,) * (x.ndim - len(shape)) + shape
+    if len(shape) >= 3 and padded[-3] not in (1, x.shape[-3]):  # heads that share keys
+        group = x.shape[-3] // max(padded[-3], 1)
+        x = x.reshape(*x.shape[:-3], padded[-3], group, *x.shape[-2:]).sum(axis=-3)
+    axes = tuple(i for i, n in enumerate(padded) if n == 1 and x.shape[i] != 1)
+    return np.asarray(x.sum(axis=axes, keepdims=True).reshape(shape))
+
+
+def gradient_gauges(gradients: Any, exact: NaiveGradients) -> dict[str, float]:
+    """The largest error of each gradient in its units, less what exp2's floor allows."""
+    gauges = {}
+    for name, value in exact.values.items():
+        gradient = getattr(gradients, name)
+        assert gradient.shape == value.shape, name
+        error = np.abs(gradient - value) - WEIGHT_FLOOR * exact.floors[name]
+        unit = UNIT_ROUNDOFF[gradient.dtype] * exact.units[name]
+        gauges[name] = _largest(error, unit)
+    return gauges
 
 
 def out_gauge(out: Array, exact: Naive) -> float:
