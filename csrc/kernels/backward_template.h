@@ -41,6 +41,16 @@ static void FN(softcap_slope)(void *slope, const void *s, size_t ld, size_t rows
     }
 }
 
+/* A row whose lse is NaN: so is everything of the keys that take part. */
+static void FN(spoil_row)(REAL *s, REAL *d, size_t n, VEC nan)
+{
+    for (size_t l = 0; l < n; l += VL) {
+        VEC x = V(keep_ge)(V(load)(s + l), V(set)(-REAL_MAX), nan);
+        V(store)(s + l, x);
+        V(store)(d + l, x);
+    }
+}
+
 /* Cost per vector: 2 loads, 2 sub, exp2, 1 mul, compare, 2 stores.  Where the weight is 0 the gradient is
  * not multiplied but selected: the key may be masked, and what it holds NaN. */
 static void FN(score_gradients)(void *s, void *d, size_t ld, size_t rows, size_t n,
@@ -51,6 +61,10 @@ static void FN(score_gradients)(void *s, void *d, size_t ld, size_t rows, size_t
         REAL *s_row = (REAL *)s + r * ld, *d_row = (REAL *)d + r * ld;
         const VEC row_shift = V(broadcast)((const REAL *)shift + r);
         const VEC row_delta = V(broadcast)((const REAL *)delta + r);
+        if (isnan(((const REAL *)shift)[r])) {
+            FN(spoil_row)(s_row, d_row, n, row_shift);
+            continue;
+        }
         for (size_t l = 0; l < n; l += VL) {
             VEC x = V(sub)(V(load)(s_row + l), row_shift);
             VEC p = FN(exp2)(x);
@@ -64,17 +78,20 @@ static void FN(score_gradients)(void *s, void *d, size_t ld, size_t rows, size_t
 static void FN(column_gradients)(void *s, void *d, size_t ld, size_t rows, size_t n,
                                  const void *shift, const void *delta)
 {
-    const VEC limit = V(set)(EXP2_MIN);
+    const VEC limit = V(set)(EXP2_MIN), lowest = V(set)(-REAL_MAX);
     for (size_t r = 0; r < rows; r++) {
         for (size_t l = 0; l < n; l += VL) {
             REAL *at = (REAL *)s + r * ld + l;
-            VEC x = V(sub)(V(load)(at), V(load)((const REAL *)shift + l));
-            VEC p = FN(exp2)(x);
+            VEC score = V(load)(at);
+            /* A column's shift may be NaN; its masked scores still weigh 0. */
+            VEC x = V(sub)(score, V(load)((const REAL *)shift + l));
+            VEC p = V(keep_ge)(score, lowest, FN(exp2)(x));
             V(store)(at, p);
             if (d != NULL) {
                 REAL *to = (REAL *)d + r * ld + l;
                 VEC difference = V(sub)(V(load)(to), V(load)((const REAL *)delta + l));
-                V(store)(to, V(keep_ge)(x, limit, V(mul)(p, difference)));
+                VEC gradient = V(keep_ge)(x, limit, V(mul)(p, difference));
+                V(store)(to, V(keep_ge)(score, lowest, gradient));
             }
         }
     }
