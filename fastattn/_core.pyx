@@ -107,7 +107,8 @@ cdef inline fa_dtype dtype_of(const Py_buffer *view) noexcept:
         return FA_F64
     if view.itemsize == 1:
         return FA_I8
-    return FA_F16 if view.format[0] == b"e" else FA_BF16
+    # What is not aligned has a byte order before its type: "=e".
+    return FA_F16 if b"e" in view.format else FA_BF16
 
 
 cdef int fill(

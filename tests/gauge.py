@@ -22,7 +22,8 @@ The errors of gradients are measured in units of
     dQ: u |scale| (W|K|)      dK: u |scale| (W^T|Q|)      dV: u ((P K)^T |dO|)
 
 where P carries the factors of dropout, and the second term what delta sums besides: grad_lse, and
-out as it was rounded.
+out as it was rounded.  Weights are made again from lse, so K is at least 1 + |lse| there; that is
+more where head_dim is small.
 """
 
 from typing import Any, NamedTuple
@@ -233,7 +234,8 @@ def naive_gradients(
         steps = _naive_weights(
             q, k, v, dtype=dtype, bias=bias, sinks=sinks, softmax_axis=softmax_axis, **options
         )
-        weights, gain, scale = steps.weights, steps.gain, steps.scale
+        weights, scale = steps.weights, steps.scale
+        gain = np.maximum(steps.gain, 1 + np.where(steps.empty, 0, np.abs(steps.lse)))
         q, k, v = steps.q, steps.k, steps.v
         grad_out = np.asarray(grad_out[None] if all_2d else grad_out).astype(dtype)
         kept = np.ones((1, 1), dtype) if kept is None else np.asarray(kept).astype(dtype)
@@ -308,12 +310,12 @@ def _sum_to(x: Array, shape: tuple[int, ...]) -> Array:
 
 def gradient_gauges(gradients: Any, exact: NaiveGradients) -> dict[str, float]:
     """The largest error of each gradient in its units, less what exp2's floor allows."""
-    gauges = {}
+    gauges, computed_in = {}, gradients.q.dtype  # sinks and bias may have wider dtypes
     for name, value in exact.values.items():
         gradient = getattr(gradients, name)
         assert gradient.shape == value.shape, name
         error = np.abs(gradient - value) - WEIGHT_FLOOR * exact.floors[name]
-        unit = UNIT_ROUNDOFF[gradient.dtype] * exact.units[name]
+        unit = UNIT_ROUNDOFF[computed_in] * exact.units[name]
         gauges[name] = _largest(error, unit)
     return gauges
 

@@ -1,32 +1,37 @@
 /* The elementwise part of the backward pass.  Needs exp2_template.h and pack_template.h. */
 
+/* VL elements from element c on, of which those before `cols` are real and the others 0. */
+static inline VEC FN(load_terms)(const char *p, int64_t stride, size_t c, size_t cols,
+                                 enum fa_dtype dtype)
+{
+    REAL lanes[VL] = {0};
+    if (stride == fa_dtype_size(dtype) && c + VL <= cols) {
+        return FN(widen)(p + (int64_t)c * stride, dtype);
+    }
+    for (size_t i = 0; i < VL && c + i < cols; i++) {
+        lanes[i] = FN(read_as)(p + (int64_t)(c + i) * stride, dtype);
+    }
+    return V(load)(lanes);
+}
+
+/* The same chains whatever the strides are: element c belongs to lane c % VL. */
 static double FN(row_delta)(const struct fa_row_terms *terms)
 {
-    const int64_t size = fa_dtype_size(terms->dtype);
-    const bool contiguous = terms->grad_stride == size && terms->out_stride == size &&
-                            (terms->residual == NULL || terms->residual_stride == size);
-    const size_t whole = contiguous ? terms->cols - terms->cols % VL : 0;
+    const enum fa_dtype dtype = terms->dtype;
+    const size_t cols = terms->cols;
     VEC sum = V(zero)();
     REAL lanes[VL];
-    size_t c = 0;
-    for (; c < whole; c += VL) {
-        VEC out = FN(widen)(terms->out + (int64_t)c * size, terms->dtype);
+    for (size_t c = 0; c < cols; c += VL) {
+        const VEC grad = FN(load_terms)(terms->grad, terms->grad_stride, c, cols, dtype);
+        VEC out = FN(load_terms)(terms->out, terms->out_stride, c, cols, dtype);
         if (terms->residual != NULL) {
-            out = V(sub)(out, FN(widen)(terms->residual + (int64_t)c * size, terms->dtype));
+            out = V(sub)(
+                out, FN(load_terms)(terms->residual, terms->residual_stride, c, cols, dtype));
         }
-        sum = V(fma)(FN(widen)(terms->grad + (int64_t)c * size, terms->dtype), out, sum);
+        sum = V(fma)(grad, out, sum);
     }
     V(store)(lanes, sum);
-    double total = FN(sum_lanes)(lanes);
-    for (; c < terms->cols; c++) {
-        const int64_t at = (int64_t)c;
-        REAL out = FN(read_as)(terms->out + at * terms->out_stride, terms->dtype);
-        if (terms->residual != NULL) {
-            out -= FN(read_as)(terms->residual + at * terms->residual_stride, terms->dtype);
-        }
-        total += (double)(FN(read_as)(terms->grad + at * terms->grad_stride, terms->dtype) * out);
-    }
-    return total;
+    return FN(sum_lanes)(lanes);
 }
 
 static void FN(softcap_slope)(void *slope, const void *s, size_t ld, size_t rows, size_t n,
