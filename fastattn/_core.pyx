@@ -108,7 +108,7 @@ cdef inline fa_dtype dtype_of(const Py_buffer *view) noexcept:
     if view.itemsize == 1:
         return FA_I8
     # What is not aligned has a byte order before its type: "=e".
-    return FA_F16 if b"e" in view.format else FA_BF16
+    return FA_F16 if view.format[0] == b"e" or view.format[1] == b"e" else FA_BF16
 
 
 cdef int fill(

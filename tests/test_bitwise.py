@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -174,6 +175,17 @@ def test_views_equal_copies(shape: Any, dtype: Any, axis: str) -> None:
             result = fa.attention(*view, softmax_axis=axis, return_lse=True, **options)
             for x, y in zip(result, whole, strict=True):
                 same(np.ascontiguousarray(x), y)
+
+
+@pytest.mark.parametrize(
+    "dtype", [np.float16, ml_dtypes.bfloat16], ids=["float16", "bfloat16"]
+)
+def test_unaligned_16_bit(dtype: Any) -> None:
+    plain = make((9, 40, 24, 24), dtype)
+    whole = fa.attention(*plain)
+    for i in range(3):
+        views = [_unaligned(x) if i == j else x for j, x in enumerate(plain)]
+        same(fa.attention(*views), whole)
 
 
 def _unaligned(x: np.ndarray) -> np.ndarray:
