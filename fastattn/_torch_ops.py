@@ -9,7 +9,7 @@ registered with `torch.library.Library`, whose dispatch takes half the time of `
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from fastattn._validate import BFLOAT16_BITS
 from fastattn.attention import attention
-from fastattn.backward import attention_backward
+from fastattn.backward import MAX_HEAD_DIM, attention_backward
 
 Array = NDArray[Any]
 Tensor = torch.Tensor
@@ -88,7 +88,7 @@ def as_tensor(array: Array) -> Tensor:
     return torch.from_numpy(array)
 
 
-def _numpy_options(given: Sequence[Any]) -> dict[str, Any]:
+def numpy_options(given: Iterable[Any]) -> dict[str, Any]:
     """The operators' options as those of `fastattn.attention`, as far as they are given."""
     options = {name: x for name, x in zip(OPTIONS, given, strict=True) if x is not None}
     for name in TENSOR_OPTIONS:
@@ -124,7 +124,7 @@ def _empty_like(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     out, lse = attention(
-        as_array(q), as_array(k), as_array(v), return_lse=True, **_numpy_options(options)
+        as_array(q), as_array(k), as_array(v), return_lse=True, **numpy_options(options)
     )
     return as_tensor(out), as_tensor(lse)
 
@@ -146,6 +146,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     for index, name in enumerate(TENSOR_OPTIONS, 3):
         if ctx.needs_input_grad[index] and name not in (*DIFFERENTIABLE, "residual"):
             raise ValueError(f"`{name}` must not require a gradient, which it has none of: detach it")
+    for name, x in (("head_dim", inputs[0]), ("head_dim_v", inputs[2])):
+        if x.shape[-1] > MAX_HEAD_DIM:  # said now, not after the forward pass of a whole model
+            raise ValueError(f"{name} must be at most {MAX_HEAD_DIM} for gradients, got {x.shape[-1]}")
     end = 3 + len(TENSOR_OPTIONS)
     ctx.save_for_backward(*output, *inputs[:end])
     ctx.plain_options = inputs[end:]
@@ -159,7 +162,7 @@ def _autograd_backward(
     if grad_out is None and grad_lse is None:
         return tuple(gradients)
     backward = BACKWARD
-    if _transforms():
+    if transforms_active():
         backward = _AttentionBackward.apply  # every transform asks for a graph, used or not
     elif torch.is_grad_enabled():
         raise NotImplementedError(SECOND_DERIVATIVES)
@@ -209,13 +212,15 @@ def _backward(
         as_array(lse),
         grad_lse=None if grad_lse is None else as_array(grad_lse),
         needs=tuple(wanted),
-        **_numpy_options(options),
+        **numpy_options(options),
     )
     return [_laid_out(as_tensor(getattr(gradients, name)), x) for name, x in wanted.items()]
 
 
 def _laid_out(gradient: Tensor, x: Tensor) -> Tensor:
     """A gradient with the dtype and strides that were foretold."""
+    if gradient.dtype == x.dtype and gradient.is_contiguous() and x.is_contiguous():
+        return gradient
     expected = _empty_like(x, x.shape)
     if gradient.dtype == x.dtype and gradient.stride() == expected.stride():
         return gradient
@@ -233,7 +238,7 @@ def _fake_backward(
 # Transforms take functions with a rule for autograd, but no operators.
 
 
-def _transforms() -> bool:
+def transforms_active() -> bool:
     active: bool = torch._C._are_functorch_transforms_active()
     return active
 
@@ -282,7 +287,7 @@ def _autograd_rule(operator: Any, function: Any, result: type) -> Callable[..., 
 def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     """`fastattn::attention` with some of `OPTIONS`, also in transforms of `torch.func`."""
     call = FORWARD
-    if not torch.compiler.is_compiling() and _transforms():
+    if not torch.compiler.is_compiling() and transforms_active():
         call = _Attention.apply
     result: tuple[Tensor, Tensor] = call(q, k, v, *(DEFAULTS | options).values())
     return result

@@ -83,21 +83,39 @@ def scaled_dot_product_attention(
     >>> torch.allclose(out, expected, atol=1e-5)
     True
     """
-    _check(query, key, value, dropout_p)
-    options: dict[str, Any] = {}
-    if isinstance(attn_mask, CausalBias):
-        options = _causal_bias(query, key, attn_mask, is_causal)
-    elif is_causal:
-        if attn_mask is not None:
-            raise RuntimeError("`attn_mask` must be None with is_causal=True, got both")
-        options = {"causal": True, "q_offset": 0}
-    if not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
-        query, key, value = _matched(query, key, value, enable_gqa)
-    if attn_mask is not None and not options:
-        options = _mask_option(query, key, value, attn_mask)
+    q, k, v, options = translated(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
     if dropout_p > 0.0:
         options |= {"dropout_p": dropout_p, "dropout_seed": torch.randint(2**63 - 1, ())}
-    return attend(query, key, value, scale=scale, **options)[0]
+    return attend(q, k, v, **options)[0]
+
+
+def translated(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    *,
+    scale: float | None,
+    enable_gqa: bool,
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+    """What fastattn calls the same: q, k, v and its options, those of dropout left out."""
+    _check(query, key, value, dropout_p)
+    if not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
+        query, key, value = _matched(query, key, value, enable_gqa)
+    options: dict[str, Any] = {"scale": scale}
+    if is_causal:
+        if attn_mask is not None:
+            raise RuntimeError("`attn_mask` must be None with is_causal=True, got both")
+        options |= {"causal": True, "q_offset": 0}
+    elif isinstance(attn_mask, CausalBias):
+        options |= _causal_bias(query, key, attn_mask)
+    elif attn_mask is not None:
+        options |= _mask_option(query, key, value, attn_mask)
+    return query, key, value, options
 
 
 def _check(query: Any, key: Any, value: Any, dropout_p: float) -> None:
@@ -186,9 +204,7 @@ def _mask_option(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor) -
     return {"mask" if attn_mask.dtype == torch.bool else "bias": attn_mask}
 
 
-def _causal_bias(query: Tensor, key: Tensor, bias: Any, is_causal: bool) -> dict[str, Any]:
-    if is_causal:
-        raise RuntimeError("`attn_mask` must be None with is_causal=True, got both")
+def _causal_bias(query: Tensor, key: Tensor, bias: Any) -> dict[str, Any]:
     lengths = query.shape[-2], key.shape[-2]
     if lengths != (bias.seq_len_q, bias.seq_len_kv):
         raise RuntimeError(

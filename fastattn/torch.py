@@ -2,7 +2,8 @@
 
 `attention` is `fastattn.attention` on tensors, `scaled_dot_product_attention` is PyTorch's own
 function computed by fastattn.  Both work with autograd, ``torch.compile``, ``torch.export``,
-autocast, ``torch.vmap`` and ``torch.func.grad``.
+autocast, ``torch.vmap`` and ``torch.func.grad``.  `enable` routes PyTorch's own attention, and what
+is built on it, to fastattn.
 
 >>> import torch
 >>> import fastattn.torch
@@ -19,11 +20,21 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 import torch
 
 from fastattn._torch_ops import attend
+from fastattn._torch_routing import Enabled, Route, disable, enable, explain, is_enabled
 from fastattn._torch_sdpa import scaled_dot_product_attention
 
 Tensor = torch.Tensor
 
-__all__ = ["attention", "scaled_dot_product_attention"]
+__all__ = [
+    "Enabled",
+    "Route",
+    "attention",
+    "disable",
+    "enable",
+    "explain",
+    "is_enabled",
+    "scaled_dot_product_attention",
+]
 
 
 class Options(TypedDict, total=False):
