@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastattn._validate import BFLOAT16_BITS
+
 Array = NDArray[Any]
 
 
@@ -15,9 +17,21 @@ def round_once(x: Array, dtype: np.dtype[Any]) -> Array:
     """`x` in another float dtype, each element rounded once; `x` itself where it has that dtype."""
     if x.dtype == dtype:
         return x
+    if dtype is not BFLOAT16_BITS and dtype.name != "bfloat16":
+        return x.astype(dtype)
     # ml_dtypes goes through float32, which would round twice.
-    twice = x.dtype == np.float64 and dtype.name == "bfloat16"
-    return (_round_to_odd(x) if twice else x).astype(dtype)
+    single = _round_to_odd(x) if x.dtype == np.float64 else x.astype(np.float32, copy=False)
+    return _bfloat16_bits(single) if dtype is BFLOAT16_BITS else single.astype(dtype)
+
+
+def _bfloat16_bits(x: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """The upper halves of `x`, to nearest, ties to even."""
+    bits = x.view(np.uint32)
+    upper = bits >> 16
+    rounded = (bits + (np.uint32(0x7FFF) + (upper & 1))) >> 16
+    # What is lost of a NaN may be all that made it one: set the bit that says that it is quiet.
+    rounded = np.where(np.isnan(x), upper | 0x40, rounded)
+    return rounded.astype(np.uint16).view(BFLOAT16_BITS)
 
 
 def _round_to_odd(x: NDArray[np.float64]) -> NDArray[np.float32]:

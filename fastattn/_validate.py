@@ -39,6 +39,10 @@ OVERLAP_WORK: Any = 100_000  # Any: NumPy's stubs know 0 and -1 only
 # By name, because bfloat16 is a dtype of ml_dtypes, which is not imported here.
 FLOAT_NAMES = ("float16", "bfloat16", "float32", "float64")
 
+# The dtype of bits of bfloat16 numbers in arrays that this package makes itself, where no library
+# that defines bfloat16 need be there.  A copy is not the same object as the uint16 of callers.
+BFLOAT16_BITS = np.dtype(np.uint16, copy=True)
+
 # Names of what ``_core.attention`` and ``_core.describe`` take, in order.
 CORE_ARGUMENTS = (
     "isa",
@@ -220,7 +224,7 @@ def _are_plain(q: Any, k: Any, v: Any) -> bool:
     if not (type(q) is ndarray and type(k) is ndarray and type(v) is ndarray):
         return False
     dtype = q.dtype
-    known = dtype is FLOAT32 or dtype is FLOAT64 or dtype is FLOAT16
+    known = dtype is FLOAT32 or dtype is FLOAT64 or dtype is FLOAT16 or dtype is BFLOAT16_BITS
     if not (known and k.dtype is dtype and v.dtype is dtype):
         return False
     # Whole shapes first: comparing those is quicker than taking them apart.
@@ -323,7 +327,7 @@ def as_array(name: str, x: ArrayLike) -> Array:
 
 def float_array(name: str, x: ArrayLike, allowed: Sequence[str] = FLOAT_NAMES) -> Array:
     array = as_array(name, x)
-    if array.dtype.name not in allowed:
+    if array.dtype is not BFLOAT16_BITS and array.dtype.name not in allowed:
         listed = " or ".join([", ".join(allowed[:-1]), allowed[-1]])
         raise TypeError(f"`{name}` must be {listed}, got {_kind(x, array)}")
     return array

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn import _core, _validate
+from fastattn._rounding import round_once
 from fastattn.reference import Gradients
 
 Array = NDArray[Any]
@@ -161,7 +162,7 @@ sinks, softmax_axis, dropout_p, dropout_seed : optional
     given = {name: _validate.as_array(name, x) for name, x in (("q", q), ("k", k), ("v", v))}
     grads = compute_gradients(call, wanted, given, (made, made_lse), grad_out, grad_lse, sinks)
     if grad_bias is not None and given_bias is not None:
-        grads = grads._replace(bias=grad_bias.astype(given_bias.dtype, copy=False))
+        grads = grads._replace(bias=round_once(grad_bias, given_bias.dtype))
     return grads
 
 
@@ -239,7 +240,7 @@ class _Place:
 
         def summed() -> Array:
             total = whole.sum(axis=self.axes, dtype=np.float64) if self.axes else whole
-            return total.reshape(given.shape).astype(given.dtype)
+            return round_once(total.reshape(given.shape), given.dtype)
 
         return whole, summed
 

@@ -1,0 +1,215 @@
+"""PyTorch's attention by fastattn: its arguments, meanings and errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.attention.bias import CausalBias, CausalVariant
+
+from fastattn._torch_ops import attend
+
+Tensor = torch.Tensor
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """PyTorch's `scaled_dot_product_attention`, computed by fastattn.
+
+    The arguments, their meanings and the types of errors are those of
+    ``torch.nn.functional.scaled_dot_product_attention``.  Every call is computed in linear memory,
+    also with dropout, with ``Ev != E`` and with a mask that has a gradient.
+
+    Parameters
+    ----------
+    query : Tensor, (N, ..., Hq, L, E)
+        float32, float64, float16 or bfloat16, on the CPU, with any strides.
+    key : Tensor, (N, ..., H, S, E)
+        Of query's dtype.
+    value : Tensor, (N, ..., H, S, Ev)
+        Of query's dtype.
+    attn_mask : Tensor, broadcastable to (N, ..., Hq, L, S), optional
+        bool, True = this key takes part, or float32 or query's dtype, added to the scores and
+        differentiable; or a ``torch.nn.attention.bias.CausalBias``.
+    dropout_p : float, optional
+        Share of the weights that are set to 0, drawn from PyTorch's CPU generator
+        (``torch.manual_seed``), whether the model is in training or not.
+    is_causal : bool, optional
+        Query i sees keys j <= i only ("top-left").  Not together with `attn_mask`.
+    scale : float, optional
+        Factor of the products.  Default: ``1 / sqrt(E)``.
+    enable_gqa : bool, optional
+        Whether Hq may be a multiple of H.  Keys and values are not repeated in memory.
+
+    Returns
+    -------
+    Tensor, (N, ..., Hq, L, Ev)
+        In query's dtype, its axes in memory in the order of query's.
+
+    Raises
+    ------
+    TypeError
+        An argument is not a tensor where it must be.
+    RuntimeError
+        Dtypes or shapes do not match, as PyTorch raises it.
+    NotImplementedError
+        A second derivative is asked for.
+
+    Notes
+    -----
+    A query without keys gets 0 and has gradient 0.  Dropout draws other weights than PyTorch's own
+    function does from the same seed.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from fastattn.torch import scaled_dot_product_attention
+    >>> query, key, value = torch.randn(3, 2, 8, 100, 64)
+    >>> out = scaled_dot_product_attention(query, key, value, is_causal=True)
+    >>> expected = torch.nn.functional.scaled_dot_product_attention(
+    ...     query, key, value, is_causal=True
+    ... )
+    >>> torch.allclose(out, expected, atol=1e-5)
+    True
+    """
+    q, k, v, options = translated(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+    if dropout_p > 0.0:
+        options |= {"dropout_p": dropout_p, "dropout_seed": torch.randint(2**63 - 1, ())}
+    return attend(q, k, v, **options)[0]
+
+
+def translated(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    *,
+    scale: float | None,
+    enable_gqa: bool,
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+    """What fastattn calls the same: q, k, v and its options, those of dropout left out."""
+    _check(query, key, value, dropout_p)
+    if not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
+        query, key, value = _matched(query, key, value, enable_gqa)
+    options: dict[str, Any] = {"scale": scale}
+    if is_causal:
+        if attn_mask is not None:
+            raise RuntimeError("`attn_mask` must be None with is_causal=True, got both")
+        options |= {"causal": True, "q_offset": 0}
+    elif isinstance(attn_mask, CausalBias):
+        options |= _causal_bias(query, key, attn_mask)
+    elif attn_mask is not None:
+        options |= _mask_option(query, key, value, attn_mask)
+    return query, key, value, options
+
+
+def _check(query: Any, key: Any, value: Any, dropout_p: float) -> None:
+    named = {"query": query, "key": key, "value": value}
+    for name, x in named.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"`{name}` must be a torch.Tensor, got a {type(x).__name__}")
+        if x.dim() < 2:
+            raise RuntimeError(
+                f"`{name}` must have at least 2 dimensions, got shape {tuple(x.shape)}"
+            )
+    dtype = query.dtype
+    if dtype not in DTYPES:
+        raise RuntimeError(f"`query` must be float16, bfloat16, float32 or float64, got {dtype}")
+    if not dtype == key.dtype == value.dtype:
+        raise RuntimeError(
+            f"`key` and `value` must have dtype {dtype} like `query`, "
+            f"got {key.dtype} and {value.dtype}"
+        )
+    if key.shape[-1] != query.shape[-1]:
+        raise RuntimeError(f"`key` must have E {query.shape[-1]} like `query`, got {key.shape[-1]}")
+    if value.shape[-2] != key.shape[-2]:
+        raise RuntimeError(f"`value` must have S {key.shape[-2]} like `key`, got {value.shape[-2]}")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise RuntimeError(f"`dropout_p` must be 0 to 1, got {dropout_p}")
+
+
+def _num_heads(x: Tensor) -> int:
+    heads: int = x.shape[-3] if x.dim() > 2 else 1
+    return heads
+
+
+def _matched(
+    query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operands with heads as fastattn takes them, where PyTorch broadcasts or groups them."""
+    heads, key_heads, value_heads = map(_num_heads, (query, key, value))
+    if enable_gqa:
+        for name, kv_heads in (("key", key_heads), ("value", value_heads)):
+            if kv_heads == 0 or heads % kv_heads:
+                raise RuntimeError(
+                    f"`{name}` must have a number of heads that divides the {heads} of `query` "
+                    f"with enable_gqa=True, got {kv_heads}"
+                )
+        if key_heads != value_heads:
+            key, value = (
+                x.repeat_interleave(heads // _num_heads(x), -3) if x.dim() > 2 else x[None]
+                for x in (key, value)
+            )
+            key, value = (x.expand(*x.shape[:-3], heads, *x.shape[-2:]) for x in (key, value))
+    else:
+        joint = max(heads, key_heads, value_heads) if min(heads, key_heads, value_heads) else 0
+        for name, some in (("query", heads), ("key", key_heads), ("value", value_heads)):
+            if some not in (1, joint):
+                raise RuntimeError(
+                    f"`{name}` must have {joint} heads or 1 (or enable_gqa=True), got {some}"
+                )
+        query = _with_heads(query, joint)
+        if key_heads != value_heads:
+            key, value = _with_heads(key, joint), _with_heads(value, joint)
+    # Raises a RuntimeError that shows the shapes.
+    torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+    return query, key, value
+
+
+def _with_heads(x: Tensor, heads: int) -> Tensor:
+    if x.dim() == 2:
+        x = x[None]
+    return x.expand(*x.shape[:-3], heads, *x.shape[-2:])
+
+
+def _mask_option(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor) -> dict[str, Any]:
+    if not isinstance(attn_mask, Tensor):
+        raise TypeError(f"`attn_mask` must be a torch.Tensor, got a {type(attn_mask).__name__}")
+    if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        raise RuntimeError(
+            f"`attn_mask` must be bool, float32 or {query.dtype} like `query`, "
+            f"got {attn_mask.dtype}"
+        )
+    lead = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+    scores = (*lead, *query.shape[-3:-1], key.shape[-2])
+    if torch.broadcast_shapes(attn_mask.shape, scores) != scores:
+        raise RuntimeError(
+            f"`attn_mask` must broadcast to {tuple(scores)}, got shape {tuple(attn_mask.shape)}"
+        )
+    return {"mask" if attn_mask.dtype == torch.bool else "bias": attn_mask}
+
+
+def _causal_bias(query: Tensor, key: Tensor, bias: Any) -> dict[str, Any]:
+    lengths = query.shape[-2], key.shape[-2]
+    if lengths != (bias.seq_len_q, bias.seq_len_kv):
+        raise RuntimeError(
+            f"`attn_mask` must be for L and S {lengths}, "
+            f"got one for {(bias.seq_len_q, bias.seq_len_kv)}"
+        )
+    upper_left = bias.variant == CausalVariant.UPPER_LEFT
+    return {"causal": True, "q_offset": 0 if upper_left else lengths[1] - lengths[0]}
