@@ -35,9 +35,22 @@ def attention(
     k: ArrayLike,
     v: ArrayLike,
     *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    bias: ArrayLike | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    q_offset: ArrayLike | None = None,
+    kv_lengths: ArrayLike | None = None,
+    segment_ids: tuple[ArrayLike, ArrayLike] | None = None,
+    sinks: ArrayLike | None = None,
+    softmax_axis: str = "keys",
+    dropout_p: float = 0.0,
+    dropout_seed: int | None = None,
     residual: ArrayLike | None = None,
     return_lse: bool = False,
-    **options: Any,
 ) -> Any:
     """Attention by its definition; see `fastattn.attention` for the arguments.
 
@@ -53,7 +66,25 @@ def attention(
     >>> print(reference.attention([[0.0]], [[1.0], [2.0]], [[10.0], [30.0]]))
     [[20.]]
     """
-    steps = _compute_weights(q, k, v, **options)
+    steps = _compute_weights(
+        q,
+        k,
+        v,
+        scale=scale,
+        softcap=softcap,
+        bias=bias,
+        alibi_slopes=alibi_slopes,
+        mask=mask,
+        causal=causal,
+        window=window,
+        q_offset=q_offset,
+        kv_lengths=kv_lengths,
+        segment_ids=segment_ids,
+        sinks=sinks,
+        softmax_axis=softmax_axis,
+        dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
+    )
     # 6. Weighted sum.
     out, lse = _weighted_sum(steps.dropped, steps.v), steps.lse
     if all(np.ndim(x) == 2 for x in (q, k, v)):
