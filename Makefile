@@ -36,9 +36,9 @@ demo: $(BUILT)  ## find sentences with a real encoder, check and measure it
 test: $(BUILT) $(VENV)/extra-test  ## run the test suite, once per kernel set
 	$(TEST_ENV) $(PY) -m pytest $(ARGS)
 
-bench: $(BUILT) $(VENV)/extra-bench  ## time attention beside NumPy (and torch where installed)
+bench: $(BUILT) $(VENV)/extra-bench  ## time attention beside NumPy and the libraries that are installed
 	$(PY) bench/import_time.py
-	$(PY) -m pytest bench $(ARGS)
+	$(PY) -m fastattn bench $(ARGS)
 
 lint: $(VENV)/extra-lint  ## ruff, mypy --strict, clang-format, cython-lint
 	$(VENV)/bin/ruff check .
@@ -69,7 +69,7 @@ docs: $(BUILT) $(VENV)/extra-test $(VENV)/extra-docs  ## run every example, writ
 	$(VENV)/bin/pdoc --docformat numpy --output-directory build/docs fastattn
 
 clean:  ## remove everything that the other targets made
-	rm -rf $(VENV) build dist *.egg-info .*_cache .hypothesis .benchmarks fastattn/*.so
+	rm -rf $(VENV) build dist *.egg-info .*_cache .hypothesis fastattn/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:  ## list the targets

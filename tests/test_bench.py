@@ -10,14 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from process import output_of, run_python
+from process import run_python
 
-from fastattn import _core, reference
+from fastattn import _core
 from fastattn.__main__ import main
 from fastattn.bench import cli, contenders, report, runner
-from fastattn.bench.workloads import GRID, GROWTH, OPTIONS, QUICK, prefill
+from fastattn.bench.grid import DECODE_DTYPES, DECODE_GROWTH, GROWTH, KINDS
+from fastattn.bench.workloads import decode, prefill
 
 TINY = prefill("tiny", 1, 4, 32, 16, num_kv_heads=2, causal=True)
+BOTH = TINY._replace(name="both", kind="backward", gradients=True)
 
 
 # --- probes -----------------------------------------------------------------------------------
@@ -45,117 +47,6 @@ def test_read_probe_needs_contiguous_memory():
         _core.probe_read(np.zeros(10)[::2], 1)
 
 
-# --- workloads --------------------------------------------------------------------------------
-
-
-@pytest.mark.any_kernel_set
-def test_workloads_are_told_apart():
-    names = [workload.name for workload in GRID]
-    assert len(set(names)) == len(names)
-    labels = [workload.label for workload in GRID]
-    assert len(set(labels)) == len(labels)
-    assert set(QUICK) <= set(names)
-    assert {workload.option for workload in GRID} == set(OPTIONS)
-    assert TINY.label == "(1,4/2,32,16) causal"
-
-
-@pytest.mark.any_kernel_set
-def test_baselines():
-    for shorter, longer in itertools.pairwise(GROWTH):
-        assert longer.baseline.label == shorter.label
-        assert longer.flops == 4 * longer.baseline.flops
-    for workload in GRID:
-        if workload.option:
-            assert workload.baseline.label == workload.shape
-
-
-@pytest.mark.any_kernel_set
-def test_useful_operations():
-    full = prefill("", 2, 4, 512, 16)
-    assert full.flops == 4 * 2 * 4 * 512 * 512 * 16
-    assert full.output_bytes == contenders.CONTENDERS["fastattn"].make(full, 1).run().nbytes
-    assert full._replace(causal=True).flops == full.flops / 2
-    for option in ("window", "segments"):
-        workload = full._replace(option=option)
-        keep = contenders._takes_part(workload)
-        assert workload.flops == pytest.approx(full.flops * keep.mean())
-
-
-# --- contenders -------------------------------------------------------------------------------
-
-# Long enough for the window to leave keys out.
-SMALL = prefill("small", 1, 4, 320, 16)
-
-
-@pytest.mark.any_kernel_set
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("causal", [False, True])
-def test_numpy_is_attention(option, causal):
-    workload = SMALL._replace(option=option, causal=causal, dtype="float64", num_kv_heads=2)
-    call = contenders.CONTENDERS["numpy"].make(workload, 1)
-    result = call.run()
-    expected = reference.attention(*workload.arrays(), **workload.options())
-    np.testing.assert_allclose(call.read(result), expected, rtol=1e-10, atol=1e-12)
-    contenders.check(call, result, workload)
-
-
-@pytest.mark.any_kernel_set
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("causal", [False, True])
-def test_check_finds_a_wrong_result(option, causal):
-    workload = SMALL._replace(option=option, causal=causal)
-    call = contenders.CONTENDERS["fastattn"].make(workload, 1)
-    result = call.run()
-    contenders.check(call, result, workload)
-    result[0, -1, -1, 3] += 0.01
-    with pytest.raises(AssertionError):
-        contenders.check(call, result, workload)
-
-
-@pytest.mark.any_kernel_set
-def test_blas_is_the_products():
-    call = contenders.CONTENDERS["blas"].make(TINY, 1)
-    result = call.run()
-    contenders.check(call, result, TINY)
-    result[0, 0] += 1
-    with pytest.raises(AssertionError):
-        contenders.check(call, result, TINY)
-    with pytest.raises(contenders.Unsupported, match="no mask"):
-        contenders.CONTENDERS["blas"].make(SMALL._replace(option="mask"), 1)
-
-
-# In a process of its own: the libraries set the threads of the whole process.
-CHECK_PEER = """
-import sys
-from fastattn.bench import contenders
-from fastattn.bench.workloads import OPTIONS, prefill
-
-make = contenders.CONTENDERS[sys.argv[1]].make
-for option in OPTIONS:
-    for causal, num_kv_heads in ((False, 4), (True, 2)):
-        workload = prefill(
-            "", 2, 4, 320, 16, num_kv_heads=num_kv_heads, causal=causal, option=option
-        )
-        try:
-            call = make(workload, 1)
-        except contenders.Unsupported:
-            continue
-        contenders.check(call, call.run(), workload)
-        print(option or "plain", causal)
-"""
-
-
-@pytest.mark.any_kernel_set
-@pytest.mark.parametrize("name", ["torch", "onnxruntime", "openvino", "jax"])
-def test_peers_are_attention(name):
-    if name not in contenders.installed():
-        pytest.skip(f"{name} is not installed")
-    checked = output_of("-c", CHECK_PEER, name, **contenders.environment(1)).splitlines()
-    options = {"plain True", "plain False"}
-    options |= {f"{x} False" for x in ("mask", "bias", "alibi", "window", "segments")}
-    assert options <= set(checked)
-
-
 # --- turns ------------------------------------------------------------------------------------
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="processes are stopped on Linux")
@@ -163,8 +54,9 @@ linux_only = pytest.mark.skipif(sys.platform != "linux", reason="processes are s
 
 @pytest.mark.any_kernel_set
 @pytest.mark.parametrize("seconds", [0.0007, 0.25])
-def test_a_turn_is_timed_after_a_first_call(seconds, monkeypatch):
-    durations = itertools.chain([100.0], itertools.repeat(seconds))
+@pytest.mark.parametrize("first", [[0.2], [0.004, 0.007]])
+def test_a_turn_is_timed_after_first_calls(seconds, first, monkeypatch):
+    durations = itertools.chain(first, itertools.repeat(seconds))
     now = 0.0
 
     def run():
@@ -173,7 +65,16 @@ def test_a_turn_is_timed_after_a_first_call(seconds, monkeypatch):
 
     monkeypatch.setattr(runner.time, "perf_counter", lambda: now)
     assert runner.turn(run) == pytest.approx(seconds)
-    assert now >= 100 + runner.TURN_SECONDS
+    assert now >= sum(first) + runner.TURN_SECONDS
+
+
+@pytest.mark.any_kernel_set
+def test_a_long_call_is_made_once_in_a_turn(monkeypatch):
+    readings = iter([0.0, runner.LONG_SECONDS])
+    monkeypatch.setattr(runner.time, "perf_counter", lambda: next(readings))
+    calls = []
+    assert runner.turn(lambda: calls.append(1)) == runner.LONG_SECONDS
+    assert calls == [1]
 
 
 def spin():
@@ -244,7 +145,7 @@ KILLED_COMMAND = """
 import os, signal
 from fastattn.bench import runner
 
-child = runner._Child(runner._serve_probes, "float32", num_threads=1)
+child = runner._Child(runner._serve_probes, "float32", 0, num_threads=1)
 child.ask("peak")
 print("stopped", flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
@@ -268,7 +169,9 @@ def measured():
     versions = {name: contenders.installed()[name] for name in names}
     plain = TINY._replace(causal=False)
     sinks = plain._replace(name="sinks", option="sinks", num_threads=1, baseline=plain)
-    workloads = [TINY, sinks]
+    slower = TINY._replace(name="one-thread", kind="scaling", alone=True)
+    slower = slower._replace(baseline=slower._replace(num_threads=1))
+    workloads = [TINY, sinks, decode("read", 1, 4, 2, 40), BOTH, slower]
     seen = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner, "read_bandwidth", lambda num_threads: runner.probe_bandwidth(1, 4096))
@@ -284,12 +187,17 @@ def test_report(measured):
     assert measured["machine"]["cpus"] >= 1
     assert measured["machine"]["kernels"] in _core.known_isas()
     assert list(measured["versions"]) == ["fastattn", "numpy"]
-    assert [r["workload"] for r in measured["results"]] == ["tiny", "sinks"]
-    assert [r["num_threads"] for r in measured["results"]] == [2, 1]
-    for result in measured["results"]:
-        assert result["left_out"] == {}
+    results = measured["results"]
+    names = ["tiny", "sinks", "read", "both", "one-thread"]
+    assert [r["workload"] for r in results] == names
+    assert [r["kind"] for r in results] == ["prefill", "prefill", "decode", "backward", "scaling"]
+    assert [r["num_threads"] for r in results] == [2, 1, 2, 2, 2]
+    assert [r["seqlen"] for r in results] == [32, 32, 40, 32, 32]
+    for result in results:
+        alone = result["kind"] == "scaling"
+        assert result["left_out"] == ({"numpy": "fastattn only"} if alone else {})
         assert result["peak_gflops"] > 0
-        assert list(result["contenders"]) == ["fastattn", "numpy"]
+        assert list(result["contenders"]) == ["fastattn", *([] if alone else ["numpy"])]
         for entry in result["contenders"].values():
             assert len(entry["seconds"]) == 2
             assert 0 < entry["best"] <= entry["median"] <= max(entry["seconds"])
@@ -297,12 +205,35 @@ def test_report(measured):
             assert entry["share_of_peak"] == pytest.approx(entry["gflops"] / result["peak_gflops"])
             assert entry["memory_bytes"] is None or entry["memory_bytes"] >= 0
         assert result["contenders"]["fastattn"]["ratio"] == 1
-        assert result["contenders"]["numpy"]["ratio"] > 0
-    nothing, baseline = (result["baseline"] for result in measured["results"])
+        assert alone or result["contenders"]["numpy"]["ratio"] > 0
+    assert results[3]["flops"] == 3.5 * results[0]["flops"]
+    nothing, baseline, *_, one_thread = (result["baseline"] for result in results)
     assert nothing is None
     assert (baseline["label"], baseline["flops"]) == ("(1,4/2,32,16)", 4 * 4 * 32 * 32 * 16)
+    assert (baseline["num_threads"], one_thread["num_threads"]) == (1, 1)
     assert len(baseline["seconds"]) == 2
+    assert "share_of_peak" not in baseline
     assert baseline["gflops"] == pytest.approx(baseline["flops"] / baseline["median"] / 1e9)
+
+
+@pytest.mark.any_kernel_set
+def test_report_of_reading(measured):
+    others = [result for result in measured["results"] if result["kind"] != "decode"]
+    [result] = [result for result in measured["results"] if result["kind"] == "decode"]
+    assert result["kv_bytes"] == 2 * 2 * 40 * 128 * 4
+    assert result["read_gbytes_per_second"] > 0
+    for entry in result["contenders"].values():
+        rate = result["kv_bytes"] / entry["median"] / 1e9
+        assert entry["gbytes_per_second"] == pytest.approx(rate)
+        share = rate / result["read_gbytes_per_second"]
+        assert entry["share_of_read"] == pytest.approx(share)
+    lines = report.table(result).splitlines()
+    assert lines[0].startswith("read: (1,4/2,1x40,128), 2 threads, 0 MiB read at ")
+    assert "GB/s" in lines[1] and "of read" in lines[1]
+    for result in others:
+        assert (result["kv_bytes"], result["read_gbytes_per_second"]) == (None, None)
+        assert "GB/s" not in report.table(result)
+        assert "share_of_read" not in result["contenders"]["fastattn"]
 
 
 @pytest.mark.any_kernel_set
@@ -313,7 +244,11 @@ def test_table(measured):
     assert lines[0].startswith("tiny: (1,4/2,32,16) causal, 2 threads, peak ")
     assert [line.split()[0] for line in lines[2:4]] == ["fastattn", "numpy"]
     assert lines[4] == "  torch, jax: no sinks"
-    assert measured["versions"]["numpy"] in report.header(measured)
+    for load, busy in ((None, False), (1.4, False), (1.6, True)):
+        machine = {**measured["machine"], "cpus": 3, "load_average": load}
+        head = report.header({**measured, "machine": machine})
+        assert head.startswith("busy: load average 1.6;") == busy
+        assert measured["versions"]["numpy"] in head
 
 
 @pytest.mark.any_kernel_set
@@ -322,16 +257,43 @@ def test_costs(measured):
         ours = result["contenders"]["fastattn"]
         baseline = {"label": "plain", "flops": result["flops"] / work, "memory_bytes": None}
         baseline |= {"median": 1.0, "seconds": [t / times for t in ours["seconds"]]}
+        baseline["num_threads"] = result["num_threads"]
         return {**result, "baseline": baseline}
 
-    tiny, sinks = measured["results"]
+    tiny, sinks, *_, one_thread = measured["results"]
     rows = [tiny, row(sinks, 1, 1.25), row(sinks, 4, 4), row(sinks, 1 / 32, 1 / 16)]
     text = report.costs({"results": rows})
     ends = [line.split()[-2:] for line in text.splitlines()[3:]]
     assert ends == [["1x", "1.25x"], ["4x", "1.00x"], ["0.0312x", "2.00x"]]
-    assert report.costs({"results": [tiny]}) == ""
+    assert report.costs({"results": [tiny, one_thread]}) == ""
     without = {**rows[1], "contenders": {}}
     assert report.costs({"results": [without]}) == ""
+
+
+@pytest.mark.any_kernel_set
+def test_speedups(measured):
+    tiny, sinks, *_, one_thread = measured["results"]
+    ours = one_thread["contenders"]["fastattn"]
+    twice = {**one_thread["baseline"], "seconds": [1.5 * t for t in ours["seconds"]]}
+    lines = report.speedups({"results": [tiny, sinks, {**one_thread, "baseline": twice}]})
+    [line] = lines.splitlines()[2:]
+    assert line.split()[0] == "one-thread"
+    assert line.split()[-3:] == ["1.50x", "75.0", "%"]
+    assert report.speedups({"results": [tiny, sinks]}) == ""
+
+
+@pytest.mark.any_kernel_set
+def test_summary(measured):
+    lines = report.summary(measured).splitlines()
+    names = [line.split()[0] for line in lines[1:]]
+    assert names == [
+        "prefill", "tiny", "sinks", "decode", "read", "backward", "both", "scaling", "one-thread"
+    ]  # fmt: skip
+    assert [line.split()[-1] for line in lines if line[0] != " "][1:] == ["numpy"] * 4
+    assert "GB/s" in lines[5]
+    assert lines[5].endswith(f"{measured['results'][2]['contenders']['numpy']['ratio']:.2f}x")
+    assert lines[-1].endswith(" -")
+    assert report.summary({**measured, "results": []}) == ""
 
 
 @pytest.mark.any_kernel_set
@@ -339,13 +301,22 @@ def test_plot(measured, tmp_path):
     pytest.importorskip("matplotlib")
     from fastattn.bench import plots
 
-    results = [
-        {**measured["results"][0], "workload": workload.name, "seqlen": workload.seqlen_q}
-        for workload in GROWTH
+    tiny, _, read, *_ = measured["results"]
+
+    def written(results, name):
+        paths = plots.plot({**measured, "results": results}, tmp_path / name)
+        assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+        return [path.name for path in paths]
+
+    lengths = [{**tiny, "workload": w.name, "seqlen": w.seqlen_k} for w in GROWTH]
+    decoded = [
+        {**read, "workload": w.name, "seqlen": w.seqlen_k}
+        for w in dict.fromkeys((*DECODE_GROWTH, *DECODE_DTYPES))
     ]
-    written = plots.plot({**measured, "results": results}, tmp_path / "new")
-    assert [path.name for path in written] == ["speed.png", "memory.png"]
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+    assert written(lengths + decoded, "all") == ["speed.png", "memory.png", "decode.png"]
+    assert written(lengths, "lengths") == ["speed.png", "memory.png"]
+    assert written(decoded, "decoded") == ["decode.png"]
+    assert written([], "none") == []
 
 
 @pytest.mark.any_kernel_set
@@ -364,6 +335,39 @@ def test_failures_are_shown_and_the_others_measured(monkeypatch):
     result = runner.measure(TINY._replace(baseline=TINY), ["torch"], 1, 1)
     assert result["left_out"] == {"torch": "more than 4,095 scores, fastattn only"}
     assert result["baseline"] is None
+
+
+@pytest.mark.any_kernel_set
+def test_memory_that_a_contender_needs(monkeypatch):
+    grouped = prefill("", 1, 4, 64, 16, num_kv_heads=1)
+    monkeypatch.setattr(runner, "_free_memory", lambda: 2.0 * grouped.kv_bytes * 4)
+    assert runner._too_large("torch", grouped) is None
+    monkeypatch.setattr(runner, "_free_memory", lambda: 2.0 * grouped.kv_bytes * 4 - 1)
+    assert runner._too_large("torch", grouped) == "not enough memory"
+    assert runner._too_large("fastattn", grouped) is None
+    monkeypatch.setattr(runner, "_free_memory", lambda: 2.0 * 4 * runner.SCORE_COPIES * 4 * 64**2)
+    assert runner._too_large("numpy", grouped._replace(dtype="float16")) is None
+    both = grouped._replace(dtype="float16", gradients=True)
+    assert runner._too_large("numpy", both) == "not enough memory"
+
+
+def take_half_a_second(*arguments):
+    *_, pipe = arguments
+    runner._end_with_command()
+    pipe.send({"memory_bytes": None})
+    for _ in runner._requests(pipe):
+        pipe.send(0.5)
+
+
+@pytest.mark.any_kernel_set
+def test_who_takes_long_has_fewer_turns(monkeypatch):
+    monkeypatch.setattr(runner, "_serve", take_half_a_second)
+    monkeypatch.setattr(runner, "BUDGET_SECONDS", 2.0)
+    result = runner.measure(TINY, ["fastattn"], 1, 8)
+    assert result["contenders"]["fastattn"]["seconds"] == [0.5] * 4
+    monkeypatch.setattr(runner, "BUDGET_SECONDS", 0.1)
+    result = runner.measure(TINY, ["fastattn"], 1, 8)
+    assert result["contenders"]["fastattn"]["seconds"] == [0.5] * runner.LEAST_TURNS
 
 
 @pytest.mark.any_kernel_set
@@ -397,7 +401,9 @@ def test_command(measured, monkeypatch, capsys, tmp_path):
     assert json.loads(path.read_text()) == measured
     out = capsys.readouterr().out
     assert "tiny: (1,4/2,32,16) causal" in out
-    assert report.costs(measured) in out
+    for made in (report.costs, report.speedups, report.summary):
+        assert made(measured) in out
+    assert out.count("==== prefill\n") == out.count("==== decode\n") == 1
     assert "workloads: 2, seconds: " in out
 
 
@@ -405,7 +411,7 @@ def test_command(measured, monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--filter", "absent"], "--filter absent: no such workload; there are prefill-512, "),
+        (["--filter", "absent"], f"--filter absent: no such workload; kinds are {KINDS[0]}, "),
         (["--contenders", "abacus"], "--contenders: no 'abacus'; there are fastattn, numpy, "),
         (["--json", "absent/x.json"], "--json absent/x.json: No such file or directory"),
         (["compare", "absent.json", "bad.json"], "absent.json: No such file or directory"),
@@ -472,9 +478,12 @@ def test_compare(measured, factor, threshold, status, capsys, tmp_path):
     argv = ["bench", "compare", str(before), str(after), "--threshold", threshold]
     assert main(argv) == status
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["workload", "tiny", "numpy", "sinks", "numpy"]
+    names = [line.split()[0] for line in lines]
+    workloads = ["tiny", "numpy", "sinks", "numpy", "read", "numpy", "both", "numpy", "one-thread"]
+    assert names == ["workload", *workloads]
     # The other contenders are no business of ours.
-    assert ["REGRESSION" in line for line in lines] == [False, *[bool(status), False] * 2]
+    ours = [name not in ("workload", "numpy") for name in names]
+    assert ["REGRESSION" in line for line in lines] == [bool(status) and x for x in ours]
     assert f"{factor:.3f}" in lines[1]
 
 

@@ -12,7 +12,16 @@ from typing import Any
 from fastattn import config
 from fastattn.bench import plots, report, runner
 from fastattn.bench.contenders import CONTENDERS, installed
-from fastattn.bench.workloads import GRID, GROWTH, QUICK, Workload
+from fastattn.bench.grid import (
+    DECODE_DTYPES,
+    DECODE_GROWTH,
+    GRID,
+    GROWTH,
+    KINDS,
+    QUICK,
+    chosen,
+)
+from fastattn.bench.workloads import Workload
 
 INSTALL_EXTRAS = 'pip install "fastattn[bench]"'
 
@@ -54,7 +63,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         Of ``bench``.
     """
     parser.add_argument("--quick", action="store_true", help="a few workloads, about a minute")
-    parser.add_argument("--filter", metavar="TEXT", help="workloads whose name contains TEXT")
+    parser.add_argument(
+        "--filter", metavar="TEXT",
+        help=f"workloads of a kind ({', '.join(KINDS)}), or whose name contains TEXT",
+    )  # fmt: skip
     parser.add_argument("--threads", type=_at_least_one, metavar="N", help="threads of everyone")
     parser.add_argument(
         "--rounds", type=_at_least_one, metavar="N",
@@ -66,8 +78,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write everything measured")
     parser.add_argument(
-        "--plot", type=Path, metavar="DIR", help="measure growth too; write speed and memory PNGs"
-    )
+        "--plot", type=Path, metavar="DIR",
+        help="measure what it takes too; write PNGs of speed, memory and decoding",
+    )  # fmt: skip
     parser.set_defaults(run=run)
 
     commands = parser.add_subparsers(metavar="compare", title="commands")
@@ -125,18 +138,20 @@ def _guarded(function: Callable[[argparse.Namespace], int], args: argparse.Names
 
 
 def _chosen_workloads(args: argparse.Namespace) -> list[Workload]:
-    chosen = [w for w in GRID if w.name in QUICK] if args.quick else list(GRID)
+    found = [w for w in GRID if not args.quick or w.name in QUICK]
     if args.filter is not None:
         # What is asked for by name is measured, also with --quick.
-        chosen = [w for w in GRID if args.filter in w.name]
-    if not chosen:
+        found = chosen(args.filter)
+    if not found:
         raise BenchError(
-            f"--filter {args.filter}: no such workload; there are {', '.join(w.name for w in GRID)}"
+            f"--filter {args.filter}: no such workload; kinds are {', '.join(KINDS)}, names "
+            f"{', '.join(w.name for w in GRID)}"
         )
     if args.plot is not None:
-        lengths = [w for w in GROWTH if not args.quick or w.seqlen_q <= QUICK_MAX_LENGTH]
-        chosen += [w for w in lengths if w not in chosen]
-    return chosen
+        pictured = (*GROWTH, *DECODE_GROWTH, *DECODE_DTYPES)
+        lengths = [w for w in pictured if not args.quick or w.seqlen_k <= QUICK_MAX_LENGTH]
+        found += [w for w in lengths if w not in found]
+    return found
 
 
 def _chosen_contenders(args: argparse.Namespace) -> dict[str, str]:
@@ -165,8 +180,14 @@ def _run(args: argparse.Namespace) -> int:
 
     bar = _progress(len(workloads))
 
+    kind = ""
+
     def show(result: dict[str, Any]) -> None:
+        nonlocal kind
         text = report.table(result)
+        if result["kind"] != kind:
+            kind = result["kind"]
+            text = f"==== {kind}\n\n{text}"
         if bar is None:
             print(f"\n{text}", flush=True)
         else:
@@ -182,8 +203,9 @@ def _run(args: argparse.Namespace) -> int:
     finally:
         if bar is not None:
             bar.close()
-    if costs := report.costs(measured):
-        print(f"\n{costs}")
+    for made in (report.costs, report.speedups, report.summary):
+        if text := made(measured):
+            print(f"\n{text}")
     print(f"\nworkloads: {len(workloads)}, seconds: {time.perf_counter() - started:.0f}")
     if args.json is not None:
         _write(args.json, json.dumps(measured, indent=1) + "\n")

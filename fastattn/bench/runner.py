@@ -1,4 +1,4 @@
-"""Measure: contenders in processes of their own that take turns, the machine's peak among them.
+"""Measure: contenders in processes of their own that take turns, the machine's limits among them.
 
 A process runs only during its turn; between its turns it is stopped, whatever its threads would do.
 """
@@ -25,27 +25,40 @@ from typing import Any
 import numpy as np
 
 from fastattn import _core, config
-from fastattn.bench.contenders import CONTENDERS, Unsupported, check, environment
-from fastattn.bench.workloads import Workload
+from fastattn.bench.check import check
+from fastattn.bench.contenders import CONTENDERS, environment
+from fastattn.bench.forms import Unsupported
+from fastattn.bench.workloads import Workload, lacks
 
 #: Raised when the meaning of the JSON changes.
-SCHEMA = 2
+SCHEMA = 3
 
 # A turn's clock runs at least this long, over as many calls as it takes: a call of microseconds
 # alone would be lost in what the clock and the scheduler do.
 TURN_SECONDS = 0.01
+# From here on what a first call takes more is lost in its time, and it counts.
+LONG_SECONDS = 0.25
+# Who has used this much has no more turns, after the first few: a peer that takes seconds for one
+# call takes them in every round.
+BUDGET_SECONDS = 3.0
+LEAST_TURNS = 3
 # Where a process can be stopped, seen to have stopped, and made to end with the command that alone
 # would continue it.  Elsewhere those whose turn it is not wait as their libraries do.
 CAN_STOP = sys.platform == "linux"
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
-# The peak's turn: about 10 ms on any kernel set of a recent CPU.
+# A run of the peak: up to 10 ms on any kernel set of a recent CPU.
 PEAK_FLOPS_PER_THREAD = 1e9
 PEAK_FLOPS_PER_THREAD_SCALAR = 5e7
+# Its turn, of which the best run counts: where other programs keep cores busy, threads that have
+# just woken up share one until the system spreads them.
+PEAK_SECONDS = 0.05
 READ_BYTES = 256 << 20
 READ_REPEATS = 5
-# A contender that holds whole score matrices has about this many at a time; it is left out where
-# they would take more than half of the free memory.
-SCORE_COPIES = 3
+# A contender that holds whole score matrices has about this many at a time, forward and in both
+# passes, in float32 at least; it is left out where they would take more than half of the free
+# memory.
+SCORE_COPIES, SCORE_COPIES_BOTH = 3, 5
+SCORE_BYTES = 4
 
 # Larger workloads are fastattn's alone: a call of the others takes seconds.
 MAX_SCORES = 2**28
@@ -109,7 +122,8 @@ def _requests(pipe: Connection) -> Iterator[Any]:
 
 
 def turn(run: Callable[[], object]) -> float:
-    """Time calls, after one that does not count: the process has slept, and its caches are cold.
+    """Time calls, after some that do not count, unless they are long: the process has slept, its
+    caches are cold, and its threads may have woken up on one core.
 
     Parameters
     ----------
@@ -127,7 +141,13 @@ def turn(run: Callable[[], object]) -> float:
     >>> turn(lambda: sum(range(1000))) > 0
     True
     """
+    start = time.perf_counter()
     run()
+    elapsed = time.perf_counter() - start
+    if elapsed >= LONG_SECONDS:
+        return elapsed
+    while time.perf_counter() - start < TURN_SECONDS:
+        run()
     repeats = 1
     while True:
         start = time.perf_counter()
@@ -144,9 +164,7 @@ def _serve(name: str, workload: Workload, num_threads: int, pipe: Connection) ->
     _end_with_command()
     try:
         make = CONTENDERS[name].make
-        length = min(WARM_UP_LENGTH, workload.seqlen_q)
-        small = workload._replace(seqlen_q=length, seqlen_k=length, option="", causal=False)
-        make(small, num_threads).run()
+        make(workload.small(WARM_UP_LENGTH), num_threads).run()
         call = make(workload, num_threads)
 
         _return_freed_memory()
@@ -196,8 +214,11 @@ def probe_peak(dtype: str, num_threads: int) -> float:
     scalar = config.ISA == "scalar"
     goal = PEAK_FLOPS_PER_THREAD_SCALAR if scalar else PEAK_FLOPS_PER_THREAD
     rounds = int(goal / flops_of_a_round)
-    seconds, flops = _core.probe_fma(config.ISA, double, rounds, num_threads)
-    return flops / seconds
+    peak, start = 0.0, time.perf_counter()
+    while peak == 0 or time.perf_counter() - start < PEAK_SECONDS:
+        seconds, flops = _core.probe_fma(config.ISA, double, rounds, num_threads)
+        peak = max(peak, flops / seconds)
+    return peak
 
 
 def probe_bandwidth(num_threads: int, num_bytes: int = READ_BYTES) -> float:
@@ -226,14 +247,26 @@ def probe_bandwidth(num_threads: int, num_bytes: int = READ_BYTES) -> float:
     return memory.nbytes / seconds
 
 
-def _serve_probes(dtype: str, num_threads: int, pipe: Connection) -> None:
-    """The probes' process: told by "read" or "peak" what to measure."""
+def _serve_probes(dtype: str, read_bytes: int, num_threads: int, pipe: Connection) -> None:
+    """The probes' process: told by "read" or "peak" what to measure.
+
+    Its memory is of the size of the keys and values, so that the part of them that stays in the
+    last cache from call to call, on machines with a large one, is as large.
+    """
     _end_with_command()
+    memory = np.ones(read_bytes // 8)
     for request in _requests(pipe):
         if request == "read":
-            pipe.send(probe_bandwidth(num_threads))
+            pipe.send(memory.nbytes / turn(lambda: _core.probe_read(memory, num_threads)))
         else:
             pipe.send(probe_peak(dtype, num_threads))
+
+
+def _serve_bandwidth(num_threads: int, pipe: Connection) -> None:
+    """A process for `probe_bandwidth`."""
+    _end_with_command()
+    for _ in _requests(pipe):
+        pipe.send(probe_bandwidth(num_threads))
 
 
 # ---- in the process of the command --------------------------------------------------------------
@@ -330,12 +363,19 @@ def _free_memory() -> float:
 
 def _too_large(name: str, workload: Workload) -> str | None:
     """Why a contender is not even started."""
+    if name != "fastattn" and workload.alone:
+        return "fastattn only"
     if name != "fastattn" and workload.num_scores > MAX_SCORES:
         return f"more than {MAX_SCORES:,} scores, fastattn only"
-    score_bytes = workload.num_scores * np.dtype(workload.dtype).itemsize
-    if CONTENDERS[name].holds_scores and SCORE_COPIES * score_bytes > _free_memory() / 2:
+    padded = workload._replace(lengths=())
+    score_bytes = padded.num_scores * (8 if workload.dtype == "float64" else SCORE_BYTES)
+    copies = SCORE_COPIES_BOTH if workload.gradients else SCORE_COPIES
+    needed = copies * score_bytes if CONTENDERS[name].holds_scores else 0
+    if CONTENDERS[name].repeats_heads and workload.group_size > 1:
+        needed += workload.group_size * padded.kv_bytes
+    if needed > _free_memory() / 2:
         return "not enough memory"
-    return None
+    return lacks(workload)
 
 
 def measure(
@@ -364,53 +404,72 @@ def measure(
     if workload.baseline and "fastattn" in calls:
         # First, so that the two turns come one after the other: what slows the machine slows both.
         calls = {"baseline": ("fastattn", workload.baseline), **calls}
-    children: dict[str, _Child] = {}
     shown: dict[str, dict[str, Any]] = {}
     left_out: dict[str, str] = {}
-    peaks = []
+    peaks, read_rates = [], []
     with contextlib.ExitStack() as stack:
+        children: dict[str, _Child] = {}
+        # They load their libraries at the same time, each until it stands still.
         for key, (name, called) in calls.items():
             if reason := _too_large(name, called):
                 left_out[key] = reason
                 continue
-            child = _Child(_serve, name, called, num_threads=num_threads)
-            stack.callback(child.close)
+            threads = called.num_threads or num_threads
+            children[key] = _Child(_serve, name, called, num_threads=threads)
+            stack.callback(children[key].close)
+        read_bytes = workload.kv_bytes if workload.reads else 0
+        probes = _Child(_serve_probes, workload.dtype, read_bytes, num_threads=num_threads)
+        stack.callback(probes.close)
+        for key, child in list(children.items()):
             try:
                 answer = child.receive()
             except ChildDied as error:
                 answer = {"failed": str(error)}
             if reason := answer.get("skipped") or answer.get("failed"):
                 left_out[key] = reason if "skipped" in answer else f"failed: {reason}"
+                del children[key]
                 continue
-            children[key] = child
             shown[key] = {**answer, "seconds": []}
-        probes = _Child(_serve_probes, workload.dtype, num_threads=num_threads)
-        stack.callback(probes.close)
         for _ in range(rounds):
             peaks.append(probes.ask("peak"))
+            if workload.reads:
+                read_rates.append(probes.ask("read"))
             for key, child in children.items():
-                shown[key]["seconds"].append(child.ask("turn"))
+                seconds = shown[key]["seconds"]
+                if len(seconds) < LEAST_TURNS or sum(seconds) < BUDGET_SECONDS:
+                    seconds.append(child.ask("turn"))
 
     peak = max(peaks)
+    # Reading varies from round to round, with all that share the memory: like with like.
+    read_rate = statistics.median(read_rates) if read_rates else None
     for key, entry in shown.items():
-        flops = calls[key][1].flops
+        called = calls[key][1]
         entry["median"] = statistics.median(entry["seconds"])
         entry["best"] = min(entry["seconds"])
-        entry["gflops"] = flops / entry["median"] / 1e9
-        entry["share_of_peak"] = flops / entry["median"] / peak
+        rate = called.flops / entry["median"]
+        entry |= {"gflops": rate / 1e9, "share_of_peak": rate / peak}
+        if read_rate:
+            rate = called.kv_bytes / entry["median"]
+            entry |= {"gbytes_per_second": rate / 1e9, "share_of_read": rate / read_rate}
     baseline, ours = shown.pop("baseline", None), shown.get("fastattn")
     for entry in shown.values():
         entry["ratio"] = entry["median"] / ours["median"] if ours else None
     if baseline:
         called = calls["baseline"][1]
         baseline |= {"label": called.label, "flops": called.flops}
+        baseline["num_threads"] = called.num_threads or num_threads
+        for share in ("share_of_peak", "share_of_read"):  # of limits with other threads
+            baseline.pop(share, None)
     return {
         "workload": workload.name,
+        "kind": workload.kind,
         "label": workload.label,
-        "seqlen": workload.seqlen_q,
+        "seqlen": workload.seqlen_k,
         "flops": workload.flops,
+        "kv_bytes": workload.kv_bytes if workload.reads else None,
         "num_threads": num_threads,
         "peak_gflops": peak / 1e9,
+        "read_gbytes_per_second": read_rate and read_rate / 1e9,
         "contenders": shown,
         "baseline": baseline,
         "left_out": left_out,
@@ -430,7 +489,7 @@ def read_bandwidth(num_threads: int) -> float:
     float
         Bytes per second.
     """
-    child = _Child(_serve_probes, "float32", num_threads=num_threads)
+    child = _Child(_serve_bandwidth, num_threads=num_threads)
     try:
         rate: float = child.ask("read")
     finally:

@@ -1,5 +1,7 @@
-"""What is measured: sizes and options of attention calls, by name."""
+"""What a benchmark computes: sizes, dtype and options of one call, and its arrays."""
 
+import functools
+import importlib.util
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,10 +15,16 @@ OPTIONS = ("", "mask", "bias", "alibi", "softcap", "sinks", "window", "segments"
 WINDOW = 256  # keys that a query sees
 SEGMENTS = 8  # documents packed into one sequence, all of one length
 SOFTCAP = 30.0
+# Products of the forward pass and both passes: q k^T and p v; q k^T again, and four for gradients.
+FORWARD_PRODUCTS, BOTH_PRODUCTS = 2, 7
+# int8 storage has one float32 scale per token and head, for keys and values each.
+SCALE_BYTES = 4
+
+_SHORT = {"float32": "", "float64": "f64", "float16": "f16", "bfloat16": "bf16"}
 
 
 class Workload(NamedTuple):
-    """One forward call."""
+    """One forward call, or with `gradients` a forward and a backward call together."""
 
     name: str
     batch: int
@@ -31,6 +39,14 @@ class Workload(NamedTuple):
     num_threads: int | None = None  # None: those of the run
     # Whose time fastattn's is compared with, measured in the same rounds.
     baseline: "Workload | None" = None
+    kind: str = "prefill"  # what it is listed under
+    # Real lengths of the sequences of a batch that differ; seqlen_k is the longest.  With as many
+    # queries as keys they are packed, with seqlen_q == 1 they are in a cache.
+    lengths: tuple[int, ...] = ()
+    cache: str = ""  # "KVCache" or "PagedKVCache": where keys and values are, if not in arrays
+    cache_dtype: str = ""  # of its storage; "": `dtype`
+    gradients: bool = False
+    alone: bool = False  # measured with fastattn only
 
     @property
     def shape(self) -> str:
@@ -38,16 +54,22 @@ class Workload(NamedTuple):
         heads = f"{self.num_heads}"
         if self.num_kv_heads != self.num_heads:
             heads += f"/{self.num_kv_heads}"
-        length = f"{self.seqlen_q}"
-        if self.seqlen_q != self.seqlen_k:
-            length += f"x{self.seqlen_k}"
+        keys = f"{min(self.lengths)}..{max(self.lengths)}" if self.lengths else f"{self.seqlen_k}"
+        length = keys if self.seqlen_q == self.seqlen_k else f"{self.seqlen_q}x{keys}"
         return f"({self.batch},{heads},{length},{self.head_dim})"
 
     @property
     def label(self) -> str:
         """Everything that tells this workload from others, for people."""
-        parts = [self.shape, "causal" if self.causal else "", self.option]
-        parts.append("" if self.dtype == "float32" else self.dtype)
+        parts = [
+            self.shape,
+            "causal" if self.causal else "",
+            self.option,
+            _SHORT[self.dtype],
+            self.cache_dtype,
+            self.cache,
+            "forward+backward" if self.gradients else "",
+        ]
         return " ".join(part for part in parts if part)
 
     @property
@@ -56,35 +78,70 @@ class Workload(NamedTuple):
         return self.num_heads // self.num_kv_heads
 
     @property
+    def packed(self) -> bool:
+        """Whether the sequences are packed one after another."""
+        return bool(self.lengths) and self.seqlen_q > 1
+
+    @property
+    def key_lengths(self) -> tuple[int, ...]:
+        """Keys of each sequence."""
+        return self.lengths or (self.seqlen_k,) * self.batch
+
+    @property
+    def query_lengths(self) -> tuple[int, ...]:
+        """Queries of each sequence."""
+        return self.lengths if self.packed else (self.seqlen_q,) * self.batch
+
+    @property
     def num_scores(self) -> int:
         """Elements of the full score matrices."""
-        return self.batch * self.num_heads * self.seqlen_q * self.seqlen_k
+        pairs = zip(self.query_lengths, self.key_lengths, strict=True)
+        return self.num_heads * sum(rows * keys for rows, keys in pairs)
 
     @property
     def output_bytes(self) -> int:
-        """Size of the result."""
-        num_elements = self.batch * self.num_heads * self.seqlen_q * self.head_dim
-        return num_elements * np.dtype(self.dtype).itemsize
+        """Size of the result of the forward pass."""
+        num_elements = self.num_heads * sum(self.query_lengths) * self.head_dim
+        return num_elements * _itemsize(self.dtype)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Size of the keys and values that take part, as they are stored."""
+        dtype = self.cache_dtype or self.dtype
+        row = self.head_dim * _itemsize(dtype) + (SCALE_BYTES if dtype == "int8" else 0)
+        return 2 * row * self.num_kv_heads * sum(self.key_lengths)
+
+    @property
+    def reads(self) -> bool:
+        """Whether reading keys and values bounds the time: each is of use to one query only."""
+        return self.seqlen_q == 1 and self.seqlen_k > 1
 
     @property
     def flops(self) -> float:
         """Useful operations: 4 per score and feature, scores of keys that take part by position
-        only; half of the square for causal."""
+        only, half of the square for causal; with gradients 7 products instead of 2."""
         share = 0.5 if self.causal else 1.0
         if self.option == "segments":
             share /= SEGMENTS
         if self.option == "window":
             left_out = self.seqlen_q - WINDOW  # the first queries see fewer keys
             share = WINDOW * (left_out + (WINDOW + 1) / 2) / (self.seqlen_q * self.seqlen_k)
-        return 4.0 * self.num_scores * self.head_dim * share
+        products = BOTH_PRODUCTS if self.gradients else FORWARD_PRODUCTS
+        return 2.0 * products * self.num_scores * self.head_dim * share
 
     def arrays(self) -> tuple[Array, Array, Array]:
-        """q, k and v, the same on every call."""
-        rng = np.random.default_rng(0)
-        q_shape = (self.batch, self.num_heads, self.seqlen_q, self.head_dim)
+        """q, k and v, the same on every call; sequences of unequal lengths are padded."""
         kv_shape = (self.batch, self.num_kv_heads, self.seqlen_k, self.head_dim)
-        q, k, v = (rng.standard_normal(shape) for shape in (q_shape, kv_shape, kv_shape))
-        return q.astype(self.dtype), k.astype(self.dtype), v.astype(self.dtype)
+        return _normal_arrays((self.q_shape, kv_shape, kv_shape), self.dtype)
+
+    @property
+    def q_shape(self) -> tuple[int, int, int, int]:
+        """Shape of q, and of the result."""
+        return (self.batch, self.num_heads, self.seqlen_q, self.head_dim)
+
+    def grad_out(self) -> Array:
+        """The gradient of the result, the same on every call."""
+        return _normal_array(np.random.default_rng(2), self.q_shape, self.dtype)
 
     def options(self) -> dict[str, Any]:
         """The other arguments of `fastattn.attention`, the same on every call."""
@@ -110,6 +167,73 @@ class Workload(NamedTuple):
             made["softmax_axis"] = "queries"
         return made
 
+    def small(self, length: int) -> "Workload":
+        """The same kind of call with sequences of at most `length`, no option: a first call that
+        loads what a library loads lazily."""
+        return self._replace(
+            seqlen_q=min(length, self.seqlen_q),
+            seqlen_k=min(length, self.seqlen_k),
+            lengths=tuple(min(length, n) for n in self.lengths),
+            option="",
+            causal=False,
+        )
+
+
+# The last ones are kept: a contender needs them again, and 1 GiB of random numbers takes seconds.
+@functools.lru_cache(maxsize=1)
+def _normal_arrays(shapes: tuple[tuple[int, ...], ...], dtype: str) -> tuple[Array, Array, Array]:
+    rng = np.random.default_rng(0)
+    q, k, v = (_normal_array(rng, shape, dtype) for shape in shapes)
+    return q, k, v
+
+
+def _normal_array(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> Array:
+    if dtype == "float64":
+        return rng.standard_normal(shape)
+    made: Array = rng.standard_normal(shape, np.float32)
+    return made.astype(real_dtype(dtype), copy=False)
+
+
+def _itemsize(dtype: str) -> int:
+    return 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
+
+
+def real_dtype(name: str) -> np.dtype[Any]:
+    """The dtype of that name; bfloat16 is that of ``ml_dtypes``, which defines it for NumPy."""
+    if name != "bfloat16":
+        return np.dtype(name)
+    import ml_dtypes
+
+    made: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+    return made
+
+
+def lacks(workload: Workload) -> str | None:
+    """Why nobody can compute a workload here, or None.
+
+    Parameters
+    ----------
+    workload : Workload
+        Any.
+
+    Returns
+    -------
+    str or None
+        The reason.
+
+    Examples
+    --------
+    >>> from fastattn.bench.workloads import lacks, prefill
+    >>> lacks(prefill("small", 1, 2, 128, 64)) is None
+    True
+    """
+    dtypes = {workload.dtype, workload.cache_dtype}
+    if workload.baseline:
+        dtypes.add(workload.baseline.dtype)
+    if "bfloat16" in dtypes and importlib.util.find_spec("ml_dtypes") is None:
+        return "bfloat16 needs ml_dtypes installed"
+    return None
+
 
 def prefill(
     name: str,
@@ -126,48 +250,9 @@ def prefill(
     return Workload(name, batch, num_heads, kv_heads, seqlen, seqlen, head_dim, **rest)
 
 
-def _growth(seqlen: int, **rest: Any) -> Workload:
-    return prefill(f"growth-{seqlen}", 1, 1, seqlen, 64, **rest)
-
-
-#: Doubling lengths, each beside its half: time is to grow with the square, memory with the length.
-GROWTH = (
-    _growth(1024),
-    *(_growth(2 * n, baseline=_growth(n)) for n in (1024, 2048, 4096, 8192, 16384)),
-)
-
-_PLAIN = prefill("prefill-2k", 1, 12, 2048, 64)
-
-#: Everything that is measured unless less is asked for.
-GRID = (
-    prefill("prefill-512", 1, 12, 512, 64),
-    prefill("prefill-512-causal", 1, 12, 512, 64, causal=True),
-    _PLAIN,
-    prefill("prefill-2k-causal", 1, 12, 2048, 64, causal=True),
-    prefill("prefill-4k-wide", 1, 8, 4096, 128),
-    prefill("prefill-4k-wide-causal", 1, 8, 4096, 128, causal=True),
-    prefill("grouped-1k-causal", 1, 32, 1024, 128, num_kv_heads=8, causal=True),
-    prefill("many-short", 8, 12, 128, 64),
-    prefill("head-dim-32", 1, 12, 2048, 32),
-    prefill("head-dim-80", 1, 12, 2048, 80),
-    prefill("head-dim-256", 1, 4, 2048, 256),
-    *(
-        _PLAIN._replace(name=f"{option}-2k", option=option, baseline=_PLAIN)
-        for option in ("mask", "bias", "alibi", "softcap", "sinks", "segments", "queries")
-    ),
-    prefill(
-        "window-8k", 1, 4, 8192, 64, option="window", baseline=prefill("prefill-8k", 1, 4, 8192, 64)
-    ),
-    prefill("double-2k", 1, 12, 2048, 64, dtype="float64"),
-    prefill("one-query", 1, 1, 1, 64, num_threads=1),
-    *GROWTH,
-)
-
-#: A minute's look at the machine.
-QUICK = ("prefill-512", "prefill-2k", "prefill-2k-causal", "many-short", "one-query")
-
-#: Memory-bound shapes of generation, one query per sequence.
-DECODE = (
-    Workload("decode-4k", 1, 32, 32, 1, 4096, 128),
-    Workload("decode-4k-grouped", 1, 32, 8, 1, 4096, 128),
-)
+def decode(
+    name: str, batch: int, num_heads: int, num_kv_heads: int, seqlen_k: int, **rest: Any
+) -> Workload:
+    """A workload with one query per sequence and head_dim 128."""
+    rest.setdefault("kind", "decode")
+    return Workload(name, batch, num_heads, num_kv_heads, 1, seqlen_k, 128, **rest)

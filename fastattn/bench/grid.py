@@ -1,0 +1,176 @@
+"""Which workloads are measured, by name and kind."""
+
+from typing import Any
+
+from fastattn.bench.workloads import Workload, decode, prefill
+
+SHORT_DTYPES = {"float16": "f16", "bfloat16": "bf16"}
+
+#: Sequences of a batch, very unequal, as requests are: decoded from a cache.
+RAGGED_LENGTHS = (10, 100, 500, 1000, 2000, 4000, 6000, 8000)
+#: Sequences packed one after another.
+PACKED_LENGTHS = (33, 70, 256, 512, 900, 1024, 1500, 1800)
+
+
+def _both_masks(workload: Workload) -> list[Workload]:
+    """A workload, and the same causal."""
+    return [workload, workload._replace(name=f"{workload.name}-causal", causal=True)]
+
+
+def _in_16_bits(workload: Workload) -> list[Workload]:
+    """The same in both 16-bit types, beside float32."""
+    return [
+        workload._replace(name=f"{workload.name}-{short}", dtype=dtype, baseline=workload)
+        for dtype, short in SHORT_DTYPES.items()
+    ]
+
+
+def _in_int8(workload: Workload, cache: str) -> Workload:
+    """The same from a cache of int8, beside float32."""
+    return workload._replace(
+        name=f"{workload.name}-int8", cache=cache, cache_dtype="int8", baseline=workload
+    )
+
+
+def _growth(seqlen: int, **rest: Any) -> Workload:
+    return prefill(f"growth-{seqlen}", 1, 1, seqlen, 64, kind="growth", **rest)
+
+
+#: Doubling lengths, each beside its half: time is to grow with the square, memory with the length.
+GROWTH = (
+    _growth(1024),
+    *(_growth(2 * n, baseline=_growth(n)) for n in (1024, 2048, 4096, 8192, 16384)),
+)
+
+_PLAIN, _PLAIN_CAUSAL = _both_masks(prefill("prefill-2k", 1, 12, 2048, 64))
+_WIDE, _WIDE_CAUSAL = _both_masks(prefill("prefill-4k-wide", 1, 8, 4096, 128))
+_MANY_SHORT = prefill("many-short", 8, 12, 128, 64)
+
+_PREFILL = (
+    *_both_masks(prefill("prefill-512", 1, 12, 512, 64)),
+    _PLAIN,
+    _PLAIN_CAUSAL,
+    _WIDE,
+    _WIDE_CAUSAL,
+    prefill("grouped-1k-causal", 1, 32, 1024, 128, num_kv_heads=8, causal=True),
+    _MANY_SHORT,
+    prefill("head-dim-32", 1, 12, 2048, 32),
+    prefill("head-dim-80", 1, 12, 2048, 80),
+    prefill("head-dim-256", 1, 4, 2048, 256),
+    prefill("double-2k", 1, 12, 2048, 64, dtype="float64"),
+    *(half for w in (_PLAIN, _PLAIN_CAUSAL, _WIDE, _WIDE_CAUSAL) for half in _in_16_bits(w)),
+    prefill("one-query", 1, 1, 1, 64, num_threads=1),
+)
+
+_OPTIONS = (
+    *(
+        _PLAIN._replace(name=f"{option}-2k", kind="options", option=option, baseline=_PLAIN)
+        for option in ("mask", "bias", "alibi", "softcap", "sinks", "segments", "queries")
+    ),
+    prefill(
+        "window-8k", 1, 4, 8192, 64, kind="options", option="window",
+        baseline=prefill("prefill-8k", 1, 4, 8192, 64),
+    ),
+)  # fmt: skip
+
+_DECODE_4K = decode("decode-4k", 1, 32, 32, 4096)
+_DECODE_8K = decode("decode-8k", 1, 32, 32, 8192)
+_DECODE_8K_G4 = decode("decode-8k-g4", 1, 32, 8, 8192)
+_DECODE_64K_G4 = decode("decode-64k-g4", 1, 32, 8, 65536)
+_DECODE_BATCH = decode("decode-4k-g4-batch8", 8, 32, 8, 4096)
+
+#: One key head for four query heads, growing: the lines of a picture.
+DECODE_GROWTH = (
+    decode("decode-1k-g4", 1, 32, 8, 1024),
+    decode("decode-4k-g4", 1, 32, 8, 4096),
+    _DECODE_8K_G4,
+    _DECODE_64K_G4,
+)
+#: One key head for each query head in every storage: the bars of a picture.
+DECODE_DTYPES = (_DECODE_8K, *_in_16_bits(_DECODE_8K), _in_int8(_DECODE_8K, "KVCache"))
+
+_DECODE = (
+    _DECODE_4K,
+    *DECODE_GROWTH,
+    decode("decode-8k-g8", 1, 32, 4, 8192),
+    decode("decode-1k-batch8", 8, 32, 32, 1024),
+    _DECODE_BATCH,
+    *DECODE_DTYPES,
+    *_in_16_bits(_DECODE_8K_G4),
+    _in_int8(_DECODE_8K_G4, "KVCache"),
+    _in_int8(_DECODE_64K_G4, "KVCache"),
+    _in_16_bits(_DECODE_BATCH)[1],
+    _in_int8(_DECODE_BATCH, "KVCache"),
+)
+
+_PACKED = prefill(
+    "varlen-packed", len(PACKED_LENGTHS), 12, max(PACKED_LENGTHS), 64, kind="varlen",
+    lengths=PACKED_LENGTHS,
+)  # fmt: skip
+_RAGGED = decode(
+    "varlen-decode", len(RAGGED_LENGTHS), 32, 8, max(RAGGED_LENGTHS), kind="varlen",
+    lengths=RAGGED_LENGTHS, cache="KVCache",
+)  # fmt: skip
+_VARLEN = (
+    *_both_masks(_PACKED),
+    _RAGGED,
+    _RAGGED._replace(name="varlen-decode-paged", cache="PagedKVCache", baseline=_RAGGED),
+    _in_16_bits(_RAGGED)[1],
+    _in_int8(_RAGGED, "KVCache"),
+    _in_int8(_RAGGED, "PagedKVCache")._replace(name="varlen-decode-paged-int8"),
+)
+
+_TRAINING = [
+    w._replace(name=w.name.replace("prefill", "backward"), kind="backward", gradients=True)
+    for w in (_PLAIN, _PLAIN_CAUSAL, _WIDE)
+]
+_BACKWARD = (*_TRAINING, *(half for w in _TRAINING[:2] for half in _in_16_bits(w)))
+
+
+def _beside_one_thread(workload: Workload, name: str) -> Workload:
+    return workload._replace(
+        name=name, kind="scaling", alone=True, baseline=workload._replace(num_threads=1)
+    )
+
+
+#: The threads of the run beside one thread.
+SCALING = (
+    _beside_one_thread(_PLAIN, "scaling-2k"),
+    _beside_one_thread(_PLAIN_CAUSAL, "scaling-2k-causal"),
+    _beside_one_thread(_MANY_SHORT, "scaling-many-short"),
+    _beside_one_thread(_DECODE_4K, "scaling-decode-4k"),
+    _beside_one_thread(_DECODE_8K_G4, "scaling-decode-8k-g4"),
+)
+
+#: Everything that is measured unless less is asked for, kind by kind.
+GRID = (*_PREFILL, *_OPTIONS, *_DECODE, *_VARLEN, *_BACKWARD, *SCALING, *GROWTH)
+
+KINDS = tuple(dict.fromkeys(workload.kind for workload in GRID))
+
+#: A minute's look at the machine.
+QUICK = (
+    "prefill-512", "prefill-2k", "prefill-2k-causal", "many-short", "one-query", "decode-4k-g4",
+    "varlen-packed", "backward-2k",
+)  # fmt: skip
+
+
+def chosen(text: str) -> list[Workload]:
+    """Workloads of a kind, or else those whose name contains a text.
+
+    Parameters
+    ----------
+    text : str
+        One of `KINDS`, or any part of names.
+
+    Returns
+    -------
+    list of Workload
+        In the order of `GRID`.
+
+    Examples
+    --------
+    >>> from fastattn.bench.grid import chosen
+    >>> [workload.name for workload in chosen("scaling-2k")]
+    ['scaling-2k', 'scaling-2k-causal']
+    """
+    return [w for w in GRID if w.kind == text] or [w for w in GRID if text in w.name]
