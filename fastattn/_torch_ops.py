@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastattn._validate import BFLOAT16_BITS
 from fastattn.attention import attention
 from fastattn.backward import MAX_HEAD_DIM, attention_backward
 
 Array = NDArray[Any]
-Tensor = torch.Tensor
-
 # What has a gradient, in the order of the operators' arguments.
 DIFFERENTIABLE = ("q", "k", "v", "bias", "sinks")
 TENSOR_OPTIONS = (
@@ -145,10 +145,12 @@ def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tenso
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     for index, name in enumerate(TENSOR_OPTIONS, 3):
         if ctx.needs_input_grad[index] and name not in (*DIFFERENTIABLE, "residual"):
-            raise ValueError(f"`{name}` must not require a gradient, which it has none of: detach it")
+            raise ValueError(f"`{name}` must not require a gradient: it has none, detach it")
     for name, x in (("head_dim", inputs[0]), ("head_dim_v", inputs[2])):
         if x.shape[-1] > MAX_HEAD_DIM:  # said now, not after the forward pass of a whole model
-            raise ValueError(f"{name} must be at most {MAX_HEAD_DIM} for gradients, got {x.shape[-1]}")
+            raise ValueError(
+                f"{name} must be at most {MAX_HEAD_DIM} for gradients, got {x.shape[-1]}"
+            )
     end = 3 + len(TENSOR_OPTIONS)
     ctx.save_for_backward(*output, *inputs[:end])
     ctx.plain_options = inputs[end:]
@@ -200,9 +202,7 @@ def _backward(
 ) -> list[Tensor]:
     *options, needs = rest
     inputs = (q, k, v, *options[: len(DIFFERENTIABLE) - 3])
-    wanted = {
-        name: x for name, x, need in zip(DIFFERENTIABLE, inputs, needs, strict=True) if need
-    }
+    wanted = {name: x for name, x, need in zip(DIFFERENTIABLE, inputs, needs, strict=True) if need}
     gradients = attention_backward(
         as_array(grad_out),
         as_array(q),
@@ -243,7 +243,7 @@ def transforms_active() -> bool:
     return active
 
 
-class _Attention(torch.autograd.Function):
+class _Attention(torch.autograd.Function):  # type: ignore[misc]
     generate_vmap_rule = True
 
     @staticmethod
@@ -254,7 +254,7 @@ class _Attention(torch.autograd.Function):
     backward = staticmethod(_autograd_backward)
 
 
-class _AttentionBackward(torch.autograd.Function):
+class _AttentionBackward(torch.autograd.Function):  # type: ignore[misc]
     generate_vmap_rule = True
 
     @staticmethod
@@ -270,13 +270,21 @@ class _AttentionBackward(torch.autograd.Function):
         raise NotImplementedError(SECOND_DERIVATIVES)
 
 
+def _wants_gradients(args: tuple[Any, ...]) -> bool:
+    tensors = [x for x in args if isinstance(x, Tensor)]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return True
+    # In forward mode, PyTorch says that the functions have no rule for it.
+    return forward_ad._current_level >= 0 and any(
+        x.is_floating_point() and forward_ad.unpack_dual(x).tangent is not None for x in tensors
+    )
+
+
 def _autograd_rule(operator: Any, function: Any, result: type) -> Callable[..., Any]:
     """What ``torch.library.register_autograd`` does, whose way to read a schema takes 0.2 ms."""
 
     def rule(keyset: Any, *args: Any) -> Any:
-        if torch.is_grad_enabled() and any(
-            isinstance(x, Tensor) and x.requires_grad for x in args
-        ):
+        if _wants_gradients(args):
             return result(function.apply(*args))
         with torch._C._AutoDispatchBelowAutograd():
             return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)

@@ -13,6 +13,7 @@ import threading
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
@@ -21,8 +22,6 @@ from fastattn._torch_sdpa import DTYPES, scaled_dot_product_attention, translate
 from fastattn.attention import Explanation
 from fastattn.attention import explain as explain_arrays
 from fastattn.backward import MAX_HEAD_DIM
-
-Tensor = torch.Tensor
 
 OPERATOR = torch.ops.aten.scaled_dot_product_attention.default
 # With autograd, and in torch.inference_mode, where tensors know nothing of it.
@@ -131,7 +130,7 @@ def is_enabled() -> bool:
 
 def _set_cache_tag(tag: Any) -> Any:
     """The tag before; without tags (before torch 2.7), what is compiled is not kept so early."""
-    config = getattr(torch.compiler, "config", None)
+    config: Any = getattr(torch.compiler, "config", None)
     before = getattr(config, "cache_key_tag", None)
     if before is not None:
         config.cache_key_tag = tag
@@ -149,7 +148,7 @@ def _routed(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    options = {"scale": scale, "enable_gqa": enable_gqa}
+    options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
     arguments = (query, key, value, attn_mask, dropout_p, is_causal)
     if _why_not(query, key, value, attn_mask):
         result: Tensor = OPERATOR.decompose(*arguments, **options)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from fastattn._torch_ops import attend
-
-Tensor = torch.Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

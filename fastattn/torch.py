@@ -18,12 +18,12 @@ from collections.abc import Sequence
 from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
+from torch import Tensor
 
+from fastattn import _validate
 from fastattn._torch_ops import attend
 from fastattn._torch_routing import Enabled, Route, disable, enable, explain, is_enabled
 from fastattn._torch_sdpa import scaled_dot_product_attention
-
-Tensor = torch.Tensor
 
 __all__ = [
     "Enabled",
@@ -169,7 +169,9 @@ sinks, softmax_axis, dropout_p, residual, num_threads : optional
             raise TypeError(f"`{name}` must be a torch.Tensor, got a {type(x).__name__}")
         if x.dtype != q.dtype:
             raise TypeError(f"`{name}` must have dtype {q.dtype} like `q`, got {x.dtype}")
-    left, right = (None, None) if window is None else _pair("window", window)
+    if not torch.compiler.is_compiling():  # where numbers may be symbols
+        _check_kinds(scale, softcap, causal, window, softmax_axis, dropout_p, num_threads)
+    left, right = (None, None) if window is None else window
     q_ids, k_ids = (None, None) if segment_ids is None else _pair("segment_ids", segment_ids)
     options: dict[str, Any] = {}
     if isinstance(q_offset, int):
@@ -204,6 +206,27 @@ sinks, softmax_axis, dropout_p, residual, num_threads : optional
 
 def _tensor(x: Any) -> Tensor | None:
     return x if x is None or isinstance(x, Tensor) else torch.as_tensor(x)
+
+
+def _check_kinds(
+    scale: Any,
+    softcap: Any,
+    causal: Any,
+    window: Any,
+    softmax_axis: Any,
+    dropout_p: Any,
+    num_threads: Any,
+) -> None:
+    """What an operator would refuse in words of its own; `fastattn.attention` checks the rest."""
+    for name, x in (("scale", scale), ("softcap", softcap), ("dropout_p", dropout_p)):
+        if x is not None:
+            _validate.real(name, x)
+    _validate.flag("causal", causal)
+    if window is not None:
+        _validate._window(window)
+    _validate._is_over_queries(softmax_axis)
+    if num_threads is not None:
+        _validate.count("num_threads", num_threads)
 
 
 def _pair(name: str, x: Any) -> tuple[Any, Any]:
