@@ -107,17 +107,6 @@ static void clear_columns(const struct fa_geometry *g, struct fa_backward_worksp
     }
 }
 
-/* Dropout of rows of weights, or of the gradients that come back through it. */
-static void drop(const struct fa_tile *tile, struct fa_workspace *part, char *rows)
-{
-    const struct fa_geometry *g = tile->head->geometry;
-    for (int64_t r = 0; g->params->dropout_p > 0 && r < tile->rows; r++) {
-        fa_tile_dropout(tile, part, r);
-        g->ops->apply_dropout(rows + r * g->block_k * (int64_t)g->ops->size, part->factors,
-                              (size_t)tile->columns);
-    }
-}
-
 /* Scores to weights, and gradients of weights to those of scores. */
 static void finish_tile(const struct fa_backward *b, const struct fa_tile *tile,
                         struct fa_workspace *part, struct fa_backward_workspace *ws,
@@ -128,8 +117,9 @@ static void finish_tile(const struct fa_backward *b, const struct fa_tile *tile,
     const size_t rows = (size_t)tile->rows, columns = (size_t)tile->columns;
     void *scores = fa_tile_score_data(tile, part);
     char *gradients = ws->gradients + (offset * g->block_k + tile->begin) * size;
+    fa_draw_dropout(tile, part);
     if (!weights_only) {
-        drop(tile, part, gradients);
+        fa_apply_dropout(tile, part, gradients);
     }
     if (fa_over_queries(g)) {
         const int64_t at = fa_column_at(g, head_index, tile->block_key + tile->begin);
@@ -140,7 +130,7 @@ static void finish_tile(const struct fa_backward *b, const struct fa_tile *tile,
         g->ops->score_gradients(scores, gradients, (size_t)g->block_k, rows, columns, b->shift + at,
                                 b->delta + at);
     }
-    drop(tile, part, scores);
+    fa_apply_dropout(tile, part, scores);
 }
 
 struct fa_key_range fa_backward_tile(const struct fa_backward *backward, const struct fa_head *head,

@@ -310,7 +310,7 @@ void fa_tile_scores(const struct fa_tile *tile, struct fa_workspace *ws)
     }
 }
 
-void fa_tile_dropout(const struct fa_tile *tile, struct fa_workspace *ws, int64_t r)
+static void draw_row(const struct fa_tile *tile, struct fa_workspace *ws, int64_t r)
 {
     const struct fa_head *head = tile->head;
     const struct fa_geometry *g = head->geometry;
@@ -318,12 +318,30 @@ void fa_tile_dropout(const struct fa_tile *tile, struct fa_workspace *ws, int64_
     const int64_t row = tile->first_row + r;
     const struct fa_dropout dropout = {
         .seed = p->dropout_seed,
-        .threshold = (uint64_t)(p->dropout_p * 0x1p32),
+        .threshold = p->dropout_p < 1 ? (uint32_t)(p->dropout_p * 0x1p32) : UINT32_MAX,
         .kept = p->dropout_p < 1 ? 1 / (1 - p->dropout_p) : 0,
         .query = (uint32_t)fa_row_token(g, row),
         .head = (uint32_t)(head->first_head + fa_row_member(g, row)),
         .entry = (uint32_t)head->entry,
     };
-    g->ops->dropout_factors(ws->factors, (size_t)tile->columns, &dropout,
-                            tile->block_key + tile->begin);
+    g->ops->dropout_factors(ws->factors + r * g->block_k * (int64_t)g->ops->size,
+                            (size_t)tile->columns, &dropout, tile->block_key + tile->begin);
+}
+
+void fa_draw_dropout(const struct fa_tile *tile, struct fa_workspace *ws)
+{
+    const bool drops = tile->head->geometry->params->dropout_p > 0;
+    for (int64_t r = 0; drops && r < tile->rows; r++) {
+        draw_row(tile, ws, r);
+    }
+}
+
+void fa_apply_dropout(const struct fa_tile *tile, const struct fa_workspace *ws, char *rows)
+{
+    const struct fa_geometry *g = tile->head->geometry;
+    const int64_t row_bytes = g->block_k * (int64_t)g->ops->size;
+    for (int64_t r = 0; g->params->dropout_p > 0 && r < tile->rows; r++) {
+        g->ops->apply_dropout(rows + r * row_bytes, ws->factors + r * row_bytes,
+                              (size_t)tile->columns);
+    }
 }
