@@ -73,9 +73,7 @@ def test_threads_and_repeats(shape: Any, dtype: Any, axis: str) -> None:
     for options in option_sets(arrays, axis):
         once = gradients_of(*arrays, softmax_axis=axis, num_threads=1, **options)
         for num_threads in (1, 2, 3, 7):
-            same(
-                gradients_of(*arrays, softmax_axis=axis, num_threads=num_threads, **options), once
-            )
+            same(gradients_of(*arrays, softmax_axis=axis, num_threads=num_threads, **options), once)
 
 
 def test_repeats_while_threads_race_for_tasks() -> None:
