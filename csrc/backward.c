@@ -94,7 +94,7 @@ static void add_products(const struct fa_backward *b, const struct key_block *bl
         .depth = (size_t)rows,
         .panels = (size_t)(b->padded_v / nr),
         .a = ws->weights + keys.lo * size,
-        .a_stride = (size_t)g->block_k,
+        .a_stride = (size_t)g->score_stride,
         .b = ws->grad_out_panels,
         .b_panel = row_panel,
         .c = block->grad_v + keys.lo * b->padded_v * size,
@@ -123,7 +123,7 @@ static void add_products(const struct fa_backward *b, const struct key_block *bl
             .depth = (size_t)live,
             .panels = (size_t)(b->padded_k / nr),
             .a = ws->gradients + keys.lo * size,
-            .a_stride = (size_t)g->block_k,
+            .a_stride = (size_t)g->score_stride,
             .b = ws->k_values + keys.lo * nr * size,
             .b_panel = (size_t)(g->block_k * nr),
             .c = block->sums + first * b->padded_k * size,
@@ -196,7 +196,7 @@ static bool visit_rows(struct fa_job *job, int thread, struct key_block *block,
         }
         if (g->params->softcap > 0 && !weights_only) {
             const int64_t at = keys.lo * (int64_t)g->ops->size;
-            g->ops->scale_gradients(ws->gradients + at, ws->slope + at, (size_t)g->block_k,
+            g->ops->scale_gradients(ws->gradients + at, ws->slope + at, (size_t)g->score_stride,
                                     (size_t)rows, (size_t)(keys.hi - keys.lo));
         }
         add_products(b, block, ws, first, rows, keys, q_finite, grad_finite);
@@ -406,6 +406,8 @@ enum fa_status fa_attention_backward(const struct fa_backward_params *params,
         return status;
     }
     b.geometry.block_q = FA_BACKWARD_ROWS;
+    /* Products read columns of weights: rows a power of two apart would share few sets of L1. */
+    b.geometry.score_stride += FA_LINE / (int64_t)b.geometry.ops->size;
     b.padded_k = fa_round_up(p->head_dim, (int64_t)b.geometry.ops->nr);
     b.padded_v = fa_round_up(p->head_dim_v, (int64_t)b.geometry.ops->nr);
     b.groups = 1;

@@ -83,7 +83,7 @@ static void add_tile(const struct fa_backward *b, const struct fa_backward_works
     for (int64_t r = 0; r < rows; r++) {
         char *to = plane + fa_row_member(g, first + r) * bias->head +
                    fa_row_token(g, first + r) * bias->row + (block_key + keys.lo) * bias->col;
-        const char *from = ws->gradients + (r * g->block_k + keys.lo) * size;
+        const char *from = ws->gradients + (r * g->score_stride + keys.lo) * size;
         if (size == (int64_t)sizeof(double)) {
             add_doubles((double *)(void *)to, stride, (const double *)(const void *)from,
                         keys.hi - keys.lo);

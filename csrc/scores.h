@@ -46,7 +46,7 @@ void fa_want_bias(const struct fa_head *head, struct fa_workspace *ws, int64_t f
 void fa_tile_scores(const struct fa_tile *tile, struct fa_workspace *ws);
 
 /* Draw the factors of dropout for the tile, into ws->factors; multiply the tile's part of `rows`, which are
- * block_k elements apart, by them.  Neither does anything without dropout. */
+ * score_stride elements apart, by them.  Neither does anything without dropout. */
 void fa_draw_dropout(const struct fa_tile *tile, struct fa_workspace *ws);
 void fa_apply_dropout(const struct fa_tile *tile, const struct fa_workspace *ws, char *rows);
 
