@@ -10,13 +10,15 @@
  *         grad_k += gradients^T q
  *         the group's grad_q += gradients k
  *       store grad_k and grad_v
- *   for each row: grad_q = sum of the groups' sums                      backward_rows.c
+ *     after the head's last group, for each row:
+ *       grad_q = sum of the groups' sums                                backward_rows.c, backward_sums.c
  *
  * With softmax over the queries a key's delta is v * grad_v, so its rows are visited twice: for grad_v, and
  * then for the rest, 6 products instead of 5.
  *
  * A key block has one writer, a row's sums are added in order of key blocks within a group and of groups:
- * no atomics, and no bit depends on threads.  Memory beyond the gradients is the groups' sums of grad_q.
+ * no atomics, and no bit depends on threads.  Memory beyond the gradients is the groups' sums of grad_q, for num_threads + 1
+ * heads at most.
  */
 #include "backward.h"
 
@@ -33,6 +35,7 @@ struct key_block {
     int64_t key, keys, live; /* of the arrays, and valid ones */
     enum purpose purpose;
     char *grad_v; /* where its gradients are added up */
+    char *sums;   /* of grad_q: of this head and group; NULL: not wanted */
     bool packed;
     bool finite; /* all keys are */
 };
@@ -91,7 +94,7 @@ static void add_products(const struct fa_backward *b, const struct key_block *bl
         .depth = (size_t)rows,
         .panels = (size_t)(b->padded_v / nr),
         .a = ws->weights + keys.lo * size,
-        .a_stride = (size_t)g->block_k,
+        .a_stride = (size_t)g->score_stride,
         .b = ws->grad_out_panels,
         .b_panel = row_panel,
         .c = block->grad_v + keys.lo * b->padded_v * size,
@@ -113,19 +116,17 @@ static void add_products(const struct fa_backward *b, const struct key_block *bl
         product.c_row = (size_t)b->padded_k;
         multiply(g, &product, true, q_finite);
     }
-    if (b->grad_q != NULL) {
-        const int64_t before =
-            fa_rows_before(g, block->head_index) * b->groups + block->group * block->head->rows;
+    if (block->sums != NULL) {
         const int64_t live = fa_min(keys.hi, block->live) - keys.lo;
         product = (struct fa_product){
             .rows = (size_t)rows,
             .depth = (size_t)live,
             .panels = (size_t)(b->padded_k / nr),
             .a = ws->gradients + keys.lo * size,
-            .a_stride = (size_t)g->block_k,
+            .a_stride = (size_t)g->score_stride,
             .b = ws->k_values + keys.lo * nr * size,
             .b_panel = (size_t)(g->block_k * nr),
-            .c = b->grad_q + (before + first) * b->padded_k * size,
+            .c = block->sums + first * b->padded_k * size,
             .c_row = (size_t)b->padded_k,
             .accumulate = true,
         };
@@ -195,7 +196,7 @@ static bool visit_rows(struct fa_job *job, int thread, struct key_block *block,
         }
         if (g->params->softcap > 0 && !weights_only) {
             const int64_t at = keys.lo * (int64_t)g->ops->size;
-            g->ops->scale_gradients(ws->gradients + at, ws->slope + at, (size_t)g->block_k,
+            g->ops->scale_gradients(ws->gradients + at, ws->slope + at, (size_t)g->score_stride,
                                     (size_t)rows, (size_t)(keys.hi - keys.lo));
         }
         add_products(b, block, ws, first, rows, keys, q_finite, grad_finite);
@@ -231,9 +232,17 @@ static bool visit_rows_twice(struct fa_job *job, int thread, struct key_block *b
     return visit_rows(job, thread, block, ws);
 }
 
+/* Sums of one group of one of a unit's heads. */
+static char *sums_of(const struct fa_backward *b, char *unit_sums, int64_t member, int64_t group)
+{
+    const struct fa_geometry *g = &b->geometry;
+    const int64_t bytes = g->rows * b->padded_k * (int64_t)g->ops->size;
+    return unit_sums == NULL ? NULL : unit_sums + (member * b->groups + group) * bytes;
+}
+
 /* One key block against all heads that read it. */
 static bool visit_key_block(struct fa_job *job, int thread, struct key_block *block,
-                            struct fa_backward_workspace *ws, int64_t members)
+                            struct fa_backward_workspace *ws, int64_t members, char *unit_sums)
 {
     const struct fa_backward *b = job->context;
     const struct fa_geometry *g = &b->geometry;
@@ -248,6 +257,7 @@ static bool visit_key_block(struct fa_job *job, int thread, struct key_block *bl
         struct fa_head head;
         block->head_index = first_head + i;
         block->head = &head;
+        block->sums = sums_of(b, unit_sums, i, block->group);
         fa_head_init(&head, g, block->head_index);
         block->live = fa_min(block->keys, head.kv_length - block->key);
         if (fa_over_queries(g)) {
@@ -270,18 +280,18 @@ static bool visit_key_block(struct fa_job *job, int thread, struct key_block *bl
 static int64_t count_members(const struct fa_geometry *g)
 {
     const struct fa_attention_params *p = g->params;
-    return fa_over_queries(g) && p->num_kv_heads > 0 ? p->num_heads / p->num_kv_heads : 1;
+    return fa_over_queries(g) && p->num_heads > 0 ? p->num_heads / p->num_kv_heads : 1;
 }
 
-/* The group's sums of grad_q of a head begin at 0. */
-static void clear_sums(const struct fa_backward *b, int64_t head_index, int64_t group)
+/* After the last group of a unit: grad_q of its heads. */
+static void store_unit(const struct fa_backward *b, struct fa_backward_workspace *ws, int64_t unit,
+                       char *unit_sums)
 {
-    const struct fa_geometry *g = &b->geometry;
-    const int64_t row_bytes = b->padded_k * (int64_t)g->ops->size;
-    struct fa_head head;
-    fa_head_init(&head, g, head_index);
-    const int64_t before = fa_rows_before(g, head_index) * b->groups + group * head.rows;
-    memset(b->grad_q + before * row_bytes, 0, (size_t)(head.rows * row_bytes));
+    const int64_t members = count_members(&b->geometry);
+    for (int64_t i = 0; i < members; i++) {
+        fa_backward_store_rows(b, unit * members + i, sums_of(b, unit_sums, i, 0), ws->q_panels);
+    }
+    fa_sums_leave(b->sums, unit);
 }
 
 static void run_group(struct fa_job *job, int64_t index, int thread)
@@ -289,24 +299,29 @@ static void run_group(struct fa_job *job, int64_t index, int thread)
     const struct fa_backward *b = job->context;
     const struct fa_geometry *g = &b->geometry;
     struct fa_backward_workspace ws = fa_backward_workspace_of(b, thread);
-    const int64_t members = count_members(g), head_index = index / b->groups * members;
-    const int64_t groups = fa_backward_groups(g, head_index);
-    struct key_block block = {.head_index = head_index, .group = index % b->groups};
+    const int64_t members = count_members(g), unit = index / b->groups;
+    const int64_t groups = fa_backward_groups(g, unit * members);
+    struct key_block block = {.head_index = unit * members, .group = index % b->groups};
 
     if (block.group >= groups) {
         return;
     }
-    for (int64_t i = 0; b->grad_q != NULL && i < members; i++) {
-        clear_sums(b, head_index + i, block.group);
+    char *unit_sums = b->sums == NULL ? NULL : fa_sums_enter(b->sums, unit, groups);
+    for (int64_t i = 0; unit_sums != NULL && i < members; i++) {
+        memset(sums_of(b, unit_sums, i, block.group), 0,
+               (size_t)(g->rows * b->padded_k * (int64_t)g->ops->size));
     }
     /* Dealt out in turn, because under a causal mask the first blocks are seen by the most rows. */
-    const int64_t seqlen_k = fa_backward_seqlen_k(g, head_index);
+    const int64_t seqlen_k = fa_backward_seqlen_k(g, block.head_index);
     for (int64_t i = block.group; i * g->block_k < seqlen_k; i += groups) {
         block.key = i * g->block_k;
         block.keys = fa_min(g->block_k, seqlen_k - block.key);
-        if (!visit_key_block(job, thread, &block, &ws, members)) {
+        if (!visit_key_block(job, thread, &block, &ws, members, unit_sums)) {
             return;
         }
+    }
+    if (unit_sums != NULL && fa_sums_finish(b->sums, unit)) {
+        store_unit(b, &ws, unit, unit_sums);
     }
 }
 
@@ -326,21 +341,22 @@ static enum fa_status allocate(struct fa_backward *b)
     const int64_t rows = count_rows(b);
     const int64_t statistics =
         fa_over_queries(g) ? g->batch * g->heads * g->key_blocks * g->block_k : rows;
-    int64_t total, reals = 0, sums, sum_bytes = 0;
+    int64_t total, reals = 0;
     if (!fa_backward_workspace_bytes(b) ||
         !fa_multiply(b->workspace_bytes, g->num_threads, &total) ||
-        !fa_add_bytes(&reals, statistics, size) || !fa_multiply(rows, b->groups, &sums) ||
-        !fa_multiply(sums, b->padded_k, &sums) || !fa_add_bytes(&sum_bytes, sums, size)) {
+        !fa_add_bytes(&reals, statistics, size)) {
         return FA_OVERFLOW;
     }
     b->workspaces = fa_allocate(total);
     b->shift = fa_allocate(reals);
     b->delta = fa_allocate(reals);
-    const bool wants_q = b->params->grad_q.data != NULL;
-    b->grad_q = wants_q ? fa_allocate(sum_bytes) : NULL;
-    const bool failed = b->workspaces == NULL || b->shift == NULL || b->delta == NULL ||
-                        (wants_q && b->grad_q == NULL);
-    return failed ? FA_NO_MEMORY : FA_OK;
+    if (b->workspaces == NULL || b->shift == NULL || b->delta == NULL) {
+        return FA_NO_MEMORY;
+    }
+    const int64_t members = count_members(g);
+    return b->params->grad_q.data == NULL
+               ? FA_OK
+               : fa_sums_init(b, g->batch * g->heads / members, members);
 }
 
 static enum fa_status run_pass(struct fa_backward *b,
@@ -372,9 +388,6 @@ static enum fa_status run_passes(struct fa_backward *b)
     if (status == FA_OK && main_pass) {
         status = run_pass(b, run_group, heads / count_members(g) * b->groups);
     }
-    if (status == FA_OK && p->grad_q.data != NULL) {
-        status = run_pass(b, fa_backward_store_rows, row_tasks);
-    }
     if (status == FA_OK && p->grad_bias.data != NULL) {
         status = run_pass(b, fa_backward_bias, fa_backward_bias_tasks(b));
     }
@@ -393,6 +406,8 @@ enum fa_status fa_attention_backward(const struct fa_backward_params *params,
         return status;
     }
     b.geometry.block_q = FA_BACKWARD_ROWS;
+    /* Products read columns of weights: rows a power of two apart would share few sets of L1. */
+    b.geometry.score_stride += FA_LINE / (int64_t)b.geometry.ops->size;
     b.padded_k = fa_round_up(p->head_dim, (int64_t)b.geometry.ops->nr);
     b.padded_v = fa_round_up(p->head_dim_v, (int64_t)b.geometry.ops->nr);
     b.groups = 1;
@@ -406,6 +421,6 @@ enum fa_status fa_attention_backward(const struct fa_backward_params *params,
     fa_release(b.workspaces);
     fa_release(b.shift);
     fa_release(b.delta);
-    fa_release(b.grad_q);
+    fa_sums_release(b.sums);
     return status;
 }

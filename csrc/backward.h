@@ -45,8 +45,19 @@ struct fa_backward {
     char *workspaces;
     char *shift,
         *delta; /* real [batch * heads][rows]: lse in base 2 (0 where it is -inf), and delta */
-    char *grad_q; /* real [batch * heads][groups][rows][padded_k], or NULL */
+    struct fa_sums *sums; /* of grad_q, or NULL */
 };
+
+/* Sums of grad_q (backward_sums.c).  A unit is what one task of each group works on: a key head, or, with softmax
+ * over the queries, all heads that share it.  Its sums, real [heads of it][groups][rows][padded_k], exist from
+ * its first task on until its last has added and stored them. */
+enum fa_status fa_sums_init(struct fa_backward *backward, int64_t units, int64_t heads_per_unit);
+void fa_sums_release(struct fa_sums *sums);
+/* A unit's sums, for a task of it; their contents are arbitrary.  `tasks`: how many it has. */
+char *fa_sums_enter(struct fa_sums *sums, int64_t unit, int64_t tasks);
+/* The task is done.  True: it is the unit's last, and calls fa_sums_leave when it needs the sums no more. */
+bool fa_sums_finish(struct fa_sums *sums, int64_t unit);
+void fa_sums_leave(struct fa_sums *sums, int64_t unit);
 
 /* Workspace of a thread. */
 bool fa_backward_workspace_bytes(struct fa_backward *backward);
@@ -66,12 +77,16 @@ struct fa_key_range fa_backward_tile(const struct fa_backward *backward, const s
 void fa_backward_pack(const struct fa_backward *backward, const struct fa_head *head,
                       struct fa_backward_workspace *ws, int64_t block_key, int64_t keys);
 
-/* shift of every key, or delta and shift of every row; grad_q from its sums; grad_bias. */
+/* shift of every key, or delta and shift of every row; grad_bias. */
 void fa_backward_prepare_keys(struct fa_job *job, int64_t index, int thread);
 void fa_backward_prepare_rows(struct fa_job *job, int64_t index, int thread);
-void fa_backward_store_rows(struct fa_job *job, int64_t index, int thread);
 void fa_backward_bias(struct fa_job *job, int64_t index, int thread);
 int64_t fa_backward_bias_tasks(const struct fa_backward *backward);
+
+/* grad_q of a head from its `groups` sums, each of rows times padded_k elements, g->rows apart; scratch: padded_k
+ * elements. */
+void fa_backward_store_rows(const struct fa_backward *backward, int64_t head_index,
+                            const char *sums, char *scratch);
 
 /* Rows of all heads before this one, in arrays that hold a number for every row. */
 static inline int64_t fa_rows_before(const struct fa_geometry *g, int64_t head_index)

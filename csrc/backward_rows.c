@@ -1,4 +1,4 @@
-/* What the backward pass does row by row: delta before the main pass, grad_q after it. */
+/* What the backward pass does row by row: delta before the main pass, grad_q at the end of a head. */
 #include <math.h>
 #include <string.h>
 
@@ -92,38 +92,28 @@ void fa_backward_prepare_rows(struct fa_job *job, int64_t index, int thread)
     }
 }
 
-/* The groups' sums of one row, added in order, then scaled and rounded once. */
-static void store_grad_q(const struct fa_backward *b, int64_t head_index, int64_t rows, int64_t row,
-                         char *sum)
+void fa_backward_store_rows(const struct fa_backward *backward, int64_t head_index,
+                            const char *sums, char *scratch)
 {
-    const struct fa_geometry *g = &b->geometry;
-    const struct fa_output *to = &b->params->grad_q;
-    const int64_t size = (int64_t)g->ops->size, bytes = b->padded_k * size;
-    const int64_t head_bytes = rows * bytes;
-    const char *first = b->grad_q + fa_rows_before(g, head_index) * b->groups * bytes + row * bytes;
-    const struct fa_row_result result = {
-        .cols = (size_t)g->params->head_dim,
-        .dtype = b->params->grad_dtype,
-        .out = fa_output_of(g, to, head_index, false) + fa_row_member(g, row) * to->head +
-               fa_row_token(g, row) * to->row,
-        .out_stride = to->col,
-    };
-    memcpy(sum, first, (size_t)bytes);
-    for (int64_t i = 1; i < fa_backward_groups(g, head_index); i++) {
-        g->ops->add(sum, first + i * head_bytes, (size_t)b->padded_k);
-    }
-    g->ops->store_scaled(sum, b->params->attention.scale, &result);
-}
-
-void fa_backward_store_rows(struct fa_job *job, int64_t index, int thread)
-{
-    const struct fa_backward *b = job->context;
-    const struct fa_geometry *g = &b->geometry;
-    const int64_t blocks = fa_backward_row_blocks(g), first = index % blocks * FA_BACKWARD_ROWS;
-    struct fa_backward_workspace ws = fa_backward_workspace_of(b, thread);
+    const struct fa_geometry *g = &backward->geometry;
+    const struct fa_output *to = &backward->params->grad_q;
+    const int64_t bytes = backward->padded_k * (int64_t)g->ops->size, group_bytes = g->rows * bytes;
+    const int64_t groups = fa_backward_groups(g, head_index);
+    char *out = fa_output_of(g, to, head_index, false);
     struct fa_head head;
-    fa_head_init(&head, g, index / blocks);
-    for (int64_t row = first; row < fa_min(first + FA_BACKWARD_ROWS, head.rows); row++) {
-        store_grad_q(b, index / blocks, head.rows, row, ws.q_panels);
+    fa_head_init(&head, g, head_index);
+    for (int64_t row = 0; row < head.rows; row++) {
+        const char *first = sums + row * bytes;
+        const struct fa_row_result result = {
+            .cols = (size_t)g->params->head_dim,
+            .dtype = backward->params->grad_dtype,
+            .out = out + fa_row_member(g, row) * to->head + fa_row_token(g, row) * to->row,
+            .out_stride = to->col,
+        };
+        memcpy(scratch, first, (size_t)bytes);
+        for (int64_t i = 1; i < groups; i++) {
+            g->ops->add(scratch, first + i * group_bytes, (size_t)backward->padded_k);
+        }
+        g->ops->store_scaled(scratch, backward->params->attention.scale, &result);
     }
 }

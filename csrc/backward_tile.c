@@ -21,9 +21,9 @@ static bool lay_out(const struct fa_backward *b, struct fa_backward_workspace *w
         {&ws->q_panels, rows, b->padded_k},
         {&ws->grad_out_panels, rows, b->padded_v},
         {&ws->k_values, g->block_k, b->padded_k},
-        {&ws->weights, rows, g->block_k},
-        {&ws->gradients, rows, g->block_k},
-        {&ws->slope, g->params->softcap > 0 ? rows : 0, g->block_k},
+        {&ws->weights, rows, g->score_stride},
+        {&ws->gradients, rows, g->score_stride},
+        {&ws->slope, g->params->softcap > 0 ? rows : 0, g->score_stride},
         {&ws->head_grad_v, fa_over_queries(g) ? g->block_k : 0, b->padded_v},
         {&ws->grad_k, g->block_k, b->padded_k},
         {&ws->grad_v, g->block_k, b->padded_v},
@@ -89,8 +89,8 @@ static void multiply_values(const struct fa_tile *tile, struct fa_backward_works
         .a_stride = (size_t)dim,
         .b = ws->tile.v + tile->begin * dim * size,
         .b_panel = (size_t)(dim * nr),
-        .c = ws->gradients + (offset * g->block_k + tile->begin) * size,
-        .c_row = (size_t)g->block_k,
+        .c = ws->gradients + (offset * g->score_stride + tile->begin) * size,
+        .c_row = (size_t)g->score_stride,
     };
     g->ops->matmul(&product, &nothing);
 }
@@ -101,20 +101,9 @@ static void clear_columns(const struct fa_geometry *g, struct fa_backward_worksp
 {
     const int64_t size = (int64_t)g->ops->size;
     for (int64_t r = row; hi > lo && r < row + rows; r++) {
-        const int64_t at = (r * g->block_k + lo) * size;
+        const int64_t at = (r * g->score_stride + lo) * size;
         memset(ws->weights + at, 0, (size_t)((hi - lo) * size));
         memset(ws->gradients + at, 0, (size_t)((hi - lo) * size));
-    }
-}
-
-/* Dropout of rows of weights, or of the gradients that come back through it. */
-static void drop(const struct fa_tile *tile, struct fa_workspace *part, char *rows)
-{
-    const struct fa_geometry *g = tile->head->geometry;
-    for (int64_t r = 0; g->params->dropout_p > 0 && r < tile->rows; r++) {
-        fa_tile_dropout(tile, part, r);
-        g->ops->apply_dropout(rows + r * g->block_k * (int64_t)g->ops->size, part->factors,
-                              (size_t)tile->columns);
     }
 }
 
@@ -127,20 +116,21 @@ static void finish_tile(const struct fa_backward *b, const struct fa_tile *tile,
     const int64_t size = (int64_t)g->ops->size;
     const size_t rows = (size_t)tile->rows, columns = (size_t)tile->columns;
     void *scores = fa_tile_score_data(tile, part);
-    char *gradients = ws->gradients + (offset * g->block_k + tile->begin) * size;
+    char *gradients = ws->gradients + (offset * g->score_stride + tile->begin) * size;
+    fa_draw_dropout(tile, part);
     if (!weights_only) {
-        drop(tile, part, gradients);
+        fa_apply_dropout(tile, part, gradients);
     }
     if (fa_over_queries(g)) {
         const int64_t at = fa_column_at(g, head_index, tile->block_key + tile->begin);
-        g->ops->column_gradients(scores, weights_only ? NULL : gradients, (size_t)g->block_k, rows,
+        g->ops->column_gradients(scores, weights_only ? NULL : gradients, (size_t)g->score_stride, rows,
                                  columns, b->shift + at, b->delta + at);
     } else {
         const int64_t at = (fa_rows_before(g, head_index) + tile->first_row) * size;
-        g->ops->score_gradients(scores, gradients, (size_t)g->block_k, rows, columns, b->shift + at,
+        g->ops->score_gradients(scores, gradients, (size_t)g->score_stride, rows, columns, b->shift + at,
                                 b->delta + at);
     }
-    drop(tile, part, scores);
+    fa_apply_dropout(tile, part, scores);
 }
 
 struct fa_key_range fa_backward_tile(const struct fa_backward *backward, const struct fa_head *head,
@@ -153,7 +143,7 @@ struct fa_key_range fa_backward_tile(const struct fa_backward *backward, const s
     struct fa_key_range of[FA_BACKWARD_ROWS / FA_TILE_Q], all = {g->block_k, 0};
 
     for (int64_t r = 0; r < rows; r += FA_TILE_Q) {
-        const int64_t count = fa_min(FA_TILE_Q, rows - r), at = r * g->block_k * size;
+        const int64_t count = fa_min(FA_TILE_Q, rows - r), at = r * g->score_stride * size;
         struct fa_key_range *range = &of[r / FA_TILE_Q];
         struct fa_workspace part = ws->tile;
         struct fa_tile tile;

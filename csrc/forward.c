@@ -92,18 +92,6 @@ static void weigh_tile(const struct fa_forward *forward, const struct fa_tile *t
     }
 }
 
-/* After row_sum: what is dropped stays in the denominator. */
-static void drop_weights(const struct fa_tile *tile, struct fa_workspace *ws)
-{
-    const struct fa_geometry *g = tile->head->geometry;
-    char *weights = fa_tile_score_data(tile, ws);
-    for (int64_t r = 0; g->params->dropout_p > 0 && r < tile->rows; r++) {
-        fa_tile_dropout(tile, ws, r);
-        g->ops->apply_dropout(weights + r * g->block_k * (int64_t)g->ops->size, ws->factors,
-                              (size_t)tile->columns);
-    }
-}
-
 /* The bias of the tile that follows: of the rows from r on, or of the first rows and the next block. */
 static void want_next(const struct fa_task *task, struct fa_workspace *ws, int64_t r,
                       int64_t block_key)
@@ -150,7 +138,9 @@ static void attend_block(const struct fa_forward *forward, const struct fa_task 
         want_next(task, ws, r + rows, block_key);
         fa_tile_scores(&tile, ws);
         weigh_tile(forward, &tile, ws, task->head_index);
-        drop_weights(&tile, ws);
+        /* After row_sum: what is dropped stays in the denominator. */
+        fa_draw_dropout(&tile, ws);
+        fa_apply_dropout(&tile, ws, fa_tile_score_data(&tile, ws));
         add_weighted_values(&tile, ws, task->cols, &block);
     }
 }

@@ -130,6 +130,7 @@ enum fa_status fa_geometry_init(struct fa_geometry *geometry,
     }
     g.rows = longest(&g, params->q_starts, params->seqlen_q) * g.stacked;
     g.block_k = choose_block_k(&g);
+    g.score_stride = g.block_k;
     g.block_dv = fa_min(BLOCK_DV, fa_round_up(params->head_dim_v, (int64_t)ops->nr));
     /* head_dim_v 0 still has an lse to compute. */
     g.dv_blocks = g.block_dv == 0 ? 1 : fa_ceil_div(params->head_dim_v, g.block_dv);

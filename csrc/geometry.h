@@ -30,6 +30,7 @@ struct fa_geometry {
     int64_t batch;       /* product of batch_shape */
     int64_t block_k; /* keys per block: fixed by head_dim and dtype alone */
     int64_t split_k; /* keys per split, a whole number of blocks: likewise */
+    int64_t score_stride; /* elements from a row of scores to the next; at least block_k */
     int64_t block_q;     /* rows per task */
     int64_t block_dv;    /* columns of v per task */
     int64_t key_blocks, dv_blocks;

@@ -84,8 +84,8 @@ struct fa_row_result {
 /* Where a row of weights stands, and what is drawn against its random words. */
 struct fa_dropout {
     uint64_t seed;
-    uint64_t threshold; /* words below it drop; up to 2^32 */
-    double kept;        /* factor of the others */
+    uint32_t threshold; /* words below it drop */
+    double kept;        /* factor of the others; 0 if these drop, too */
     uint32_t query, head, entry;
 };
 

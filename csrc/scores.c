@@ -264,14 +264,14 @@ static void group_scores(const struct fa_tile *tile, struct fa_workspace *ws, in
     const struct fa_key_range keys = fa_group_keys(tile, r);
     const int64_t size = (int64_t)ops->size, nr = (int64_t)ops->nr;
     const int64_t depth = g->params->head_dim, columns = fa_round_up(keys.hi - keys.lo, nr);
-    char *row = (char *)fa_tile_score_data(tile, ws) + r * g->block_k * size;
+    char *row = (char *)fa_tile_score_data(tile, ws) + r * g->score_stride * size;
     char *scores = row + keys.lo * size;
 
     const void *q = ws->q + (tile->row_offset + r) * depth * size;
     if (tile->few) {
         const struct fa_keys from = fa_keys_from(&ws->keys, tile->begin + keys.lo);
         ops->few_scores((size_t)rows, (size_t)depth, (size_t)(keys.hi - keys.lo), (size_t)columns,
-                        q, &from, scores, (size_t)g->block_k);
+                        q, &from, scores, (size_t)g->score_stride);
     } else {
         const struct fa_product product = {
             .rows = (size_t)rows,
@@ -282,15 +282,15 @@ static void group_scores(const struct fa_tile *tile, struct fa_workspace *ws, in
             .b = ws->k + (tile->begin + keys.lo) * depth * size,
             .b_panel = (size_t)(depth * nr),
             .c = scores,
-            .c_row = (size_t)g->block_k,
+            .c_row = (size_t)g->score_stride,
         };
         ops->matmul(&product, &ws->wanted);
     }
     if (g->params->softcap > 0) {
         const double cap2 = g->params->softcap * FA_LOG2_E;
-        ops->softcap(scores, (size_t)g->block_k, (size_t)rows, (size_t)columns, cap2);
+        ops->softcap(scores, (size_t)g->score_stride, (size_t)rows, (size_t)columns, cap2);
         if (ws->slope != NULL) {
-            ops->softcap_slope(ws->slope + (scores - ws->scores), scores, (size_t)g->block_k,
+            ops->softcap_slope(ws->slope + (scores - ws->scores), scores, (size_t)g->score_stride,
                                (size_t)rows, (size_t)columns, cap2);
         }
     }
@@ -298,7 +298,7 @@ static void group_scores(const struct fa_tile *tile, struct fa_workspace *ws, in
         return;
     }
     for (int64_t i = r; i < r + rows; i++) {
-        edit_row(tile, ws, i, row + (i - r) * g->block_k * size, keys.lo, columns);
+        edit_row(tile, ws, i, row + (i - r) * g->score_stride * size, keys.lo, columns);
     }
 }
 
@@ -310,7 +310,7 @@ void fa_tile_scores(const struct fa_tile *tile, struct fa_workspace *ws)
     }
 }
 
-void fa_tile_dropout(const struct fa_tile *tile, struct fa_workspace *ws, int64_t r)
+static void draw_row(const struct fa_tile *tile, struct fa_workspace *ws, int64_t r)
 {
     const struct fa_head *head = tile->head;
     const struct fa_geometry *g = head->geometry;
@@ -318,12 +318,30 @@ void fa_tile_dropout(const struct fa_tile *tile, struct fa_workspace *ws, int64_
     const int64_t row = tile->first_row + r;
     const struct fa_dropout dropout = {
         .seed = p->dropout_seed,
-        .threshold = (uint64_t)(p->dropout_p * 0x1p32),
+        .threshold = p->dropout_p < 1 ? (uint32_t)(p->dropout_p * 0x1p32) : UINT32_MAX,
         .kept = p->dropout_p < 1 ? 1 / (1 - p->dropout_p) : 0,
         .query = (uint32_t)fa_row_token(g, row),
         .head = (uint32_t)(head->first_head + fa_row_member(g, row)),
         .entry = (uint32_t)head->entry,
     };
-    g->ops->dropout_factors(ws->factors, (size_t)tile->columns, &dropout,
-                            tile->block_key + tile->begin);
+    g->ops->dropout_factors(ws->factors + r * g->block_k * (int64_t)g->ops->size,
+                            (size_t)tile->columns, &dropout, tile->block_key + tile->begin);
+}
+
+void fa_draw_dropout(const struct fa_tile *tile, struct fa_workspace *ws)
+{
+    const bool drops = tile->head->geometry->params->dropout_p > 0;
+    for (int64_t r = 0; drops && r < tile->rows; r++) {
+        draw_row(tile, ws, r);
+    }
+}
+
+void fa_apply_dropout(const struct fa_tile *tile, const struct fa_workspace *ws, char *rows)
+{
+    const struct fa_geometry *g = tile->head->geometry;
+    const int64_t size = (int64_t)g->ops->size;
+    for (int64_t r = 0; g->params->dropout_p > 0 && r < tile->rows; r++) {
+        g->ops->apply_dropout(rows + r * g->score_stride * size,
+                              ws->factors + r * g->block_k * size, (size_t)tile->columns);
+    }
 }

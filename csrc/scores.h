@@ -45,8 +45,10 @@ void fa_want_bias(const struct fa_head *head, struct fa_workspace *ws, int64_t f
 /* Base-2 scores of the tile, -inf where a key takes no part, into ws->scores [rows][columns]. */
 void fa_tile_scores(const struct fa_tile *tile, struct fa_workspace *ws);
 
-/* Factors of dropout for row r of the tile and its columns, into ws->factors. */
-void fa_tile_dropout(const struct fa_tile *tile, struct fa_workspace *ws, int64_t r);
+/* Draw the factors of dropout for the tile, into ws->factors; multiply the tile's part of `rows`, which are
+ * score_stride elements apart, by them.  Neither does anything without dropout. */
+void fa_draw_dropout(const struct fa_tile *tile, struct fa_workspace *ws);
+void fa_apply_dropout(const struct fa_tile *tile, const struct fa_workspace *ws, char *rows);
 
 /* The keys of a block from `key` on. */
 static inline struct fa_keys fa_keys_from(const struct fa_keys *keys, int64_t key)

@@ -71,7 +71,7 @@ static bool lay_out(const struct fa_geometry *g, struct layout *at)
         reserve(&total, &at->k_row, g->block_k + FA_KEYS_AHEAD, 1, (int64_t)sizeof(char *)) &&
         reserve(&total, &at->v_row, g->block_k + FA_KEYS_AHEAD, 1, (int64_t)sizeof(char *)) &&
         reserve(&total, &at->k_scale, g->block_k, 1, (int64_t)sizeof(float)) &&
-        reserve(&total, &at->factors, g->params->dropout_p > 0 ? g->block_k : 0, 1, size) &&
+        reserve(&total, &at->factors, g->params->dropout_p > 0 ? FA_TILE_Q : 0, g->block_k, size) &&
         reserve(&total, &at->v_scale, g->block_k, 1, (int64_t)sizeof(float));
     at->bytes = total;
     return ok;

@@ -29,7 +29,7 @@ struct fa_workspace {
     /* [block_k + FA_KEYS_AHEAD]: where the keys of a block lie; [block_k]: their scales */
     const char **k_row, **v_row;
     float *k_scale, *v_scale;
-    char *factors;      /* real [block_k]: of dropout, for a row */
+    char *factors;      /* real [FA_TILE_Q][block_k]: of dropout */
     struct fa_keys keys, values; /* of a block, in caller memory */
     struct fa_wanted wanted; /* what the products fetch meanwhile */
 };

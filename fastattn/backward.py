@@ -211,6 +211,9 @@ def compute_gradients(
         if name in wanted:
             call[f"grad_{name}"], finish[name] = place.allocate(exact)
     _core.attention_backward(**call)
+    if call["q"].shape[-3] == 0:  # then the core visits no keys
+        for name in finish:
+            call[f"grad_{name}"].fill(0)
     grads = {name: done() for name, done in finish.items()}
     if sinks is not None and "sinks" in wanted:
         grads["sinks"] = _grad_sinks(_validate.as_array("sinks", sinks), call)

@@ -291,9 +291,7 @@ def naive_gradients(
             units["sinks"] = _sum_to(
                 (per_sink * size_delta * gain).swapaxes(-2, -3)[..., 0], np.shape(sinks)
             )
-            values["sinks"] = _sum_to(
-                (-per_sink * delta).swapaxes(-2, -3)[..., 0], np.shape(sinks)
-            )
+            values["sinks"] = _sum_to((-per_sink * delta).swapaxes(-2, -3)[..., 0], np.shape(sinks))
             floors["sinks"] = np.zeros(np.shape(sinks))
     return NaiveGradients(values, units, floors)
 

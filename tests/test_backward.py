@@ -105,14 +105,11 @@ def test_no_queries_or_no_keys(lengths: tuple[int, int], axis: str) -> None:
     assert all(not np.any(getattr(grads, name)) for name in ("q", "k", "v", "bias"))
 
 
+@each_axis
 @pytest.mark.parametrize("heads", [(0, 0), (0, 2)], ids=str)
-def test_no_heads(heads: tuple[int, int]) -> None:
-    arrays = make(3, 5, 4, 3, heads=heads)
-    if heads == (0, 2):
-        grads = gradients_of(*arrays)
-        assert not grads.k.any() and not grads.v.any()
-    else:
-        check(arrays)
+def test_no_heads(heads: tuple[int, int], axis: str) -> None:
+    grads = gradients_of(*make(3, 5, 4, 3, heads=heads), softmax_axis=axis, bias=np.ones((3, 5)))
+    assert not grads.k.any() and not grads.v.any() and not grads.bias.any()
 
 
 def test_no_batch_entries() -> None:

@@ -1,6 +1,6 @@
 """What the bits of gradients do not depend on."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ml_dtypes
@@ -11,7 +11,7 @@ from gradients import NAMES, gradients_of
 import fastattn as fa
 
 # (seqlen_q, seqlen_k, head_dim, head_dim_v)
-SHAPES = [(1, 300, 64, 64), (130, 333, 40, 24), (9, 2500, 16, 20)]
+SHAPES = [(1, 300, 64, 64), (100, 150, 40, 24), (5, 1100, 16, 20)]
 DTYPES = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16]
 
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -72,10 +72,8 @@ def test_threads_and_repeats(shape: Any, dtype: Any, axis: str) -> None:
     arrays = make(shape, dtype)
     for options in option_sets(arrays, axis):
         once = gradients_of(*arrays, softmax_axis=axis, num_threads=1, **options)
-        for num_threads in (1, 2, 3, 7, None):
-            same(
-                gradients_of(*arrays, softmax_axis=axis, num_threads=num_threads, **options), once
-            )
+        for num_threads in (1, 2, 3, 7):
+            same(gradients_of(*arrays, softmax_axis=axis, num_threads=num_threads, **options), once)
 
 
 def test_repeats_while_threads_race_for_tasks() -> None:
@@ -93,7 +91,7 @@ def test_views_equal_copies(shape: Any, dtype: Any, axis: str) -> None:
     arrays = make(shape, dtype)
     for options in option_sets(arrays, axis):
         whole = gradients_of(*arrays, softmax_axis=axis, **options)
-        views = {
+        views: dict[str, Callable[[np.ndarray], np.ndarray]] = {
             "heads inside": lambda x: x.swapaxes(1, 2).copy().swapaxes(1, 2),
             "features first": lambda x: x.swapaxes(-1, -2).copy().swapaxes(-1, -2),
             "backwards": lambda x: x[..., ::-1, ::-1].copy()[..., ::-1, ::-1],
@@ -115,7 +113,7 @@ def _unaligned(x: np.ndarray) -> np.ndarray:
 
 @each_axis
 def test_views_of_out_lse_and_their_gradients(axis: str) -> None:
-    grad_out, q, k, v = make((130, 333, 40, 24), np.float32)
+    grad_out, q, k, v = make((100, 150, 40, 24), np.float32)
     residual = np.ones_like(grad_out)
     out, lse = fa.attention(q, k, v, residual=residual, return_lse=True, softmax_axis=axis)
     grad_lse = np.full_like(lse, 0.5)
@@ -177,7 +175,7 @@ def test_grouped_heads_equal_repeated_heads(shape: Any, dtype: Any, axis: str) -
 @each_axis
 def test_broadcast_arguments_equal_copies(axis: str) -> None:
     """Gradients of what was broadcast are sums; the others have the bits of a copy."""
-    grad_out, q, k, v = make((130, 333, 40, 24), np.float32)
+    grad_out, q, k, v = make((100, 150, 40, 24), np.float32)
     views = [np.broadcast_to(x[:1], x.shape) for x in (q, k, v)]
     copies = [x.copy() for x in views]
     same(

@@ -177,9 +177,7 @@ def test_views_equal_copies(shape: Any, dtype: Any, axis: str) -> None:
                 same(np.ascontiguousarray(x), y)
 
 
-@pytest.mark.parametrize(
-    "dtype", [np.float16, ml_dtypes.bfloat16], ids=["float16", "bfloat16"]
-)
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16], ids=["float16", "bfloat16"])
 def test_unaligned_16_bit(dtype: Any) -> None:
     plain = make((9, 40, 24, 24), dtype)
     whole = fa.attention(*plain)

@@ -28,7 +28,9 @@ def weights_of(*shape: int, dtype: Any = np.float32, **options: Any) -> np.ndarr
 @each_axis
 @each_dtype
 @pytest.mark.parametrize("dropout_p", [0.1, 0.5, 0.999])
-def test_kernels_draw_the_mask_of_the_specification(dropout_p: float, dtype: Any, axis: str) -> None:
+def test_kernels_draw_the_mask_of_the_specification(
+    dropout_p: float, dtype: Any, axis: str
+) -> None:
     for shape in ((2, 3, 30, 150), (1, 1, 1, 300), (3, 2, 130, 7)):
         weights = weights_of(
             *shape, dtype=dtype, dropout_p=dropout_p, dropout_seed=SEED, softmax_axis=axis
@@ -141,8 +143,9 @@ def test_shared_heads_draw_as_repeated_ones() -> None:
     shared = fa.attention(q, k, v, **options)
     apart = [np.repeat(x, 3, axis=1) for x in (k, v)]
     assert np.array_equal(shared, fa.attention(q, *apart, **options))
-    grads, repeated = gradients_of(grad_out, q, k, v, **options), gradients_of(
-        grad_out, q, *apart, **options
+    grads, repeated = (
+        gradients_of(grad_out, q, k, v, **options),
+        gradients_of(grad_out, q, *apart, **options),
     )
     assert np.array_equal(grads.q, repeated.q)
 

@@ -62,6 +62,54 @@ def test_peak_memory(name: str, kernel_set: str) -> None:
     assert added < LIMIT_MIB * 2**20, f"{added / 2**20:.1f} MiB"
 
 
+# Name -> (options as source, of SCRIPT's kind; num_heads; head_dim_v) of gradients at seqlen 8192.
+GRADIENTS = {
+    "plain": ("", 8, 64),
+    "causal": ("causal=True", 8, 64),
+    "dropout": ("dropout_p=0.1, dropout_seed=1", 2, 64),
+    "other values": ("", 2, 80),
+    "bias of one row": ("bias=np.zeros((1, seqlen), np.float32)", 2, 64),
+    "softcap": ("softcap=20.0", 2, 64),
+    "softmax over queries": ("softmax_axis='queries', window=(1000, 1000)", 2, 64),
+}
+
+GRADIENTS_SCRIPT = """
+import sys
+import numpy as np
+import fastattn as fa
+
+def status(field):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+seqlen, num_heads, head_dim_v = 8192, int(sys.argv[1]), int(sys.argv[2])
+shape = (1, num_heads, seqlen)
+q = np.ones((*shape, 64), np.float32)
+k, v = np.ones((*shape, 64), np.float32), np.ones((*shape, head_dim_v), np.float32)
+options = dict(num_threads=2, {options})
+out, lse = fa.attention(q, k, v, return_lse=True, **options)
+grad_out = np.ones_like(out)
+before = status("VmRSS")
+grads = fa.attention_backward(grad_out, q, k, v, out, lse, **options)
+made = sum(x.nbytes for x in grads if x is not None)
+print(status("VmHWM") - before - made)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_peak_memory_of_gradients(name: str, kernel_set: str) -> None:
+    """Three sums of grad_q for num_threads + 1 heads, and what the forward pass may have."""
+    if kernel_set == "scalar" and name in ("plain", "causal"):
+        pytest.skip("the same memory as other sets, and minutes of time")
+    options, num_heads, head_dim_v = GRADIENTS[name]
+    script = GRADIENTS_SCRIPT.replace("{options}", options)
+    output = output_of("-c", script, str(num_heads), str(head_dim_v), FASTATTN_ISA=kernel_set)
+    sums = 3 * min(num_heads, 3) * 8192 * 64 * 4
+    added = int(output) - sums
+    assert added < LIMIT_MIB * 2**20, f"{added / 2**20:.1f} MiB beside the sums"
+
+
 # A little more than 2^32 scores, and rows past 2^16.
 HUGE = 65_600
 

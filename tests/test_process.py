@@ -194,6 +194,69 @@ assert digest(fa.attention(*small)) == expected
     print(run(script, kernel_set))
 
 
+@pytest.mark.parametrize(
+    "options", ["{}", "{'softmax_axis': 'queries'}", "{'bias': 0.0, 'needs': ['bias']}"]
+)
+def test_ctrl_c_ends_a_long_backward_call(options: str, kernel_set: str) -> None:
+    script = (
+        f"options = {options}"
+        + """
+def gradients(q, k, v, out, lse, **options):
+    grads = fa.attention_backward(q, q, k, v, out, lse, **options)
+    return digest(*(x for x in grads if x is not None))
+
+small = make(300, num_heads=2)
+made = fa.attention(*small, return_lse=True)
+expected = gradients(*small, *made)
+estimate = 240
+seqlen = seqlen_for(estimate)
+rng = np.random.default_rng(0)
+q, k, v = (np.broadcast_to(rng.standard_normal((1, 64)).astype(np.float32), (seqlen, 64))
+           for _ in range(3))
+lse = np.zeros(seqlen, np.float32)
+sent = []
+def interrupt():
+    sent.append(time.monotonic())
+    os.kill(os.getpid(), signal.SIGINT)
+threading.Timer(0.5, interrupt).start()
+try:
+    gradients(q, k, v, q, lse, **options)
+except KeyboardInterrupt:
+    latency = time.monotonic() - sent[0]
+else:
+    raise AssertionError("the call ran to its end")
+assert latency < estimate / 8, latency
+assert gradients(*small, *made) == expected
+print("interrupted")
+"""
+    )
+    assert run(script, kernel_set) == "interrupted"
+
+
+def test_gradients_in_a_forked_child(kernel_set: str) -> None:
+    """After the parent has computed some, and while another thread of it does: the same bits."""
+    script = """
+small, large = make(200, num_heads=4), make(seqlen_for(0.3), num_heads=1)
+def gradients(qkv):
+    out, lse = fa.attention(*qkv, return_lse=True, num_threads=2)
+    grads = fa.attention_backward(out, *qkv, out, lse, num_threads=2)
+    return digest(grads.q, grads.k, grads.v)
+expected, whole = gradients(small), gradients(large)
+inside = []
+worker = threading.Thread(target=lambda: inside.append(gradients(large)))
+worker.start()
+time.sleep(0.1)
+pid = os.fork()
+if pid == 0:
+    os._exit(0 if gradients(small) == expected else 1)
+assert wait_for(pid) == 0
+worker.join()
+assert inside == [whole]
+print("ok")
+"""
+    assert run(script, kernel_set) == "ok"
+
+
 def test_interrupt_handler_may_return(kernel_set: str) -> None:
     """A signal handler that does not raise leaves the call running, its result right."""
     script = """
@@ -360,6 +423,53 @@ print("failures", total)
 """
     output = run(script, kernel_set, shim, LD_PRELOAD=shim)
     assert int(output.removeprefix("failures ")) >= 16
+
+
+def test_failed_allocation_of_gradients(kernel_set: str, tmp_path: Path) -> None:
+    """Like the forward pass: each allocation in turn."""
+    shim = compile_c(
+        ROOT / "c" / "failing_malloc.c", tmp_path / "failing_malloc.so", "-shared", "-fPIC"
+    )
+    script = """
+import ctypes
+shim = ctypes.CDLL(sys.argv[1])
+shim.fail_arm.argtypes = [ctypes.c_long, ctypes.c_size_t, ctypes.c_int]
+shim.fail_disarm.restype = ctypes.c_long
+q, k, v = make(300, num_heads=4)
+shared = [x[:, :1] for x in (k, v)]
+bias = np.random.default_rng(1).standard_normal((300, 300))
+calls = [
+    ((q, k, v), {"num_threads": 1}), ((q, *shared), {"num_threads": 2}),
+    ((q, k, v), {"softmax_axis": "queries"}),
+    ((q, k, v), {"bias": bias, "softcap": 2.0, "sinks": np.zeros(4)}),
+    ((q, k, v), {"dropout_p": 0.5, "dropout_seed": 1}),
+]
+total = 0
+for qkv, options in calls:
+    out, lse = fa.attention(*qkv, return_lse=True, **options)
+    def gradients():
+        return fa.attention_backward(out, *qkv, out, lse, **options)
+    def digest_of(grads):
+        return digest(*(x for x in grads if x is not None))
+    expected = digest_of(gradients())
+    for forever in (0, 1):
+        for nth in range(1, 1000):
+            shim.fail_arm(nth, 4096, forever)
+            try:
+                result = gradients()
+            except MemoryError:
+                result = None
+            failures = shim.fail_disarm()
+            assert (result is None) == (failures > 0), (options, nth, failures)
+            assert digest_of(gradients()) == expected
+            total += failures
+            if not failures:
+                break
+        assert nth > 4, "neither a gradient nor a workspace was allocated"
+print("failures", total)
+"""
+    output = run(script, kernel_set, shim, LD_PRELOAD=shim)
+    assert int(output.removeprefix("failures ")) >= 32
 
 
 def test_no_leak(kernel_set: str) -> None:

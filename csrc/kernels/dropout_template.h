@@ -1,32 +1,34 @@
-/* Dropout of weights: which are kept depends on their place alone.  Needs a vec_<isa>.h; see names.h.
+/* Dropout of weights: which are kept depends on their place alone.  Needs philox.h; see names.h.
  *
  * The random word of a key is word key % 4 of philox(key / 4, query, head, batch entry), each modulo 2^32; a
- * weight is dropped where it is below dropout_p * 2^32.  Cost: 20 multiplications for 4 keys, which compilers
- * do in vectors over groups of keys.
+ * weight is dropped where it is below dropout_p * 2^32.
  */
 
-/* Groups of 4 keys drawn at a time. */
-#define DROPOUT_GROUPS 16
+/* Keys drawn at a time. */
+#define DROPOUT_KEYS (4 * PHILOX_COUNTERS)
 
 static void FN(dropout_factors)(void *factors, size_t n, const struct fa_dropout *dropout,
                                 int64_t key)
 {
     REAL *dst = factors;
     const REAL kept = (REAL)dropout->kept;
+    const uint32_t threshold = dropout->threshold;
     const int64_t end = key + (int64_t)n;
-    for (int64_t first = key / 4; first * 4 < end; first += DROPOUT_GROUPS) {
-        uint32_t words[DROPOUT_GROUPS][4];
-        for (int i = 0; i < DROPOUT_GROUPS; i++) {
-            const uint32_t counter[4] = {(uint32_t)(first + i), dropout->query, dropout->head,
-                                         dropout->entry};
-            philox(words[i], counter, dropout->seed);
+    for (int64_t first = key / 4 * 4; first < end; first += DROPOUT_KEYS) {
+        uint32_t words[4][PHILOX_COUNTERS];
+        REAL drawn[DROPOUT_KEYS];
+        philox(words, (uint32_t)(first / 4), dropout->query, dropout->head, dropout->entry,
+               dropout->seed);
+        /* Straight loops: compilers interleave the four words with vector instructions. */
+        for (int i = 0; i < PHILOX_COUNTERS; i++) {
+            drawn[4 * i] = words[0][i] < threshold ? 0 : kept;
+            drawn[4 * i + 1] = words[1][i] < threshold ? 0 : kept;
+            drawn[4 * i + 2] = words[2][i] < threshold ? 0 : kept;
+            drawn[4 * i + 3] = words[3][i] < threshold ? 0 : kept;
         }
-        const int64_t lo = first * 4 > key ? first * 4 : key;
-        const int64_t last = (first + DROPOUT_GROUPS) * 4, hi = last < end ? last : end;
-        for (int64_t j = lo; j < hi; j++) {
-            const uint32_t word = words[j / 4 - first][j % 4];
-            dst[j - key] = word < dropout->threshold ? 0 : kept;
-        }
+        const int64_t lo = first > key ? first : key;
+        const int64_t hi = first + DROPOUT_KEYS < end ? first + DROPOUT_KEYS : end;
+        memcpy(dst + (lo - key), drawn + (lo - first), (size_t)(hi - lo) * sizeof(REAL));
     }
 }
 

@@ -231,4 +231,23 @@ static inline void v_transpose_f64(vec_f64 r[VL_f64])
     r[3] = _mm256_permute2f128_pd(a1, a3, 0x31);
 }
 
+/* 32-bit words, for random numbers.  mul_u32: the lower halves of the products, and the upper ones. */
+typedef __m256i vec_u32;
+#define VL_u32 8
+
+static inline vec_u32 v_set_u32(uint32_t x) { return _mm256_set1_epi32((int)x); }
+static inline vec_u32 v_load_u32(const uint32_t *p)
+{
+    return _mm256_loadu_si256((const __m256i *)p);
+}
+static inline void v_store_u32(uint32_t *p, vec_u32 x) { _mm256_storeu_si256((__m256i *)p, x); }
+static inline vec_u32 v_xor_u32(vec_u32 a, vec_u32 b) { return _mm256_xor_si256(a, b); }
+static inline vec_u32 v_mul_u32(vec_u32 a, vec_u32 b, vec_u32 *upper)
+{
+    const __m256i even = _mm256_mul_epu32(a, b);
+    const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), b);
+    *upper = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+    return _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+}
+
 #endif

@@ -247,4 +247,20 @@ static inline void v_transpose_f64(vec_f64 r[VL_f64])
     }
 }
 
+/* 32-bit words, for random numbers.  mul_u32: the lower halves of the products, and the upper ones. */
+typedef __m512i vec_u32;
+#define VL_u32 16
+
+static inline vec_u32 v_set_u32(uint32_t x) { return _mm512_set1_epi32((int)x); }
+static inline vec_u32 v_load_u32(const uint32_t *p) { return _mm512_loadu_si512(p); }
+static inline void v_store_u32(uint32_t *p, vec_u32 x) { _mm512_storeu_si512(p, x); }
+static inline vec_u32 v_xor_u32(vec_u32 a, vec_u32 b) { return _mm512_xor_si512(a, b); }
+static inline vec_u32 v_mul_u32(vec_u32 a, vec_u32 b, vec_u32 *upper)
+{
+    const __m512i even = _mm512_mul_epu32(a, b);
+    const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), b);
+    *upper = _mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
+    return _mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
+}
+
 #endif

@@ -203,4 +203,20 @@ static inline void v_transpose_f64(vec_f64 r[VL_f64])
     r[0] = first;
 }
 
+/* 32-bit words, for random numbers.  mul_u32: the lower halves of the products, and the upper ones. */
+typedef uint32x4_t vec_u32;
+#define VL_u32 4
+
+static inline vec_u32 v_set_u32(uint32_t x) { return vdupq_n_u32(x); }
+static inline vec_u32 v_load_u32(const uint32_t *p) { return vld1q_u32(p); }
+static inline void v_store_u32(uint32_t *p, vec_u32 x) { vst1q_u32(p, x); }
+static inline vec_u32 v_xor_u32(vec_u32 a, vec_u32 b) { return veorq_u32(a, b); }
+static inline vec_u32 v_mul_u32(vec_u32 a, vec_u32 b, vec_u32 *upper)
+{
+    const uint32x4_t first = vreinterpretq_u32_u64(vmull_u32(vget_low_u32(a), vget_low_u32(b)));
+    const uint32x4_t last = vreinterpretq_u32_u64(vmull_high_u32(a, b));
+    *upper = vuzp2q_u32(first, last);
+    return vuzp1q_u32(first, last);
+}
+
 #endif

@@ -115,4 +115,19 @@ static inline double v_iota_f64(void) { return 0.0; }
 static inline void v_transpose_f32(float r[VL_f32]) { (void)r; }
 static inline void v_transpose_f64(double r[VL_f64]) { (void)r; }
 
+/* 32-bit words, for random numbers.  mul_u32: the lower halves of the products, and the upper ones. */
+typedef uint32_t vec_u32;
+#define VL_u32 1
+
+static inline vec_u32 v_set_u32(uint32_t x) { return x; }
+static inline vec_u32 v_load_u32(const uint32_t *p) { return *p; }
+static inline void v_store_u32(uint32_t *p, vec_u32 x) { *p = x; }
+static inline vec_u32 v_xor_u32(vec_u32 a, vec_u32 b) { return a ^ b; }
+static inline vec_u32 v_mul_u32(vec_u32 a, vec_u32 b, vec_u32 *upper)
+{
+    const uint64_t product = (uint64_t)a * b;
+    *upper = (uint32_t)(product >> 32);
+    return (uint32_t)product;
+}
+
 #endif
