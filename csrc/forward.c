@@ -92,6 +92,16 @@ static void weigh_tile(const struct fa_forward *forward, const struct fa_tile *t
     }
 }
 
+/* Scales of integer values join the weights, once row_sum has them without. */
+static void scale_weights(const struct fa_tile *tile, struct fa_workspace *ws)
+{
+    const struct fa_geometry *g = tile->head->geometry;
+    if (ws->values.scale != NULL) {
+        g->ops->scale_weights(fa_tile_score_data(tile, ws), (size_t)g->block_k, (size_t)tile->rows,
+                              (size_t)tile->columns, ws->values.scale + tile->begin);
+    }
+}
+
 /* The bias of the tile that follows: of the rows from r on, or of the first rows and the next block. */
 static void want_next(const struct fa_task *task, struct fa_workspace *ws, int64_t r,
                       int64_t block_key)
@@ -141,6 +151,7 @@ static void attend_block(const struct fa_forward *forward, const struct fa_task 
         /* After row_sum: what is dropped stays in the denominator. */
         fa_draw_dropout(&tile, ws);
         fa_apply_dropout(&tile, ws, fa_tile_score_data(&tile, ws));
+        scale_weights(&tile, ws);
         add_weighted_values(&tile, ws, task->cols, &block);
     }
 }

@@ -42,7 +42,7 @@ struct fa_keys {
     size_t located;         /* of which there are more than are packed: they come next */
     int64_t col_stride;
     enum fa_dtype dtype;
-    const float *scale; /* of each key; NULL: 1 */
+    const float *scale; /* of each key, up to a whole panel; NULL: 1.  Not part of the elements. */
 };
 
 /* c = (accumulate ? c : 0) + a b, in elements of the workspace's type, for i < rows, k < depth and
@@ -135,6 +135,9 @@ struct fa_ops {
     void (*matmul_skip_zeros)(const struct fa_product *product, bool transposed);
 
     /* Score tile edits, n elements of one row, or rows x n with leading dimension ld. */
+    void (*scale_scores)(void *s, size_t ld, size_t rows, size_t n, const float *scale);
+    /* w *= scale of its column; 0 stays 0. */
+    void (*scale_weights)(void *w, size_t ld, size_t rows, size_t n, const float *scale);
     void (*softcap)(void *s, size_t ld, size_t rows, size_t n,
                     double cap2); /* s = cap2 * tanh(s) */
     void (*add_bias)(void *s, size_t n, const void *bias, int64_t stride, enum fa_dtype bias_dtype);

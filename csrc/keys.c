@@ -29,7 +29,7 @@ static void locate_rows(const struct fa_head *head, const char *data, const stru
     }
 }
 
-/* Read the scales of the same keys; NULL where there are none.  `row` is scratch. */
+/* Read the scales of the same keys, 0 up to a whole panel; NULL where there are none.  `row` is scratch. */
 static const float *read_scales(const struct fa_head *head, const char *data,
                                 const struct fa_input *in, int64_t first, int64_t keys,
                                 const char **row, float *scale)
@@ -37,6 +37,8 @@ static const float *read_scales(const struct fa_head *head, const char *data,
     if (data == NULL) {
         return NULL;
     }
+    const int64_t padded = fa_round_up(keys, (int64_t)head->geometry->ops->nr);
+    memset(scale + keys, 0, (size_t)(padded - keys) * sizeof *scale);
     if (head->page_table == NULL) {
         for (int64_t j = 0; j < keys; j++) {
             memcpy(scale + j, data + (first + j) * in->row, sizeof *scale);

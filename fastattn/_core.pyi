@@ -35,6 +35,7 @@ def attention(
     page_table: NDArray[np.int64] | None = None,
     q_starts: NDArray[np.int64] | None = None,
     k_starts: NDArray[np.int64] | None = None,
+    paged_seqlen_k: int = 0,
 ) -> None: ...
 def attention_backward(
     isa: str,
@@ -101,6 +102,7 @@ def describe(
     page_table: NDArray[np.int64] | None = None,
     q_starts: NDArray[np.int64] | None = None,
     k_starts: NDArray[np.int64] | None = None,
+    paged_seqlen_k: int = 0,
 ) -> dict[str, int]: ...
 def probe_fma(
     isa: str, double_precision: bool, rounds: int, num_threads: int

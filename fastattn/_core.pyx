@@ -117,7 +117,7 @@ cdef int fill(
     object mask, object kv_lengths, object q_offset, object q_segment_ids, object k_segment_ids,
     bint causal, int64_t window_left, int64_t window_right, bint softmax_over_queries,
     int num_threads, double dropout_p, uint64_t dropout_seed, object k_scale, object v_scale,
-    object page_table, object q_starts, object k_starts,
+    object page_table, object q_starts, object k_starts, int64_t paged_seqlen_k,
 ) except -1:
     cdef Py_buffer *view
     cdef int64_t nb, kv_nb
@@ -178,7 +178,7 @@ cdef int fill(
     if page_table is not None:
         read_input(&p.page_table, held, page_table, nb, False, True, False)
         p.page_size = p.seqlen_k
-        p.seqlen_k = p.page_size * held.view[held.count - 1].shape[nb]
+        p.seqlen_k = paged_seqlen_k
     if q_starts is not None:
         p.batch_ndim = 1
         p.batch_shape[0] = len(q_starts) - 1
@@ -233,7 +233,7 @@ def attention(
     mask, kv_lengths, q_offset, q_segment_ids, k_segment_ids, bint causal, int64_t window_left,
     int64_t window_right, bint softmax_over_queries, int num_threads, double dropout_p,
     uint64_t dropout_seed, k_scale=None, v_scale=None, page_table=None, q_starts=None,
-    k_starts=None,
+    k_starts=None, int64_t paged_seqlen_k=0,
 ):
     cdef fa_attention_params params
     cdef views held
@@ -245,7 +245,7 @@ def attention(
             &params, &held, q, k, v, out, lse, residual, scale, softcap, bias, alibi_slopes, sinks,
             mask, kv_lengths, q_offset, q_segment_ids, k_segment_ids, causal, window_left,
             window_right, softmax_over_queries, num_threads, dropout_p, dropout_seed, k_scale,
-            v_scale, page_table, q_starts, k_starts,
+            v_scale, page_table, q_starts, k_starts, paged_seqlen_k,
         )
         params.poll = poll_signals
         params.poll_arg = <void *>raised
@@ -275,7 +275,7 @@ def attention_backward(
             &params.attention, &held, q, k, v, None, None, residual, scale, softcap, bias,
             alibi_slopes, sinks, mask, kv_lengths, q_offset, q_segment_ids, k_segment_ids, causal,
             window_left, window_right, softmax_over_queries, num_threads, dropout_p, dropout_seed,
-            None, None, None, q_starts, k_starts,
+            None, None, None, q_starts, k_starts, 0,
         )
         nb = params.attention.batch_ndim if q_starts is None else 0
         read_input(&params.out, &held, out, nb, True, True, True)
@@ -305,7 +305,7 @@ def describe(
     mask, kv_lengths, q_offset, q_segment_ids, k_segment_ids, bint causal, int64_t window_left,
     int64_t window_right, bint softmax_over_queries, int num_threads, double dropout_p,
     uint64_t dropout_seed, k_scale=None, v_scale=None, page_table=None, q_starts=None,
-    k_starts=None,
+    k_starts=None, int64_t paged_seqlen_k=0,
 ):
     cdef fa_attention_params params
     cdef fa_attention_plan plan
@@ -317,7 +317,7 @@ def describe(
             &params, &held, q, k, v, out, lse, residual, scale, softcap, bias, alibi_slopes, sinks,
             mask, kv_lengths, q_offset, q_segment_ids, k_segment_ids, causal, window_left,
             window_right, softmax_over_queries, num_threads, dropout_p, dropout_seed, k_scale,
-            v_scale, page_table, q_starts, k_starts,
+            v_scale, page_table, q_starts, k_starts, paged_seqlen_k,
         )
         with nogil:
             status = fa_attention_describe(&params, kernels, &plan)

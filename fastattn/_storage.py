@@ -268,7 +268,7 @@ def attend(
     """
     k, v, *scales = map(core_view, arrays)
     _, num_kv_heads, slots, head_dim = k.shape
-    seqlen_k = slots if page_table is None else slots * page_table.shape[1]
+    seqlen_k = slots if page_table is None else int(kv_lengths.max(initial=0))
 
     def stand_in(width: int) -> Array:
         """Keys as q's own dtype and the batch would have them: what the checks are about."""
@@ -280,6 +280,8 @@ def attend(
         refuse_overlap(result, k=k, v=v)
     core_call = dict(zip(CORE_ARGUMENTS, arguments, strict=True))
     k_scale, v_scale = scales or (None, None)
-    core_call |= {"k": k, "v": v, "k_scale": k_scale, "v_scale": v_scale, "page_table": page_table}
+    core_call |= {"k": k, "v": v, "k_scale": k_scale, "v_scale": v_scale}
+    if page_table is not None:
+        core_call |= {"page_table": page_table, "paged_seqlen_k": seqlen_k}
     _core.attention(**core_call)
     return result if lse is None else (result, lse)

@@ -2,29 +2,34 @@
  * many rows share it.  The chains of multiply-adds are those of matmul_template.h, so are the bits.  Needs
  * storage_template.h.
  *
- * Cost per vector of keys, float32 with AVX-512: 1 load, 4 shuffles (2 for 16-bit types, 1 for int8) and a
- * multiply-add per row; per vector of values 1 load and a multiply-add per row.  With up to 4 rows memory
- * is slower than that.
+ * Cost per vector of keys with AVX-512: 1 load, 4 shuffles (2 for 16-bit types, 1 for int8), what takes the
+ * elements of a lane apart (1 for bfloat16, 3 for int8 and float16), and a multiply-add per row; per vector
+ * of values 1 load, 1 or 2 to widen it, and a multiply-add per row.  With up to 4 rows memory is slower than
+ * that.
+ *
+ * Memory is asked for in ascending order, key by key, whatever the order of the loads: that is what the
+ * hardware's own prefetching continues, and it keeps more requests in flight than instructions can.
  */
 
 /* Scores of `groups` times VL keys for `rows` rows, both constants, at most FEW_ROWS chains together: one
  * chain alone waits for its own latency.  Of the last VL keys `keys` are real; fewer than VL only where
- * groups is 1.  The squares of all groups go through L1, so that the chains can take turns. */
+ * groups is 1.  The squares of all groups go through L1, so that the chains can take turns.  Requests for
+ * memory are spread over the multiply-adds: a burst of them waits for a place in the queue of misses, and
+ * everything behind it too. */
 FA_INLINE void FN(few_scores_tile)(const size_t rows, const size_t groups, size_t cols,
                                    const REAL *q, const struct fa_keys *from, size_t key,
                                    size_t keys, REAL *s, size_t ld, enum fa_dtype dtype)
 {
     const int64_t size = fa_dtype_size(dtype);
-    const size_t parts = FN(parts)(dtype), step = VL * parts;
+    const size_t parts = FN(parts)(dtype), step = VL * parts, ahead = FN(keys_ahead)(dtype);
     const char *const *row = from->row + key;
-    const bool whole = from->col_stride == size && keys >= VL, scaled = dtype == FA_I8;
-    const size_t ahead = FN(keys_ahead)(dtype);
+    const bool whole = from->col_stride == size && keys >= VL;
     const bool more = key + groups * VL + ahead <= from->located;
-    VEC scale[FEW_ROWS], acc[FEW_ROWS][FEW_ROWS];
+    struct fa_stretch wanted = {.row = row + ahead, .bytes = more ? cols * (size_t)size : 0};
+    VEC acc[FEW_ROWS][FEW_ROWS];
     size_t c = 0;
     FA_UNROLL
     for (size_t g = 0; g < groups; g++) {
-        scale[g] = scaled ? FN(load_scales)(from->scale + key + g * VL, keys) : V(zero)();
         FA_UNROLL
         for (size_t r = 0; r < rows; r++) {
             acc[r][g] = V(zero)();
@@ -34,9 +39,6 @@ FA_INLINE void FN(few_scores_tile)(const size_t rows, const size_t groups, size_
         VEC squares[FEW_ROWS][VL];
         for (size_t g = 0; g < groups; g++) {
             VEC square[VL];
-            if (more) {
-                FN(fetch_square)(row + g * VL + ahead, (int64_t)c * size);
-            }
             FN(load_square)(square, row + g * VL, (int64_t)c * size);
             FA_UNROLL
             for (size_t u = 0; u < VL; u++) {
@@ -44,13 +46,13 @@ FA_INLINE void FN(few_scores_tile)(const size_t rows, const size_t groups, size_
             }
         }
         for (size_t u = 0; u < VL; u++) {
+            fetch_stretch(&wanted, groups * sizeof(VEC));
             FA_UNROLL
             for (size_t part = 0; part < parts; part++) {
                 const REAL *weight = q + c + u * parts + part;
                 FA_UNROLL
                 for (size_t g = 0; g < groups; g++) {
                     VEC x = FN(part)(squares[g][u], (int)part, dtype);
-                    x = scaled ? V(mul)(x, scale[g]) : x;
                     FA_UNROLL
                     for (size_t r = 0; r < rows; r++) {
                         acc[r][g] = V(fma)(V(broadcast)(weight + r * cols), x, acc[r][g]);
@@ -63,7 +65,6 @@ FA_INLINE void FN(few_scores_tile)(const size_t rows, const size_t groups, size_
         FA_UNROLL
         for (size_t g = 0; g < groups; g++) {
             VEC x = FN(load_column)(row + g * VL, keys, (int64_t)c * from->col_stride, dtype);
-            x = scaled ? V(mul)(x, scale[g]) : x;
             FA_UNROLL
             for (size_t r = 0; r < rows; r++) {
                 acc[r][g] = V(fma)(V(broadcast)(q + r * cols + c), x, acc[r][g]);
@@ -158,7 +159,6 @@ FA_INLINE void FN(few_values_tile)(const size_t rows, const size_t vectors, size
 {
     const int64_t size = fa_dtype_size(dtype);
     const size_t ahead = FN(keys_ahead)(dtype);
-    const bool scaled = dtype == FA_I8;
     VEC acc[FEW_ROWS][8];
     FA_UNROLL
     for (size_t r = 0; r < rows; r++) {
@@ -171,14 +171,11 @@ FA_INLINE void FN(few_values_tile)(const size_t rows, const size_t vectors, size
         const char *row = from->row[key] + (int64_t)first * size;
         VEC x[8];
         if (fetch && key + ahead < from->located) {
-            for (int64_t at = 0; at < row_bytes; at += FA_LINE) {
-                __builtin_prefetch(from->row[key + ahead] + at);
-            }
+            FN(fetch_key)(from->row[key + ahead], row_bytes);
         }
         FA_UNROLL
         for (size_t j = 0; j < vectors; j++) {
             x[j] = FN(widen)(row + (int64_t)(j * VL) * size, dtype);
-            x[j] = scaled ? V(mul)(x[j], V(set)((REAL)from->scale[key])) : x[j];
         }
         FA_UNROLL
         for (size_t r = 0; r < rows; r++) {
@@ -206,7 +203,6 @@ static void FN(few_values_column)(size_t rows, size_t keys, size_t col, const RE
         VEC acc = V(zero)();
         for (size_t key = 0; key < keys; key++) {
             REAL x = FN(read_as)(from->row[key] + (int64_t)col * from->col_stride, from->dtype);
-            x = from->scale == NULL ? x : x * (REAL)from->scale[key];
             acc = V(fma)(V(set)(weights[r * ldw + key]), V(set)(x), acc);
         }
         REAL lanes[VL];

@@ -116,4 +116,28 @@ static inline void fetch_some(struct fa_wanted *wanted)
     }
 }
 
+/* Rows of caller memory that are wanted soon, to be asked for line by line. */
+struct fa_stretch {
+    const char *const *row;
+    size_t bytes; /* of each row; 0: nothing is wanted */
+    size_t at; /* of the present row */
+    size_t due; /* bytes that may be asked for by now */
+};
+
+/* Ask for `bytes` more, in whole lines. */
+static inline void fetch_stretch(struct fa_stretch *stretch, size_t bytes)
+{
+    if (stretch->bytes == 0) {
+        return;
+    }
+    for (stretch->due += bytes; stretch->due >= FA_LINE; stretch->due -= FA_LINE) {
+        __builtin_prefetch(*stretch->row + stretch->at);
+        stretch->at += FA_LINE;
+        if (stretch->at >= stretch->bytes) {
+            stretch->at = 0;
+            stretch->row++;
+        }
+    }
+}
+
 #endif

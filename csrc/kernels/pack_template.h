@@ -31,10 +31,9 @@ FA_INLINE void FN(pack_key_vector)(REAL *panel, size_t cols, const struct fa_key
     const int64_t size = fa_dtype_size(dtype);
     const size_t parts = FN(parts)(dtype), step = VL * parts;
     const char *const *row = from->row + key;
-    const bool whole = from->col_stride == size && keys >= VL, scaled = dtype == FA_I8;
+    const bool whole = from->col_stride == size && keys >= VL;
     const size_t ahead = FN(keys_ahead)(dtype);
     const bool more = key + ahead + VL <= from->located;
-    const VEC scale = scaled ? FN(load_scales)(from->scale + key, keys) : V(zero)();
     size_t c = 0;
     for (; whole && c + step <= cols; c += step) {
         VEC square[VL];
@@ -46,14 +45,12 @@ FA_INLINE void FN(pack_key_vector)(REAL *panel, size_t cols, const struct fa_key
         for (size_t u = 0; u < VL; u++) {
             for (size_t part = 0; part < parts; part++) {
                 VEC x = FN(part)(square[u], (int)part, dtype);
-                x = scaled ? V(mul)(x, scale) : x;
                 V(store)(panel + (c + u * parts + part) * NR, x);
             }
         }
     }
     for (; c < cols; c++) {
-        VEC x = FN(load_column)(row, keys, (int64_t)c * from->col_stride, dtype);
-        V(store)(panel + c * NR, scaled ? V(mul)(x, scale) : x);
+        V(store)(panel + c * NR, FN(load_column)(row, keys, (int64_t)c * from->col_stride, dtype));
     }
 }
 
@@ -95,20 +92,20 @@ static void FN(pack_keys)(void *dst, size_t keys, size_t cols, const struct fa_k
 /* NR columns of one key, the first `cols` of them real.  Returns x * 0 summed: NaN where a value is
  * not finite. */
 static inline VEC FN(pack_value_row)(REAL *dst, size_t cols, const char *src, int64_t col_stride,
-                                     enum fa_dtype dtype, REAL scale)
+                                     enum fa_dtype dtype)
 {
     const int64_t size = fa_dtype_size(dtype);
     VEC probe = V(zero)();
     if (cols >= NR && col_stride == size) {
         for (size_t j = 0; j < NR; j += VL) {
-            VEC x = V(mul)(FN(widen)(src + (int64_t)j * size, dtype), V(set)(scale));
+            VEC x = FN(widen)(src + (int64_t)j * size, dtype);
             probe = V(fma)(x, V(zero)(), probe);
             V(store)(dst + j, x);
         }
         return probe;
     }
     for (size_t c = 0; c < NR; c++) {
-        dst[c] = c < cols ? FN(read_as)(src + (int64_t)c * col_stride, dtype) * scale : 0;
+        dst[c] = c < cols ? FN(read_as)(src + (int64_t)c * col_stride, dtype) : 0;
     }
     for (size_t j = 0; j < NR; j += VL) {
         probe = V(fma)(V(load)(dst + j), V(zero)(), probe);
@@ -122,7 +119,6 @@ static bool FN(pack_values)(void *dst, size_t panel_stride, size_t keys, size_t 
     const int64_t panel_bytes = (int64_t)NR * from->col_stride;
     VEC probe = V(zero)();
     for (size_t key = 0; key < keys; key++) {
-        const REAL scale = from->scale == NULL ? 1 : (REAL)from->scale[key];
         const char *row = from->row[key];
         const size_t later = key + FN(keys_ahead)(from->dtype);
         const int64_t ahead = later < from->located ? from->row[later] - row : 0;
@@ -131,8 +127,7 @@ static bool FN(pack_values)(void *dst, size_t panel_stride, size_t keys, size_t 
             for (int64_t at = 0; at < panel_bytes; at += FA_LINE) {
                 __builtin_prefetch(row + ahead + at);
             }
-            VEC found =
-                FN(pack_value_row)(panel, cols - c, row, from->col_stride, from->dtype, scale);
+            VEC found = FN(pack_value_row)(panel, cols - c, row, from->col_stride, from->dtype);
             probe = V(add)(probe, found);
             panel += panel_stride;
             row += panel_bytes;

@@ -25,6 +25,29 @@ static inline VEC FN(bias_to_base2)(VEC bias)
     return V(select_lt)(max, V(abs)(bias), bias, b2);
 }
 
+/* Integers have their keys' scales outside the chains of both products: a multiplication per score and weight,
+ * not per element. */
+static void FN(scale_scores)(void *s, size_t ld, size_t rows, size_t n, const float *scale)
+{
+    for (size_t l = 0; l < n; l++) {
+        const REAL factor = (REAL)scale[l];
+        for (size_t r = 0; r < rows; r++) {
+            ((REAL *)s)[r * ld + l] *= factor;
+        }
+    }
+}
+
+/* A weight of 0 stays 0, whatever the scale of a key that takes no part. */
+static void FN(scale_weights)(void *w, size_t ld, size_t rows, size_t n, const float *scale)
+{
+    for (size_t r = 0; r < rows; r++) {
+        REAL *row = (REAL *)w + r * ld;
+        for (size_t l = 0; l < n; l++) {
+            row[l] = row[l] == 0 ? 0 : row[l] * (REAL)scale[l];
+        }
+    }
+}
+
 static void FN(add_bias)(void *s, size_t n, const void *bias, int64_t stride, enum fa_dtype dtype)
 {
     const char *from = bias;

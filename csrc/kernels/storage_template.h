@@ -126,6 +126,14 @@ FA_INLINE void FN(fetch_square)(const char *const *row, int64_t at)
     }
 }
 
+/* Ask for all of a later key. */
+FA_INLINE void FN(fetch_key)(const char *row, int64_t bytes)
+{
+    for (int64_t at = 0; at < bytes; at += FA_LINE) {
+        __builtin_prefetch(row + at);
+    }
+}
+
 /* One column of `keys` keys, 0 beyond them. */
 static inline VEC FN(load_column)(const char *const *row, size_t keys, int64_t at,
                                   enum fa_dtype dtype)
@@ -133,16 +141,6 @@ static inline VEC FN(load_column)(const char *const *row, size_t keys, int64_t a
     REAL lanes[VL] = {0};
     for (size_t i = 0; i < VL && i < keys; i++) {
         lanes[i] = FN(read_as)(row[i] + at, dtype);
-    }
-    return V(load)(lanes);
-}
-
-/* Scales of VL keys, `keys` of them real. */
-static inline VEC FN(load_scales)(const float *scale, size_t keys)
-{
-    REAL lanes[VL] = {0};
-    for (size_t i = 0; i < VL && i < keys; i++) {
-        lanes[i] = (REAL)scale[i];
     }
     return V(load)(lanes);
 }

@@ -201,9 +201,9 @@ static double value_of(const struct shape *s, enum operand operand, int64_t b, i
 
 /* ---- arrays --------------------------------------------------------------------------------- */
 
-enum kind { KIND_F32, KIND_F64, KIND_INT64, KIND_BYTE };
+enum kind { KIND_F32, KIND_F64, KIND_INT64, KIND_BYTE, KIND_HALF };
 
-static const size_t kind_size[] = {4, 8, 8, 1};
+static const size_t kind_size[] = {4, 8, 8, 1, 2};
 
 enum layout {
     PLAIN,
@@ -869,6 +869,290 @@ static struct result check_case(struct tally *t, const struct shape *s, enum fa_
     return result;
 }
 
+/* ---- storage: narrow types, pages, packed sequences, splits ---------------------------------- */
+
+/* Sequences of a batch: none, one key, and more than a split of the keys (1024).  Few heads and columns,
+ * for the emulators' sake. */
+enum {
+    STORED = 4,
+    LONGEST = 1100,
+    STORED_HEADS = 4,
+    STORED_KV_HEADS = 2,
+    STORED_DIM = 72,
+    STORED_DIM_V = 40,
+    PAGE = 48,
+    PAGES = (LONGEST + PAGE - 1) / PAGE,
+};
+static const int64_t stored_length[STORED] = {200, 0, LONGEST, 1};
+
+/* Numbers that every type holds exactly: small integers over a power of two, which for FA_I8 is the scale of
+ * their key.  So the bits of a narrow type are those of float32. */
+static int64_t stored_integer(enum operand operand, int64_t b, int64_t h, int64_t i, int64_t j)
+{
+    return (int64_t)(100 * uniform(operand, b, h, i, j));
+}
+
+static int stored_exponent(int64_t i) { return -5 - (int)(i % 3); }
+
+static void write_stored(char *p, enum fa_dtype dtype, double x)
+{
+    const float f32 = (float)x;
+    uint32_t bits;
+    memcpy(&bits, &f32, sizeof bits);
+    const uint32_t exponent = bits >> 23 & 0xff, mantissa = bits >> 13 & 0x3ff;
+    const uint16_t bf16 = (uint16_t)(bits >> 16);
+    const uint16_t f16 =
+        (uint16_t)((bits >> 16 & 0x8000) | (x == 0 ? 0 : (exponent - 112) << 10 | mantissa));
+    const int8_t i8 = (int8_t)x;
+    const void *const from = dtype == FA_F32    ? (const void *)&f32
+                             : dtype == FA_F16  ? (const void *)&f16
+                             : dtype == FA_BF16 ? (const void *)&bf16
+                                                : (const void *)&i8;
+    memcpy(p, from, (size_t)fa_dtype_size(dtype));
+}
+
+static double read_stored(const char *p, enum fa_dtype dtype)
+{
+    uint16_t half;
+    if (dtype == FA_F32) {
+        return read_real(p, KIND_F32);
+    }
+    memcpy(&half, p, sizeof half);
+    if (dtype == FA_BF16) {
+        const uint32_t bits = (uint32_t)half << 16;
+        float f32;
+        memcpy(&f32, &bits, sizeof f32);
+        return (double)f32;
+    }
+    const int exponent = half >> 10 & 31;
+    const double magnitude =
+        exponent == 0 ? ldexp(half & 1023, -24) : ldexp((half & 1023) + 1024, exponent - 25);
+    return half & 0x8000 ? -magnitude : magnitude;
+}
+
+static enum kind kind_of(enum fa_dtype dtype)
+{
+    return dtype == FA_F32 ? KIND_F32 : dtype == FA_I8 ? KIND_BYTE : KIND_HALF;
+}
+
+enum placing { IN_ONE_PIECE, IN_PAGES, PACKED, NUM_PLACINGS };
+
+static const char *const placing_name[] = {"in one piece", "pages", "packed sequences"};
+
+struct stored {
+    struct array q, k, v, k_scale, v_scale, table, starts[2], lengths, out, lse;
+    struct fa_attention_params params;
+};
+
+/* Where key i of sequence b is kept: block, slot. */
+static void place_key(enum placing placing, int64_t b, int64_t *i, int64_t *block)
+{
+    *block = placing == IN_ONE_PIECE ? b : 0;
+    if (placing == IN_PAGES) {
+        *block =
+            ((b * PAGES + *i / PAGE) * 7 + 3) % (STORED * PAGES); /* 7 and 4 * 23 share no factor */
+        *i %= PAGE;
+    } else if (placing == PACKED) {
+        for (int64_t before = 0; before < b; before++) {
+            *i += stored_length[before];
+        }
+    }
+}
+
+static void add_stored(struct array *a, struct array *scale, enum operand operand,
+                       enum placing placing, enum fa_dtype dtype, int64_t width)
+{
+    int64_t total = 0;
+    for (int64_t b = 0; b < STORED; b++) {
+        total += stored_length[b];
+    }
+    const int64_t blocks = placing == PACKED ? 1 : placing == IN_PAGES ? STORED * PAGES : STORED;
+    const int64_t slots = placing == PACKED ? total : placing == IN_PAGES ? PAGE : LONGEST;
+    array_init(a, PLAIN, kind_of(dtype), (int64_t[]){blocks, STORED_KV_HEADS, slots, width});
+    array_init(scale, PLAIN, KIND_F32, (int64_t[]){blocks, STORED_KV_HEADS, slots, 1});
+    for (int64_t b = 0; b < STORED; b++) {
+        for (int64_t h = 0; h < STORED_KV_HEADS; h++) {
+            for (int64_t i = 0; i < stored_length[b]; i++) {
+                int64_t block, slot = i;
+                place_key(placing, b, &slot, &block);
+                const double factor = ldexp(1, stored_exponent(i));
+                write_value(element(scale, block, h, slot, 0), KIND_F32, factor);
+                for (int64_t j = 0; j < width; j++) {
+                    const double x = (double)stored_integer(operand, b, h, i, j);
+                    write_stored(element(a, block, h, slot, j), dtype,
+                                 dtype == FA_I8 ? x : x * factor);
+                }
+            }
+        }
+    }
+}
+
+static void stored_init(struct stored *s, enum placing placing, enum fa_dtype dtype,
+                        enum fa_dtype kv_dtype, int64_t rows)
+{
+    const bool packed = placing == PACKED, paged = placing == IN_PAGES;
+    const int64_t blocks = packed ? 1 : STORED, tokens = packed ? STORED * rows : rows;
+    *s = (struct stored){0};
+    array_init(&s->q, PLAIN, kind_of(dtype), (int64_t[]){blocks, STORED_HEADS, tokens, STORED_DIM});
+    FOR_EACH(&s->q)
+    {
+        const int64_t entry = packed ? i / rows : b, row = packed ? i % rows : i;
+        write_stored(element(&s->q, b, h, i, j), dtype,
+                     ldexp((double)stored_integer(Q, entry, h, row, j), -6));
+    }
+    add_stored(&s->k, &s->k_scale, K, placing, kv_dtype, STORED_DIM);
+    add_stored(&s->v, &s->v_scale, V, placing, kv_dtype, STORED_DIM_V);
+    array_init(&s->out, PLAIN, kind_of(dtype),
+               (int64_t[]){blocks, STORED_HEADS, tokens, STORED_DIM_V});
+    array_init(&s->lse, PLAIN, KIND_F32, (int64_t[]){blocks, STORED_HEADS, tokens, 1});
+    array_init(&s->lengths, PLAIN, KIND_INT64, (int64_t[]){STORED, 1, 1, 1});
+    array_init(&s->table, PLAIN, KIND_INT64, (int64_t[]){STORED, 1, PAGES, 1});
+    array_init(&s->starts[0], PLAIN, KIND_INT64, (int64_t[]){1, 1, STORED + 1, 1});
+    array_init(&s->starts[1], PLAIN, KIND_INT64, (int64_t[]){1, 1, STORED + 1, 1});
+    int64_t keys = 0;
+    for (int64_t b = 0; b <= STORED; b++) {
+        write_value(element(&s->starts[0], 0, 0, b, 0), KIND_INT64, (double)(b * rows));
+        write_value(element(&s->starts[1], 0, 0, b, 0), KIND_INT64, (double)keys);
+        if (b == STORED) {
+            break;
+        }
+        keys += stored_length[b];
+        write_value(element(&s->lengths, b, 0, 0, 0), KIND_INT64, (double)stored_length[b]);
+        for (int64_t page = 0; page < PAGES; page++) {
+            int64_t block, slot = page * PAGE;
+            place_key(IN_PAGES, b, &slot, &block);
+            write_value(element(&s->table, b, 0, page, 0), KIND_INT64, (double)block);
+        }
+    }
+    s->params = (struct fa_attention_params){
+        .dtype = dtype,
+        .kv_dtype = kv_dtype,
+        .batch_ndim = 1,
+        .batch_shape = {STORED},
+        .num_heads = STORED_HEADS,
+        .num_kv_heads = STORED_KV_HEADS,
+        .seqlen_q = tokens,
+        .seqlen_k = packed ? keys : LONGEST,
+        .head_dim = STORED_DIM,
+        .head_dim_v = STORED_DIM_V,
+        .scale = 1 / sqrt(STORED_DIM),
+        .causal = true,
+        .window_left = -1,
+        .window_right = -1,
+        .num_threads = 1,
+        .q = input_of(&s->q),
+        .k = input_of(&s->k),
+        .v = input_of(&s->v),
+        .out = output_of(&s->out),
+        .lse = output_of(&s->lse),
+    };
+    if (kv_dtype == FA_I8) {
+        s->params.k_scale = input_of(&s->k_scale);
+        s->params.v_scale = input_of(&s->v_scale);
+    }
+    if (packed) {
+        s->params.q_starts = (const int64_t *)(const void *)s->starts[0].data;
+        s->params.k_starts = (const int64_t *)(const void *)s->starts[1].data;
+        struct fa_input *const inputs[] = {&s->params.q, &s->params.k, &s->params.v};
+        for (size_t x = 0; x < LENGTH(inputs); x++) {
+            inputs[x]->batch[0] = 0;
+        }
+        s->params.out.batch[0] = s->params.lse.batch[0] = 0;
+    } else {
+        s->params.kv_lengths = input_of(&s->lengths);
+    }
+    if (paged) {
+        s->params.page_table = input_of(&s->table);
+        s->params.page_size = PAGE;
+    }
+}
+
+static void stored_free(struct stored *s)
+{
+    struct array *const arrays[] = {&s->q,         &s->k,         &s->v,       &s->k_scale,
+                                    &s->v_scale,   &s->table,     &s->lengths, &s->out,
+                                    &s->starts[0], &s->starts[1], &s->lse};
+    for (size_t x = 0; x < LENGTH(arrays); x++) {
+        array_free(arrays[x]);
+    }
+}
+
+/* Compare with the float32 call in one piece: the same bits from float32 queries, one rounding away from
+ * 16-bit ones. */
+static bool stored_agrees(const struct stored *s, const struct stored *expected, bool packed,
+                          int64_t rows)
+{
+    const enum fa_dtype dtype = s->params.dtype;
+    const double unit = dtype == FA_F16 ? 0x1p-11 : 0x1p-8;
+    bool ok = true;
+    FOR_EACH(&expected->out)
+    {
+        const int64_t entry = packed ? 0 : b, row = packed ? b * rows + i : i;
+        const char *want = element(&expected->out, b, h, i, j);
+        const char *got = element(&s->out, entry, h, row, j);
+        if (dtype == FA_F32) {
+            ok &= memcmp(got, want, sizeof(float)) == 0;
+        } else {
+            const double x = read_stored(want, FA_F32), y = read_stored(got, dtype);
+            ok &= fabs(x - y) <= unit * fabs(x) + 0x1p-24;
+        }
+        if (j == 0) {
+            ok &= memcmp(element(&s->lse, entry, h, row, 0), element(&expected->lse, b, h, i, 0),
+                         sizeof(float)) == 0;
+        }
+    }
+    return ok;
+}
+
+/* Rows in ones, threes and thirties: read where they lie, or packed; in one task, or one for each split. */
+static void check_storage(struct tally *t)
+{
+    static const struct {
+        enum fa_dtype dtype, kv_dtype;
+        const char *name;
+    } types[] = {
+        {FA_F32, FA_F32, "float32"},
+        {FA_F32, FA_F16, "float16 beside float32"},
+        {FA_F16, FA_F16, "float16"},
+        {FA_F32, FA_BF16, "bfloat16 beside float32"},
+        {FA_BF16, FA_BF16, "bfloat16"},
+        {FA_F32, FA_I8, "int8"},
+        {FA_F16, FA_I8, "int8 beside float16"},
+    };
+    static const int64_t rows[] = {1, 3, 30};
+    for (size_t n = 0; n < LENGTH(rows); n++) {
+        struct stored expected;
+        stored_init(&expected, IN_ONE_PIECE, FA_F32, FA_F32, rows[n]);
+        run(&expected.params, t->kernels);
+        for (size_t x = 0; x < LENGTH(types); x++) {
+            for (int placing = IN_ONE_PIECE; placing < NUM_PLACINGS; placing++) {
+                if (placing == PACKED && types[x].dtype != types[x].kv_dtype) {
+                    continue; /* not a call that exists */
+                }
+                struct stored s;
+                stored_init(&s, (enum placing)placing, types[x].dtype, types[x].kv_dtype, rows[n]);
+                for (int threads = 1; threads <= (fa_has_openmp() ? 3 : 1); threads++) {
+                    s.params.num_threads = threads;
+                    run(&s.params, t->kernels);
+                    if (stored_agrees(&s, &expected, placing == PACKED, rows[n])) {
+                        t->passed++;
+                    } else {
+                        t->failed++;
+                        printf("FAILED %s: %s, %s, %d rows, %d threads\n",
+                               fa_kernels_name(t->kernels), types[x].name, placing_name[placing],
+                               (int)rows[n], threads);
+                    }
+                    memset(s.out.memory, SENTINEL, s.out.bytes);
+                    memset(s.lse.memory, SENTINEL, s.lse.bytes);
+                }
+                stored_free(&s);
+                t->cases++;
+            }
+        }
+        stored_free(&expected);
+    }
+}
+
 static const struct fa_kernels *find_set(const char *name)
 {
     for (int i = 0; fa_kernels_available(i) != NULL; i++) {
@@ -910,6 +1194,9 @@ int main(int argc, char **argv)
             }
             free(scalar.data);
         }
+    }
+    for (int i = 0; i < num_sets; i++) {
+        check_storage(&tallies[i]);
     }
     for (int i = 0; i < num_sets; i++) {
         const struct tally *t = &tallies[i];
