@@ -15,8 +15,9 @@ static void locate_rows(const struct fa_head *head, const char *data, const stru
 {
     const struct fa_attention_params *p = head->geometry->params;
     if (head->page_table == NULL) {
-        for (int64_t j = 0; j < keys; j++) {
-            row[j] = data + (first + j) * in->row;
+        data += first * in->row;
+        for (int64_t j = 0; j < keys; j++, data += in->row) {
+            row[j] = data;
         }
         return;
     }
@@ -39,6 +40,10 @@ static const float *read_scales(const struct fa_head *head, const char *data,
     }
     const int64_t padded = fa_round_up(keys, (int64_t)head->geometry->ops->nr);
     memset(scale + keys, 0, (size_t)(padded - keys) * sizeof *scale);
+    if (head->page_table == NULL && in->row == (int64_t)sizeof *scale) {
+        memcpy(scale, data + first * in->row, (size_t)keys * sizeof *scale);
+        return scale;
+    }
     if (head->page_table == NULL) {
         for (int64_t j = 0; j < keys; j++) {
             memcpy(scale + j, data + (first + j) * in->row, sizeof *scale);
@@ -56,7 +61,7 @@ void fa_locate_keys(const struct fa_head *head, struct fa_workspace *ws, int64_t
                     int64_t keys, int64_t first_col)
 {
     const struct fa_attention_params *p = head->geometry->params;
-    const int64_t located = fa_min(keys + FA_KEYS_AHEAD, head->kv_length - block_key);
+    const int64_t located = fa_min(keys + fa_keys_ahead(p->kv_dtype), head->kv_length - block_key);
     ws->keys = (struct fa_keys){
         .row = ws->k_row,
         .located = (size_t)located,

@@ -68,8 +68,10 @@ static bool lay_out(const struct fa_geometry *g, struct layout *at)
         reserve(&total, &at->scores, FA_TILE_Q, g->block_k, size) &&
         reserve(&total, &at->mask, FA_TILE_Q, g->block_k, 1) &&
         reserve(&total, &at->segments, g->block_k, 1, (int64_t)sizeof(int64_t)) &&
-        reserve(&total, &at->k_row, g->block_k + FA_KEYS_AHEAD, 1, (int64_t)sizeof(char *)) &&
-        reserve(&total, &at->v_row, g->block_k + FA_KEYS_AHEAD, 1, (int64_t)sizeof(char *)) &&
+        reserve(&total, &at->k_row, g->block_k + fa_keys_ahead(g->params->kv_dtype), 1,
+                (int64_t)sizeof(char *)) &&
+        reserve(&total, &at->v_row, g->block_k + fa_keys_ahead(g->params->kv_dtype), 1,
+                (int64_t)sizeof(char *)) &&
         reserve(&total, &at->k_scale, g->block_k, 1, (int64_t)sizeof(float)) &&
         reserve(&total, &at->factors, g->params->dropout_p > 0 ? FA_TILE_Q : 0, g->block_k, size) &&
         reserve(&total, &at->v_scale, g->block_k, 1, (int64_t)sizeof(float));

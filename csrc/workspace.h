@@ -5,8 +5,11 @@
 #include "geometry.h"
 
 /* Keys beyond those of a block whose place is known while it is read, so that its loops can ask for memory
- * ahead (keys_ahead in kernels/storage_template.h says how far). */
-#define FA_KEYS_AHEAD 80
+ * ahead: as many as keys_far in kernels/storage_template.h, and the keys that one of its tiles holds. */
+static inline int64_t fa_keys_ahead(enum fa_dtype dtype)
+{
+    return 80 * fa_max(1, 4 / fa_dtype_size(dtype));
+}
 
 /* The least and the greatest of some segment ids. */
 struct fa_segment_range {
@@ -26,7 +29,7 @@ struct fa_workspace {
     int64_t *segments; /* [block_k]: segment ids of the keys of a block */
     const char *segments_loaded; /* where they came from; NULL: nowhere yet */
     struct fa_segment_range segment_range;
-    /* [block_k + FA_KEYS_AHEAD]: where the keys of a block lie; [block_k]: their scales */
+    /* [block_k + fa_keys_ahead]: where the keys of a block lie; [block_k]: their scales */
     const char **k_row, **v_row;
     float *k_scale, *v_scale;
     char *factors;      /* real [FA_TILE_Q][block_k]: of dropout */

@@ -132,6 +132,7 @@ def test_bits_of_float32_rounded_once(rng: np.random.Generator, dtype: Any, axis
 
 
 @each_dtype
+@np.errstate(invalid="ignore")  # signalling NaNs
 def test_every_number_goes_through(dtype: Any) -> None:
     """One key of weight 1: its value is the result, for all 65536 bit patterns."""
     patterns = np.arange(1 << 16, dtype=np.uint16).view(dtype)
@@ -148,12 +149,14 @@ def test_every_number_goes_through(dtype: Any) -> None:
 
 
 @each_dtype
+@np.errstate(invalid="ignore")
 def test_results_round_to_nearest_even(dtype: Any) -> None:
     """Averages of neighbours lie half-way between them."""
     low = np.arange(1, 1 << 15, dtype=np.uint16)
     a, b = low.view(dtype), (low + 1).astype(np.uint16).view(dtype)
-    finite = np.isfinite(b)
-    a, b = a[finite], b[finite]
+    # The sum before the division by the weights is a float32 too.
+    fits = a.astype(np.float64) + b.astype(np.float64) < np.finfo(np.float32).max
+    a, b = a[fits], b[fits]
     v = np.stack([a, b])[np.newaxis]
     out = fa.attention(np.zeros((1, 1, 1), dtype), np.zeros((1, 2, 1), dtype), v)[0, 0]
     middle = (a.astype(np.float64) + b.astype(np.float64)) / 2
@@ -166,11 +169,11 @@ def test_results_round_to_nearest_even(dtype: Any) -> None:
 @each_dtype
 def test_results_too_large_are_infinite(dtype: Any) -> None:
     largest = np.array(np.finfo(np.float16).max if dtype == np.float16 else 3.3895314e38, dtype)
-    q, v = np.zeros((1, 4), dtype), np.full((2, 20), largest, dtype)
-    k = np.zeros((2, 4), dtype)
+    q = k = np.zeros((1, 4), dtype)
+    v = np.full((1, 20), largest, dtype)
     assert np.all(fa.attention(q, k, v) == largest)
-    assert np.all(np.isposinf(fa.attention(q, k, v, residual=v[:1])))
-    assert np.all(np.isneginf(fa.attention(q, k, -v, residual=-v[:1])))
+    assert np.all(np.isposinf(fa.attention(q, k, v, residual=v)))
+    assert np.all(np.isneginf(fa.attention(q, k, -v, residual=-v)))
 
 
 @each_dtype

@@ -24,14 +24,10 @@ from hypothesis.stateful import (
 
 import fastattn as fa
 from fastattn import _storage
-
-# Whether `attention` reads K and V of float16, bfloat16 and int8.
-SMALL_DTYPES_ATTEND = True
+from fastattn._rounding import round_once
 
 FLOAT_DTYPES = [np.dtype(t) for t in (np.float32, np.float64, np.float16, ml_dtypes.bfloat16)]
 DTYPES = [*FLOAT_DTYPES, np.dtype(np.int8)]
-SMALL_DTYPES = [dtype for dtype in DTYPES if dtype.itemsize < 4]
-ATTENDED_DTYPES = DTYPES if SMALL_DTYPES_ATTEND else FLOAT_DTYPES[:2]
 NUM_KV_HEADS, HEAD_DIM, HEAD_DIM_V = 2, 6, 4
 
 EXAMPLES = int(os.environ.get("FASTATTN_EXAMPLES", "0"))
@@ -113,7 +109,7 @@ def test_chunks_give_the_bits_of_one_call(rng, dtype, chunks):
         start += new
 
 
-@pytest.mark.parametrize("dtype", ATTENDED_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_ragged_batch(rng, dtype):
     cache, paged = make_cache(3, dtype=dtype), make_paged(dtype=dtype)
     seq_ids = [paged.add() for _ in range(3)]
@@ -196,16 +192,6 @@ def test_wrong_queries_and_options(rng, make, dtype):
     for name in ("casual", "k_scale", "k"):
         with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
             cache.attention(q, *args, **{name: True})
-
-
-@once
-@pytest.mark.skipif(SMALL_DTYPES_ATTEND, reason="the core reads them")
-@pytest.mark.parametrize("dtype", SMALL_DTYPES, ids=str)
-def test_small_dtypes_do_not_attend_yet(rng, dtype):
-    cache = make_cache(dtype=dtype)
-    cache.append(*make_tokens(rng, 2, new=1))
-    with pytest.raises(TypeError):
-        cache.attention(make_queries(rng, 2, new=1))
 
 
 # --- windows ----------------------------------------------------------------------------------
@@ -531,9 +517,9 @@ def test_wrong_tokens_change_nothing(rng, make, dtype):
             v,
             {},
             TypeError,
-            "`k` must be float16, bfloat16, float32, float64, got int64",
+            "`k` must be float16, bfloat16, float32 or float64, got int64",
         ),
-        (k, v > 0, {}, TypeError, "`v` must be float16, bfloat16, float32, float64, got bool"),
+        (k, v > 0, {}, TypeError, "`v` must be float16, bfloat16, float32 or float64, got bool"),
         (k.astype(">f4"), v, {}, TypeError, "`k` must be in native byte order"),
         (k[:1], v, {}, ValueError, "`k` must have shape (2, 2, new, 6), got (1, 2, 3, 6)"),
         (k[:, :1], v, {}, ValueError, "`k` must have shape (2, 2, new, 6), got (2, 1, 3, 6)"),
@@ -1005,6 +991,28 @@ def numbered_batch(sequences):
     return k, v
 
 
+def stored(x, dtype):
+    """What a cache of this dtype makes of the float32 array x; int8 decoded to float32."""
+    if dtype != np.int8:
+        return round_once(x, dtype)
+    scale = np.abs(x).max(axis=-1, keepdims=True) / np.float32(127)
+    return np.rint(x / scale) * scale
+
+
+def attend_alone(q, k, v, dtype, **options):
+    """Attention over stored tokens as plain float32 (or float64) arrays."""
+    k, v = (stored(x, dtype).astype(q.dtype) for x in (k, v))
+    return fa.attention(q, k, v, causal=True, **options)
+
+
+def assert_attends_alike(out, expected, dtype):
+    """The same bits, but for int8: its scales stay outside the products."""
+    if dtype == np.int8:
+        np.testing.assert_allclose(out, expected, atol=2e-6)
+    else:
+        np.testing.assert_array_equal(out, expected)
+
+
 class CacheMachine(RuleBasedStateMachine):
     """Random calls of KVCache beside lists of token numbers."""
 
@@ -1013,12 +1021,14 @@ class CacheMachine(RuleBasedStateMachine):
         window=st.one_of(st.none(), st.integers(1, 5)),
         num_sinks=st.integers(0, 3),
         slack=st.integers(0, 6),
+        dtype=st.sampled_from(DTYPES),
     )
-    def begin(self, batch_size, window, num_sinks, slack):
+    def begin(self, batch_size, window, num_sinks, slack, dtype):
+        self.dtype, self.wide = dtype, np.float64 if dtype == np.float64 else np.float32
         self.window, self.num_sinks = window, num_sinks if window else 0
         self.max_seqlen = (window + num_sinks if window else 6) + slack
         self.cache = make_cache(
-            batch_size, self.max_seqlen, window=window, num_sinks=self.num_sinks
+            batch_size, self.max_seqlen, window=window, num_sinks=self.num_sinks, dtype=dtype
         )
         self.model = [[] for _ in range(batch_size)]
         self.numbers = itertools.count()
@@ -1071,7 +1081,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(seqlen_q=st.integers(0, 4))
     def attention(self, seqlen_q):
-        q = make_queries(self.rng, len(self.model), new=seqlen_q)
+        q = make_queries(self.rng, len(self.model), new=seqlen_q, dtype=self.wide)
         try:
             out = self.cache.attention(q)
         except ValueError as error:
@@ -1086,7 +1096,7 @@ class CacheMachine(RuleBasedStateMachine):
             )
             return
         for b, tokens in enumerate(self.model):
-            parts = [[x] for x in numbered(tokens)]
+            parts = [[stored(x, self.dtype)] for x in numbered(tokens)]
             window = self.window or self.max_seqlen
             position = len(tokens) - seqlen_q
             expected, _ = expected_window(q[b], parts, window, self.num_sinks, position)
@@ -1099,8 +1109,9 @@ class CacheMachine(RuleBasedStateMachine):
         assert self.cache.lengths.tolist() == [len(tokens) for tokens in self.model]
         for b, tokens in enumerate(self.model):
             positions = self.cache.positions(b)
-            for stored, expected in zip(self.cache.to_arrays(b), numbered(tokens), strict=True):
-                np.testing.assert_array_equal(stored, expected[:, positions])
+            for kept, expected in zip(self.cache.to_arrays(b), numbered(tokens), strict=True):
+                expected = stored(expected, self.dtype)
+                np.testing.assert_array_equal(kept, expected[:, positions])
             # What the next query will see is there.
             window = self.window or self.max_seqlen
             needed = {*range(self.num_sinks), *range(len(tokens) - window + 1, len(tokens))}
@@ -1112,9 +1123,14 @@ class PagedMachine(RuleBasedStateMachine):
 
     sequences = Bundle("sequences")
 
-    @initialize(num_pages=st.integers(1, 12), page_size=st.sampled_from([1, 2, 3, 4, 8]))
-    def begin(self, num_pages, page_size):
-        self.cache = make_paged(num_pages, page_size)
+    @initialize(
+        num_pages=st.integers(1, 12),
+        page_size=st.sampled_from([1, 2, 3, 4, 8]),
+        dtype=st.sampled_from(DTYPES),
+    )
+    def begin(self, num_pages, page_size, dtype):
+        self.dtype, self.wide = dtype, np.float64 if dtype == np.float64 else np.float32
+        self.cache = make_paged(num_pages, page_size, dtype=dtype)
         self.model = {}
         self.numbers = itertools.count()
         self.rng = np.random.default_rng(0)
@@ -1188,11 +1204,11 @@ class PagedMachine(RuleBasedStateMachine):
     def attention(self, data, seqlen_q):
         choices = st.lists(st.sampled_from(sorted(self.model)), max_size=4)
         seq_ids = data.draw(choices) if self.model else []
-        q = make_queries(self.rng, len(seq_ids), new=seqlen_q)
+        q = make_queries(self.rng, len(seq_ids), new=seqlen_q, dtype=self.wide)
         out = self.cache.attention(q, seq_ids)
         for row, seq_id in enumerate(seq_ids):
-            expected = fa.attention(q[row], *numbered(self.model[seq_id]), causal=True)
-            np.testing.assert_array_equal(out[row], expected)
+            expected = attend_alone(q[row], *numbered(self.model[seq_id]), self.dtype)
+            assert_attends_alike(out[row], expected, self.dtype)
 
     @invariant()
     def same_tokens_and_no_page_lost(self):
@@ -1202,8 +1218,8 @@ class PagedMachine(RuleBasedStateMachine):
         assert cache.seq_ids == sorted(self.model)
         users = [0] * cache.num_pages
         for seq_id, tokens in self.model.items():
-            for stored, expected in zip(cache.to_arrays(seq_id), numbered(tokens), strict=True):
-                np.testing.assert_array_equal(stored, expected)
+            for kept, expected in zip(cache.to_arrays(seq_id), numbered(tokens), strict=True):
+                np.testing.assert_array_equal(kept, stored(expected, self.dtype))
             [table] = cache.page_table([seq_id]).tolist()
             assert len(table) == -(-len(tokens) // cache.page_size)
             for page in table:

@@ -36,7 +36,7 @@ def make(
         (batch, heads[1], seqlen_k, head_dim),
         (batch, heads[1], seqlen_k, head_dim_v),
     )
-    q, k, v = (round_once(rng.standard_normal(shape), dtype) for shape in shapes)
+    q, k, v = (round_once(rng.standard_normal(shape), np.dtype(dtype)) for shape in shapes)
     return q, k, v
 
 
@@ -193,7 +193,7 @@ def query_dtypes(dtype: Any) -> list[np.dtype[Any]]:
 @each_stored
 @pytest.mark.parametrize("page_size", [1, 16, 37])
 def test_pages_and_one_piece(rng: np.random.Generator, page_size: int, dtype: Any) -> None:
-    """KVCache, PagedKVCache with its pages anywhere, and plain arrays where those have the dtype."""
+    """KVCache, PagedKVCache with its pages anywhere."""
     lengths = [1300, 3, 0, 700]
     _, k, v = make(rng, np.float32, 1, max(lengths), batch=4)
     cache = fa.KVCache(4, 2, max(lengths), 64, dtype=dtype)
@@ -249,7 +249,7 @@ def test_storage_against_the_reference(rng: np.random.Generator, dtype: Any) -> 
 @pytest.mark.parametrize("q_dtype", query_dtypes(np.dtype(np.int8)), ids=str)
 @pytest.mark.parametrize("axis", ["keys", "queries"])
 def test_int8_chunks(rng: np.random.Generator, axis: str, q_dtype: Any) -> None:
-    """Integers with their scales: packed for many rows, where they lie for few, or repeated heads."""
+    """Integers with their scales: packed for many rows, read where they lie for few."""
     _, k, v = make(rng, np.float32, 1, 1200, batch=1)
     k *= 10.0 ** rng.uniform(-3, 1, (1, 2, 1200, 1)).astype(np.float32)
     cache = fa.KVCache(1, 2, 1200, 64, dtype=np.int8)

@@ -228,7 +228,7 @@ def test_other_errors() -> None:
     starts = [0, 4, 10]
     with pytest.raises(ValueError, match="`cu_seqlens_k` must have 3 entries like `cu_seqlens_q`"):
         fa.attention_varlen(q, k, v, starts, [0, 10])
-    with pytest.raises(ValueError, match="`k` must have 3 dimensions, .*, got shape"):
+    with pytest.raises(ValueError, match=r"`k` must have 3 dimensions, .*, got shape"):
         fa.attention_varlen(q, k[0], v, starts, starts)
     with pytest.raises(ValueError, match="`v` must have seqlen_k 10 like `k`, got 9"):
         fa.attention_varlen(q, k, v[:9], starts, starts)

@@ -25,7 +25,13 @@ FA_INLINE void FN(few_scores_tile)(const size_t rows, const size_t groups, size_
     const char *const *row = from->row + key;
     const bool whole = from->col_stride == size && keys >= VL;
     const bool more = key + groups * VL + ahead <= from->located;
-    struct fa_stretch wanted = {.row = row + ahead, .bytes = more ? cols * (size_t)size : 0};
+    const size_t far = FN(keys_far)(dtype), row_bytes = cols * (size_t)size;
+    struct fa_stretch wanted = {
+        .row = row + ahead,
+        .far_row = row + far,
+        .bytes = more ? row_bytes : 0,
+        .far_bytes = key + groups * VL + far <= from->located ? row_bytes : 0,
+    };
     VEC acc[FEW_ROWS][FEW_ROWS];
     size_t c = 0;
     FA_UNROLL
@@ -158,7 +164,7 @@ FA_INLINE void FN(few_values_tile)(const size_t rows, const size_t vectors, size
                                    int64_t row_bytes, enum fa_dtype dtype)
 {
     const int64_t size = fa_dtype_size(dtype);
-    const size_t ahead = FN(keys_ahead)(dtype);
+    const size_t ahead = FN(keys_ahead)(dtype), far = FN(keys_far)(dtype);
     VEC acc[FEW_ROWS][8];
     FA_UNROLL
     for (size_t r = 0; r < rows; r++) {
@@ -171,7 +177,10 @@ FA_INLINE void FN(few_values_tile)(const size_t rows, const size_t vectors, size
         const char *row = from->row[key] + (int64_t)first * size;
         VEC x[8];
         if (fetch && key + ahead < from->located) {
-            FN(fetch_key)(from->row[key + ahead], row_bytes);
+            FN(fetch_key)(from->row[key + ahead], row_bytes, false);
+        }
+        if (fetch && key + far < from->located) {
+            FN(fetch_key)(from->row[key + far], row_bytes, true);
         }
         FA_UNROLL
         for (size_t j = 0; j < vectors; j++) {

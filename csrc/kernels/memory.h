@@ -116,10 +116,15 @@ static inline void fetch_some(struct fa_wanted *wanted)
     }
 }
 
-/* Rows of caller memory that are wanted soon, to be asked for line by line. */
+/* Ask for a line that is wanted soon in L1, and for one that is wanted later in L2. */
+static inline void fetch_near(const char *p) { __builtin_prefetch(p, 0, 3); }
+static inline void fetch_far(const char *p) { __builtin_prefetch(p, 0, 1); }
+
+/* Rows of caller memory that are wanted soon, and rows that are wanted later, to be asked for line by line. */
 struct fa_stretch {
-    const char *const *row;
-    size_t bytes; /* of each row; 0: nothing is wanted */
+    const char *const *row, *const *far_row;
+    size_t bytes; /* of each row; 0: nothing is wanted soon */
+    size_t far_bytes; /* 0, or the same: of the rows that are wanted later */
     size_t at; /* of the present row */
     size_t due; /* bytes that may be asked for by now */
 };
@@ -131,11 +136,15 @@ static inline void fetch_stretch(struct fa_stretch *stretch, size_t bytes)
         return;
     }
     for (stretch->due += bytes; stretch->due >= FA_LINE; stretch->due -= FA_LINE) {
-        __builtin_prefetch(*stretch->row + stretch->at);
+        fetch_near(*stretch->row + stretch->at);
+        if (stretch->far_bytes > 0) {
+            fetch_far(*stretch->far_row + stretch->at);
+        }
         stretch->at += FA_LINE;
         if (stretch->at >= stretch->bytes) {
             stretch->at = 0;
             stretch->row++;
+            stretch->far_row++;
         }
     }
 }

@@ -29,10 +29,10 @@ static inline VEC FN(bias_to_base2)(VEC bias)
  * not per element. */
 static void FN(scale_scores)(void *s, size_t ld, size_t rows, size_t n, const float *scale)
 {
-    for (size_t l = 0; l < n; l++) {
-        const REAL factor = (REAL)scale[l];
-        for (size_t r = 0; r < rows; r++) {
-            ((REAL *)s)[r * ld + l] *= factor;
+    for (size_t r = 0; r < rows; r++) {
+        REAL *row = (REAL *)s + r * ld;
+        for (size_t l = 0; l < n; l++) {
+            row[l] *= (REAL)scale[l];
         }
     }
 }
