@@ -38,8 +38,8 @@ demo: $(BUILT)  ## find sentences with a real encoder, check and measure it
 test: $(BUILT) $(VENV)/extra-test  ## run the test suite, once per kernel set
 	$(TEST_ENV) $(PY) -m pytest $(ARGS)
 
-test-torch: $(BUILT) $(VENV)/extra-test $(VENV)/extra-torch  ## install PyTorch, run its tests and examples
-	$(TEST_ENV) $(PY) -m pytest tests/test_torch.py $(ARGS)
+test-torch: $(BUILT) $(VENV)/extra-test $(VENV)/extra-torch $(VENV)/extra-examples  ## install PyTorch, run its tests and examples
+	$(TEST_ENV) $(PY) -m pytest tests/test_torch.py tests/test_examples.py $(ARGS)
 	$(PY) -m pytest -q --doctest-modules --doctest-glob='*.md' fastattn/torch.py \
 	    fastattn/_torch_ops.py fastattn/_torch_routing.py fastattn/_torch_sdpa.py docs/torch.md
 

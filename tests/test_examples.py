@@ -1,6 +1,6 @@
 """The examples, in short forms."""
 
-import importlib.util
+import importlib
 import re
 from pathlib import Path
 
@@ -14,15 +14,32 @@ pytestmark = pytest.mark.any_kernel_set
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-@pytest.fixture(scope="module")
-def generate():
-    spec = importlib.util.spec_from_file_location("generate", EXAMPLES / "generate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def load(monkeypatch):
+    """Import an example by its name, as running it does: beside its neighbours."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    return importlib.import_module
 
 
-def test_generate_writes_the_same_text_three_times(generate, capsys):
+@pytest.fixture
+def load_torch(load):
+    """The same for one that trains."""
+    for name in ("torch", "tqdm", "matplotlib"):
+        pytest.importorskip(name)
+    return load
+
+
+@pytest.fixture
+def generate(load):
+    return load("generate")
+
+
+@pytest.fixture
+def ngram(load):
+    return load("ngram")
+
+
+def test_generate_writes_the_same_text_three_times(generate, ngram, capsys):
     assert generate.main(["--tokens", "60", "--hidden", "1500", "--order", "6"]) == 0
     report = capsys.readouterr().out
     speeds = re.findall(
@@ -31,31 +48,31 @@ def test_generate_writes_the_same_text_three_times(generate, capsys):
     assert speeds == ["no cache", "KVCache", "PagedKVCache"]
     assert report.endswith("the same text each time\n")
     [text] = re.findall(r"^a function .{60}$", report, re.M)
-    words = set(generate.corpus().split())
+    words = set(ngram.corpus().split())
     known = [word in words for word in text.split()[:-1]]
     assert sum(known) > len(known) / 2  # recognisable
 
 
-def test_generate_is_the_model_that_it_says(generate):
+def test_generate_is_the_model_that_it_says(generate, ngram):
     """Back-off log-probabilities of the last characters, less votes for what came after them."""
     order, hidden = 4, 400
-    text = generate.corpus()[:20_000]
-    model = generate.make_model(text, order, hidden)
-    base, units = generate.context_units(text, order, hidden)
+    text = ngram.corpus()[:20_000]
+    model = ngram.make_model(text, order, hidden)
+    base, units = ngram.context_units(text, order, hidden)
     units = dict(units)
     assert len(units) == hidden
-    attends = [generate.no_cache(block.attention, 0) for block in model.blocks]
+    attends = [generate.no_cache(layer, 0) for layer in model.layers]
     for length in (40, 41, 300):
         written = "\n" * order + text[:length]
-        tokens = np.array([generate.ALPHABET.index(c) for c in written])
+        tokens = np.array([ngram.ALPHABET.index(c) for c in written])
         expected = base.astype(np.float64)
         for n in range(1, order + 1):
             expected = expected + units.get(written[-n:], 0.0)
         last, m = written[-(order - 1) :], order - 1
         followers = [tokens[i + m] for i in range(len(written) - m) if written[i : i + m] == last]
-        weight = 1 / (len(followers) + np.exp(-generate.SHARPNESS / 2))
+        weight = 1 / (len(followers) + np.exp(-ngram.SHARPNESS / 2))
         for follower in followers:
-            expected[follower] -= generate.SUPPRESSION * weight
+            expected[follower] -= ngram.SUPPRESSION * weight
         np.testing.assert_allclose(model(tokens, 0, attends), expected, atol=1e-3)
     # The units' changes add up to log-probabilities.
     longest = max(units, key=len)
@@ -65,15 +82,152 @@ def test_generate_is_the_model_that_it_says(generate):
 
 def test_generate_names_what_is_wrong(generate, capsys):
     for argv, message in (
-        (["--prompt", "π"], "--prompt has characters that the model does not know: ['π']"),
+        (
+            ["--prompt", "π", "--order", "2", "--hidden", "1"],
+            "characters that the model does not know: ['π']",
+        ),
         (["--tokens", "0"], "--tokens and --hidden must be at least 1, --order at least 2"),
         (["--order", "1"], "--tokens and --hidden must be at least 1, --order at least 2"),
+        (["--temperature", "-1"], "--temperature must be finite and, like --seed, not below 0"),
+        (["--weights", "missing.npz"], "No such file or directory: 'missing.npz'"),
+        (
+            ["--weights", "w.npz", "--order", "4"],
+            "--order and --hidden are of the model that is made without --weights",
+        ),
     ):
         with pytest.raises(SystemExit):
             generate.main(argv)
         assert message in capsys.readouterr().err
 
 
-def test_generate_layers_are_fastattns(generate):
-    model = generate.make_model("a b a b", 2, 4)
-    assert all(isinstance(block.attention, fa.MultiHeadAttention) for block in model.blocks)
+def test_ngram_layers_are_fastattns(ngram):
+    model = ngram.make_model("a b a b", 2, 4)
+    assert all(isinstance(layer, fa.MultiHeadAttention) for layer in model.layers)
+
+
+def test_generate_refuses_files_of_other_things(generate, tmp_path, capsys):
+    path = tmp_path / "other.npz"
+    np.savez(path, x=np.zeros(3))
+    array = tmp_path / "one.npy"
+    np.save(array, np.zeros(3))
+    for other in (path, array):
+        with pytest.raises(SystemExit):
+            generate.main(["--weights", str(other)])
+        assert "does not hold the weights that train_gpt.py saves" in capsys.readouterr().err
+
+
+SMALL_GPT = [
+    "--steps", "60", "--batch-size", "4", "--context", "48", "--layers", "2", "--embed-dim", "32",
+    "--heads", "2",
+]  # fmt: skip
+
+
+def trained(train_gpt, capsys, *options):
+    """Run train_gpt.py in a short form; its first loss, its last, bits, unigrams, bigrams."""
+    assert train_gpt.main([*SMALL_GPT, *options]) == 0
+    report = capsys.readouterr().out
+    losses = re.search(r": loss ([\d.]+) at first, ([\d.]+) at last", report).groups()
+    bits = re.search(
+        r"held-out character: ([\d.]+); unigrams ([\d.]+), bigrams ([\d.]+)$", report, re.M
+    ).groups()
+    return [float(number) for number in (*losses, *bits)]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 0.002), ("bfloat16", 0.03)])
+def test_gpt_learns_the_same_with_either_attention(load_torch, capsys, dtype, tolerance):
+    train_gpt = load_torch("train_gpt")
+    ours = trained(train_gpt, capsys, "--dtype", dtype)
+    theirs = trained(train_gpt, capsys, "--dtype", dtype, "--attention", "torch")
+    np.testing.assert_allclose(ours, theirs, atol=tolerance)
+    first, last, bits, unigrams, bigrams = ours
+    assert last < first - 1
+    assert bits < unigrams + 0.05 and bigrams < unigrams
+
+
+def test_gpt_counts_bits_as_by_hand(load_torch):
+    torch, train_gpt = load_torch("torch"), load_torch("train_gpt")
+    # abab..., then aba: b always follows a, a always follows b.
+    text = train_gpt.Text("ab", torch.tensor([0, 1] * 500), torch.tensor([0, 1, 0]))
+    unigram, bigram = train_gpt.counting_bits(text)
+    assert unigram == pytest.approx(1.0, abs=1e-3)
+    assert bigram == pytest.approx(0.0, abs=1e-3)
+
+
+def test_gpt_writes_what_it_was_trained_to(load_torch, generate, tmp_path, capsys):
+    """NumPy's model has the logits of PyTorch's, and writes the same text with every cache."""
+    torch, train_gpt, gpt = load_torch("torch"), load_torch("train_gpt"), load_torch("gpt")
+    path = tmp_path / "weights"  # saved under this very name
+    trained(train_gpt, capsys, "--save", str(path))
+
+    model = gpt.Gpt.load(path)
+    original = train_gpt.Gpt(model.characters, 2, 32, 2, 48)
+    original.load_state_dict(
+        {name: torch.from_numpy(model.arrays[name]) for name in original.state_dict()}
+    )
+    tokens = model.encode("The import statement")
+    with torch.no_grad():
+        expected = original(torch.from_numpy(tokens)[None], train_gpt.ATTENTION["torch"])[0, -1]
+    attends = [generate.no_cache(layer, 0) for layer in model.layers]
+    np.testing.assert_allclose(model(tokens, 0, attends), expected, atol=1e-4)
+
+    # Longer than the context: a window then, with and without caches.
+    options = ["--weights", str(path), "--tokens", "80"]
+    for drawn in ([], ["--temperature", "0.8", "--seed", "3"]):
+        assert generate.main([*options, *drawn]) == 0
+        assert capsys.readouterr().out.endswith("the same text each time\n")
+
+
+def test_gpt_names_what_is_wrong(load_torch, capsys):
+    train_gpt = load_torch("train_gpt")
+    for argv, message in (
+        (["--steps", "0"], "must be at least 1"),
+        (["--embed-dim", "30"], "--embed-dim must be a multiple of 2 * heads"),
+        (["--context", "1000000"], "--context must be below"),
+    ):
+        with pytest.raises(SystemExit):
+            train_gpt.main(argv)
+        assert message in capsys.readouterr().err
+
+
+def test_classifier_learns_the_same_with_either_attention(load_torch, tmp_path, capsys):
+    classifier = load_torch("text_classifier")
+    picture = tmp_path / "classifier.png"
+    assert classifier.main(["--quick", "--plot", str(picture)]) == 0
+    report = capsys.readouterr().out
+    difference = re.search(r"^ok +the losses differ by at most (\S+)", report, re.M)[1]
+    assert float(difference) <= 1e-4
+    rows = re.findall(r"^(fastattn|PyTorch) +([\d.]+) +([\d.]+) +([\d.]+)% +[\d.]+$", report, re.M)
+    assert [row[0] for row in rows] == ["fastattn", "PyTorch"]
+    chance, frequent = map(
+        float,
+        re.search(r"chance is ([\d.]+)%, the most frequent family ([\d.]+)%", report).groups(),
+    )
+    for _, first, last, accuracy in rows:
+        assert float(last) < float(first)
+        assert float(accuracy) >= max(chance, frequent) + 10
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_classifier_notices_another_attention(load_torch, monkeypatch, capsys):
+    """Padding that takes part, for example."""
+    classifier = load_torch("text_classifier")
+    right = classifier.ATTENTION["PyTorch"]
+    monkeypatch.setitem(classifier.ATTENTION, "fastattn", lambda q, k, v, attn_mask: right(q, k, v))
+    monkeypatch.setattr(classifier, "QUICK", classifier.QUICK._replace(epochs=1))
+    assert classifier.main(["--quick"]) == 1
+    assert re.search(r"^WRONG +the losses differ", capsys.readouterr().out, re.M)
+
+
+def test_classifier_reads_each_text_once(load_torch):
+    classifier = load_torch("text_classifier")
+    texts = classifier.read_texts(classifier.QUICK, np.random.default_rng(0))
+    every = [" ".join(text.words) for text in texts.training + texts.held_out]
+    # Texts are cut after `max_length` tokens; whole ones are all different.
+    whole = [t for t in every if len(t.split()) < classifier.QUICK.max_length]
+    assert len(set(whole)) == len(whole)
+    assert {text.family for text in texts.held_out} == set(range(len(texts.families)))
+    words, families = classifier.batch_of(texts.training[:4], texts.numbers)
+    assert words.shape == (4, max(len(text.words) for text in texts.training[:4]))
+    assert families.tolist() == [text.family for text in texts.training[:4]]
+    for row, text in zip(words, texts.training[:4], strict=True):
+        assert (row != classifier.PADDING).sum() == len(text.words)
