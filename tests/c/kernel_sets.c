@@ -936,11 +936,11 @@ static void check_gradients(struct tally *t, const struct shape *s, enum fa_dtyp
     add_gradients(&p, PLAIN);
     struct result scalar = run_backward(&p, find_set("scalar"), dropout_p);
     struct result result = run_backward(&p, t->kernels, dropout_p);
+    const double unit = gradient_unit(&p, dropout_p);
     double worst = 0;
     for (size_t at = 0; at < result.bytes; at += kind_size[p.kind]) {
-        worst = fmax(worst,
-                     distance(read_real(result.data + at, p.kind),
-                              read_real(scalar.data + at, p.kind), gradient_unit(&p, dropout_p)));
+        worst = fmax(worst, distance(read_real(result.data + at, p.kind),
+                                     read_real(scalar.data + at, p.kind), unit));
     }
     check(t, &p, worst <= MAX_GAUGE, "gradients: distance from the scalar set");
     add_to_digest(t, result, p.kind);
