@@ -1008,7 +1008,9 @@ static struct result check_case(struct tally *t, const struct shape *s, enum fa_
     }
     problem_free(&p);
     check_views(t, s, dtype, result);
-<<<<<<< HEAD
+    if (has_gradients(s)) {
+        check_gradients(t, s, dtype);
+    }
     return result;
 }
 
@@ -1294,20 +1296,6 @@ static void check_storage(struct tally *t)
         }
         stored_free(&expected);
     }
-}
-
-static const struct fa_kernels *find_set(const char *name)
-{
-    for (int i = 0; fa_kernels_available(i) != NULL; i++) {
-        if (strcmp(fa_kernels_name(fa_kernels_available(i)), name) == 0) {
-            return fa_kernels_available(i);
-        }
-=======
-    if (has_gradients(s)) {
-        check_gradients(t, s, dtype);
->>>>>>> 0265689 (kernel_sets.c: gradients and dropout on every set; docs: the backward pass and dropout)
-    }
-    return result;
 }
 
 int main(int argc, char **argv)
