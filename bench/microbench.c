@@ -9,8 +9,8 @@
  * A cycle is the time of 32 float32 or 16 float64 operations of the register-only loop: what a core with
  * two 256-bit multiply-add pipes does in one.
  *
- * The contenders take turns in short bursts and the best burst of each counts, because other programs
- * on the machine only ever slow one down.
+ * The contenders take turns in short bursts, each between two bursts of the register-only loop, and the median
+ * ratio counts, because the clock of a shared core changes from one millisecond to the next.
  */
 #define _POSIX_C_SOURCE 200809L
 
@@ -23,10 +23,11 @@
 #include "kernels.h"
 #include "workspace.h"
 
-#define TURNS 400
-/* Calls per burst: about 100 us, long against reading the clock, short against a time slice. */
+#define TURNS 200
+/* Calls per burst, and rounds of the register-only loop: 50 to 100 us, long against reading the clock, short
+ * against a time slice. */
 #define CALLS 16
-#define FMA_ROUNDS 20000
+#define FMA_ROUNDS 10000
 
 enum loop { FMA, SCORES, VALUES, SOFTMAX, PACK_KEYS, PACK_VALUES, LOOPS };
 
@@ -98,26 +99,46 @@ static void run(const struct bench *b, enum loop loop)
     }
 }
 
-/* Seconds of the best burst of each loop, per call. */
-static void measure(const struct bench *b, double best[LOOPS])
+/* How long a call of each loop takes, in operations of the register-only loop that ran right before and after
+ * it: the clock of a shared core changes from burst to burst, and both sides of a ratio must see the same.
+ * Medians of the turns. */
+static int compare(const void *left, const void *right)
 {
-    for (int i = 0; i < LOOPS; i++) {
-        best[i] = INFINITY;
+    const double a = *(const double *)left, b = *(const double *)right;
+    return (a > b) - (a < b);
+}
+
+static double burst(const struct bench *b, enum loop loop)
+{
+    const double start = processor_seconds();
+    if (loop == FMA) {
+        volatile double sink = b->ops->probe_fma(FMA_ROUNDS, -2.0);
+        (void)sink;
+    } else {
+        for (int call = 0; call < CALLS; call++) {
+            run(b, loop);
+        }
     }
+    return processor_seconds() - start;
+}
+
+static void measure(const struct bench *b, double operations[LOOPS], double *peak)
+{
+    static double ratios[LOOPS][TURNS];
+    const double round = b->ops->probe_fma(1, -2.0);
+    double fastest = INFINITY, before = burst(b, FMA);
     for (int turn = 0; turn < TURNS; turn++) {
         for (int i = 0; i < LOOPS; i++) {
-            double start = processor_seconds();
-            if (i == FMA) {
-                volatile double sink = b->ops->probe_fma(FMA_ROUNDS, -2.0);
-                (void)sink;
-            } else {
-                for (int call = 0; call < CALLS; call++) {
-                    run(b, (enum loop)i);
-                }
-            }
-            double seconds = (processor_seconds() - start) / (i == FMA ? 1 : CALLS);
-            best[i] = seconds < best[i] ? seconds : best[i];
+            const double seconds = burst(b, (enum loop)i), after = burst(b, FMA);
+            ratios[i][turn] = seconds / ((before + after) / 2);
+            before = after;
+            fastest = after < fastest ? after : fastest;
         }
+    }
+    *peak = round * FMA_ROUNDS / fastest;
+    for (int i = 0; i < LOOPS; i++) {
+        qsort(ratios[i], TURNS, sizeof(double), compare);
+        operations[i] = ratios[i][TURNS / 2] * round * FMA_ROUNDS / CALLS;
     }
 }
 
@@ -172,18 +193,18 @@ static int report(const struct fa_kernels *kernels, enum fa_dtype dtype, int64_t
     fill(b.ws.q, FA_TILE_Q * head_dim, dtype);
     b.ops->softmax_begin(FA_TILE_Q, &b.ws.part, (size_t)head_dim);
 
-    double best[LOOPS];
-    measure(&b, best);
-    const double flops = 2.0 * (double)(b.ops->mr * b.ops->nr) * FMA_ROUNDS / best[FMA];
-    const double cycle = (dtype == FA_F32 ? 32 : 16) / flops;
+    double operations[LOOPS], peak;
+    measure(&b, operations, &peak);
+    const double cycle = dtype == FA_F32 ? 32 : 16;
     const double scores = FA_TILE_Q * (double)b.geometry.block_k;
-    const double product = 2 * scores * (double)head_dim / flops;
+    const double product = 2 * scores * (double)head_dim;
     printf("%-7s %s  head_dim %3d  %6.1f GFLOP/s  q k^T %5.1f %%  p v %5.1f %%  softmax %5.2f  "
            "pack k %5.2f  pack v %5.2f\n",
            fa_kernels_name(kernels), dtype == FA_F32 ? "float32" : "float64", (int)head_dim,
-           flops / 1e9, 100 * product / best[SCORES], 100 * product / best[VALUES],
-           best[SOFTMAX] / cycle / (scores / 8), best[PACK_KEYS] / cycle / ((double)elements / 8),
-           best[PACK_VALUES] / cycle / ((double)elements / 8));
+           peak / 1e9, 100 * product / operations[SCORES], 100 * product / operations[VALUES],
+           operations[SOFTMAX] / cycle / (scores / 8),
+           operations[PACK_KEYS] / cycle / ((double)elements / 8),
+           operations[PACK_VALUES] / cycle / ((double)elements / 8));
     fa_release(memory);
     fa_release(b.k);
     fa_release(b.v);

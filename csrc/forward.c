@@ -79,16 +79,23 @@ static void weigh_tile(const struct fa_forward *forward, const struct fa_tile *t
 {
     const struct fa_geometry *g = forward->geometry;
     const struct fa_ops *ops = g->ops;
-    void *scores = fa_tile_score_data(tile, ws);
+    char *scores = fa_tile_score_data(tile, ws);
     if (forward->col_max != NULL) {
         int64_t at = fa_column_offset(g, head_index, tile->block_key / g->block_k) +
                      tile->begin * (int64_t)ops->size;
         ops->column_weights(scores, (size_t)g->block_k, (size_t)tile->rows, (size_t)tile->columns,
                             forward->col_max + at, forward->col_inverse + at);
-    } else {
-        const struct fa_state state = fa_state_from(g, &ws->part, tile->row_offset);
-        ops->softmax_update(scores, (size_t)g->block_k, (size_t)tile->rows, (size_t)tile->columns,
-                            &state, (size_t)g->block_dv);
+        return;
+    }
+    /* In a cut tile only what some row of the group may see has been computed, and the rest weighs 0. */
+    const int64_t group = fa_tile_group(tile), size = (int64_t)ops->size;
+    for (int64_t r = 0; r < tile->rows; r += group) {
+        const struct fa_key_range keys = fa_group_keys(tile, r);
+        const struct fa_state state = fa_state_from(g, &ws->part, tile->row_offset + r);
+        ops->softmax_update(scores + (r * g->block_k + keys.lo) * size, (size_t)g->block_k,
+                            (size_t)fa_min(group, tile->rows - r),
+                            (size_t)fa_round_up(keys.hi - keys.lo, (int64_t)ops->nr), &state,
+                            (size_t)g->block_dv);
     }
 }
 
@@ -232,12 +239,17 @@ static void run_whole(struct fa_job *job, const struct fa_task *task, struct fa_
         }
         return;
     }
-    g->ops->softmax_begin(rows, &ws->total, ldacc);
     for (int64_t lo = keys.lo / g->split_k * g->split_k; lo < keys.hi; lo += g->split_k) {
         if (!attend_keys(job, thread, task, ws, lo, lo + g->split_k)) {
             return;
         }
-        g->ops->softmax_fold(rows, &ws->total, &ws->part, ldacc);
+        if (lo <= keys.lo) { /* the first split is the total so far */
+            const struct fa_state first = ws->part;
+            ws->part = ws->total;
+            ws->total = first;
+        } else {
+            g->ops->softmax_fold(rows, &ws->total, &ws->part, ldacc);
+        }
     }
     store_rows(forward, task, &ws->total);
 }

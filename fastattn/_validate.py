@@ -32,6 +32,8 @@ FLOAT64 = np.dtype(np.float64)
 # them cannot overflow.  No array reaches that far.
 MAX_POSITION = 2**60
 MAX_C_INT = 2**31 - 1
+# The default of `softmax_axis`, one object wherever it is written: known without a comparison.
+KEYS = "keys"
 # What np.shares_memory may spend on an exact answer.  Views into one packed array need less; what
 # needs more counts as overlapping.
 OVERLAP_WORK: Any = 100_000  # Any: NumPy's stubs know 0 and -1 only
@@ -123,12 +125,12 @@ def core_arguments(
     if causal is not False:
         causal = flag("causal", causal)
     window_left, window_right = (-1, -1) if window is None else _window(window)
-    over_queries = _is_over_queries(softmax_axis)
+    over_queries = False if softmax_axis is KEYS else _is_over_queries(softmax_axis)
     if return_lse is not False:
         return_lse = flag("return_lse", return_lse)
     if num_threads is None:
         num_threads = config.default_num_threads()
-    else:
+    elif type(num_threads) is not int or not 1 <= num_threads <= MAX_C_INT:
         num_threads = min(count("num_threads", num_threads), MAX_C_INT)
     dropout_value, seed_value = 0.0, 0
     if dropout_p != 0.0 or dropout_seed is not None:

@@ -17,8 +17,8 @@
  * Coefficients: interpolation of (2^f - 1) / f at the Chebyshev nodes of [-2^-(B+1), 2^-(B+1)] in 50 digits.
  * Relative error in float32 9.2e-9 (B = 0, degree 6 in all: degree 5 leaves 7.5e-8, above 1 ulp), 3.4e-10 (B =
  * 3, degree 4), 2.4e-9 (B = 4, degree 3); in float64 8.5e-18 (B = 0, degree 11), 5e-18 (B = 3, degree 7).
- * Cost, float32, B = 4: 1 add, 2 sub, 2 fma, 1 mul, 1 fma, permutation, shift, integer add, compare = 11
- * operations, 4 of them on the multiply-add pipes; B = 0: 13, and 7 of them.
+ * Cost, float32: 1 add, 2 sub (avx512: 1 vreduce), B = 4: 2 fma, 1 mul, 1 fma, permutation, shift, integer add,
+ * compare = 11 operations (avx512: 10), 4 of them on the multiply-add pipes; B = 0: 13, and 7 of them.
  */
 
 static inline VEC FN(exp2)(VEC x)
@@ -26,7 +26,7 @@ static inline VEC FN(exp2)(VEC x)
     const REAL *c = FN(exp2_coef);
     const VEC round = V(set)(FN(EXP2_ROUND));
     VEC t = V(add)(x, round);
-    VEC f = V(sub)(x, V(sub)(t, round));
+    VEC f = V(exp2_rest)(x, t, round);
     VEC scale = V(exp2_scale)(t);
     VEC p = V(set)(c[FN(EXP2_TERMS) - 1]);
     for (int i = FN(EXP2_TERMS) - 2; i >= 0; i--) {

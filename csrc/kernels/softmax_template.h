@@ -4,7 +4,7 @@
  * looks at one row only, so a row's bits do not depend on its neighbours.  Needs exp2_template.h and
  * pack_template.h.
  *
- * Cost per vector of scores: 1 load + 1 max, then 1 load, 1 sub, exp2 (11 or 13), 1 add, 1 store.  One
+ * Cost per vector of scores: 1 load + 1 max, then 1 load, 1 sub, exp2 (10 to 13), 1 add, 1 store.  One
  * exponential takes some 40 cycles from end to end, and a core's schedulers hold too few of them to hide that:
  * SOFTMAX_ROWS rows go side by side, a vector of each in turn.
  */

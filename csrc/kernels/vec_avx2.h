@@ -162,6 +162,16 @@ static inline int v_any_gt_f64(vec_f64 x, vec_f64 limit)
     return _mm256_movemask_pd(_mm256_cmp_pd(x, limit, _CMP_GT_OQ));
 }
 
+/* What rounding x to t - round leaves: exact. */
+static inline vec_f32 v_exp2_rest_f32(vec_f32 x, vec_f32 t, vec_f32 round)
+{
+    return v_sub_f32(x, v_sub_f32(t, round));
+}
+static inline vec_f64 v_exp2_rest_f64(vec_f64 x, vec_f64 t, vec_f64 round)
+{
+    return v_sub_f64(x, v_sub_f64(t, round));
+}
+
 /* 2^(i / 8) as bit patterns, less i << (23 - 3): what exp2_scale adds holds i in those places and n in the
  * exponent. */
 static const uint32_t exp2_table_f32[8] = {

@@ -155,6 +155,20 @@ static inline int v_any_gt_f64(vec_f64 x, vec_f64 limit)
     return _mm512_cmp_pd_mask(x, limit, _CMP_GT_OQ);
 }
 
+/* What rounding x to a multiple of 2^-EXP2_TABLE_BITS leaves, ties to even: exact, and 0 for an infinity. */
+static inline vec_f32 v_exp2_rest_f32(vec_f32 x, vec_f32 t, vec_f32 round)
+{
+    (void)t;
+    (void)round;
+    return _mm512_reduce_ps(x, EXP2_TABLE_BITS_f32 << 4 | _MM_FROUND_NO_EXC);
+}
+static inline vec_f64 v_exp2_rest_f64(vec_f64 x, vec_f64 t, vec_f64 round)
+{
+    (void)t;
+    (void)round;
+    return _mm512_reduce_pd(x, EXP2_TABLE_BITS_f64 << 4 | _MM_FROUND_NO_EXC);
+}
+
 /* 2^(i / 16) and 2^(i / 8) as bit patterns, less i << (mantissa bits - table bits): what exp2_scale adds
  * holds i in those places and n in the exponent. */
 static const uint32_t exp2_table_f32[16] = {

@@ -154,6 +154,16 @@ static inline int v_any_gt_f64(vec_f64 x, vec_f64 limit)
     return vmaxvq_u32(vreinterpretq_u32_u64(vcgtq_f64(x, limit))) != 0;
 }
 
+/* What rounding x to t - round leaves: exact. */
+static inline vec_f32 v_exp2_rest_f32(vec_f32 x, vec_f32 t, vec_f32 round)
+{
+    return v_sub_f32(x, v_sub_f32(t, round));
+}
+static inline vec_f64 v_exp2_rest_f64(vec_f64 x, vec_f64 t, vec_f64 round)
+{
+    return v_sub_f64(x, v_sub_f64(t, round));
+}
+
 /* 2^n where the low bits of t hold n + exponent bias (see EXP2_ROUND): they become the exponent. */
 static inline vec_f32 v_exp2_scale_f32(vec_f32 t)
 {

@@ -85,6 +85,16 @@ static inline double v_select_lt_f64(double x, double limit, double a, double b)
 static inline int v_any_gt_f32(float x, float limit) { return x > limit; }
 static inline int v_any_gt_f64(double x, double limit) { return x > limit; }
 
+/* What rounding x to t - round leaves: exact. */
+static inline float v_exp2_rest_f32(float x, float t, float round)
+{
+    return v_sub_f32(x, v_sub_f32(t, round));
+}
+static inline double v_exp2_rest_f64(double x, double t, double round)
+{
+    return v_sub_f64(x, v_sub_f64(t, round));
+}
+
 static inline float v_exp2_scale_f32(float t)
 {
     uint32_t bits;

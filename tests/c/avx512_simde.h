@@ -13,7 +13,11 @@
 #include <simde/x86/avx512.h>
 #include <simde/x86/fma.h>
 
-/* Missing from SIMDe 0.7.4, which Debian 12 has: one function, and two aliases. */
+/* Missing from SIMDe 0.7.4, which Debian 12 has: three functions, and two aliases. */
+#undef _mm512_reduce_ps
+#define _mm512_reduce_ps(a, imm) _mm512_sub_ps(a, simde_mm512_roundscale_ps(a, imm))
+#undef _mm512_reduce_pd
+#define _mm512_reduce_pd(a, imm) _mm512_sub_pd(a, simde_mm512_roundscale_pd(a, imm))
 #undef _mm_test_epi8_mask
 #define _mm_test_epi8_mask(a, b) _mm_cmpneq_epi8_mask(_mm_and_si128(a, b), _mm_setzero_si128())
 #undef _mm512_shuffle_f32x4
