@@ -53,7 +53,8 @@ static inline vec_f32 weigh_bf16(vec_f32 s, vec_f32 factor, vec_f32 base)
     const vec_f32 f = v_fma_f32(s, factor, v_sub_f32(base, t));
     const vec_f32 scale = v_exp2_scale_f32(t);
     const vec_f32 p = v_fma_f32(v_set_f32(exp2_coef_bf16[1]), f, v_set_f32(exp2_coef_bf16[0]));
-    return v_keep_ge_f32(t, v_set_f32(EXP2_ROUND_f32 + EXP2_MIN), v_fma_f32(p, v_mul_f32(f, scale), scale));
+    return v_keep_ge_f32(t, v_set_f32(EXP2_ROUND_f32 + EXP2_MIN),
+                         v_fma_f32(p, v_mul_f32(f, scale), scale));
 }
 
 /* `rows` rows whose row_max is a whole number within MAX_SHIFT; a constant. */
@@ -86,7 +87,8 @@ FA_INLINE void weigh_rows_bf16(const size_t rows, float *s, size_t ld, size_t n,
 /* Raise row_max where a score has outgrown it, to a whole number where that is small enough.  Returns whether
  * all rows are such. */
 FA_INLINE bool raise_rows_bf16(const size_t rows, const float *s, size_t ld, size_t n,
-                               vec_f32 factor, float *row_max, float *row_sum, float *acc, size_t ldacc)
+                               vec_f32 factor, float *row_max, float *row_sum, float *acc,
+                               size_t ldacc)
 {
     vec_f32 block_max[SOFTMAX_ROWS_f32];
     bool small = true;

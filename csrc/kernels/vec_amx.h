@@ -12,7 +12,7 @@
 
 #include "vec_avx512.h"
 
-#define TILE_KEYS 32 /* bfloat16 in a row of a tile: keys or elements of head_dim that meet in a product */
+#define TILE_KEYS 32 /* bfloat16 in a row of a tile: keys, or elements of head_dim */
 #define TILE_WORDS 16 /* pairs of them, or float32 */
 #define PANEL 32 /* columns of b side by side: two tiles */
 
@@ -100,14 +100,12 @@ static inline vec_u16 v_pair_upper_halves(vec_f32 x, vec_f32 y)
 /* A float32 cut off to bfloat16. */
 static inline vec_f32 v_upper_half(vec_f32 x)
 {
-    return _mm512_castsi512_ps(
-        _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(-65536)));
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(-65536)));
 }
 /* To be cut off: then rounded to nearest. */
 static inline vec_f32 v_round_half(vec_f32 x)
 {
-    return _mm512_castsi512_ps(
-        _mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000)));
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000)));
 }
 /* A NaN without payload for any NaN. */
 static inline vec_f32 v_plain_nan(vec_f32 x)
@@ -116,13 +114,7 @@ static inline vec_f32 v_plain_nan(vec_f32 x)
     return _mm512_mask_mov_ps(x, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_castsi512_ps(nan));
 }
 static inline vec_f32 v_as_f32(vec_u16 x) { return _mm512_castsi512_ps(x); }
-static inline vec_f32 v_pair_first(vec_u16 x)
-{
-    return v_part_bf16(_mm512_castsi512_ps(x), 0);
-}
-static inline vec_f32 v_pair_second(vec_u16 x)
-{
-    return v_part_bf16(_mm512_castsi512_ps(x), 1);
-}
+static inline vec_f32 v_pair_first(vec_u16 x) { return v_part_bf16(_mm512_castsi512_ps(x), 0); }
+static inline vec_f32 v_pair_second(vec_u16 x) { return v_part_bf16(_mm512_castsi512_ps(x), 1); }
 
 #endif

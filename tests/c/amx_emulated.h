@@ -31,10 +31,7 @@ static inline void fa_tile_loadconfig(const void *config)
     memset(fa_tiles, 0, sizeof fa_tiles);
 }
 
-static inline void fa_tile_release(void)
-{
-    memset(&fa_tile_config, 0, sizeof fa_tile_config);
-}
+static inline void fa_tile_release(void) { memset(&fa_tile_config, 0, sizeof fa_tile_config); }
 
 static inline void fa_tile_zero(int tile) { memset(&fa_tiles[tile], 0, sizeof fa_tiles[tile]); }
 

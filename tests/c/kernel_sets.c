@@ -207,8 +207,7 @@ enum kind { KIND_F32, KIND_F64, KIND_INT64, KIND_BYTE, KIND_BF16, KIND_HALF };
 
 static const size_t kind_size[] = {4, 8, 8, 1, 2, 2};
 
-static const char *const kind_name[] = {"float32", "float64", "int64",
-                                        "byte",    "bfloat16", "half"};
+static const char *const kind_name[] = {"float32", "float64", "int64", "byte", "bfloat16", "half"};
 
 enum layout {
     PLAIN,
@@ -616,7 +615,7 @@ static void check_close(struct tally *t, const struct problem *p, struct result 
         const double y = read_real(scalar.data + at, kind);
         const double slack = kind == KIND_BF16 ? 0x1p-7 * fabs(y) : 0;
         const double unit = of_out ? bound * weight + (s->options & RESIDUAL ? 1 : 0)
-                                                  : bound + (isfinite(y) ? fabs(y) : 0);
+                                   : bound + (isfinite(y) ? fabs(y) : 0);
         worst = fmax(worst, distance(x, y, u * unit, slack));
         size = kind_size[kind];
     }
@@ -1218,9 +1217,8 @@ int main(int argc, char **argv)
         if (kernels == NULL) {
             break;
         }
-        tallies[num_sets++] = (struct tally){.kernels = kernels,
-                                             .digest = 0xcbf29ce484222325u,
-                                             .digest_bf16 = 0xcbf29ce484222325u};
+        tallies[num_sets++] = (struct tally){
+            .kernels = kernels, .digest = 0xcbf29ce484222325u, .digest_bf16 = 0xcbf29ce484222325u};
     }
     for (size_t x = 0; x < LENGTH(shapes); x++) {
         static const enum fa_dtype dtypes[] = {FA_F32, FA_F64, FA_BF16};
