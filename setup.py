@@ -31,6 +31,7 @@ class KernelSet(NamedTuple):
     name: str
     machine: str  # regular expression over the platform, as in "linux-x86_64"
     flags: tuple[str, ...]
+    optional: bool = False  # left out where the compiler is too old for the flags
 
 
 # Adding an instruction set is one row.  dispatch.c sees FA_HAVE_<NAME> for each set built.
@@ -41,6 +42,11 @@ KERNEL_SETS = (
         "-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2",
         "-mavx512f", "-mavx512cd", "-mavx512dq", "-mavx512bw", "-mavx512vl",
     )),
+    KernelSet("amx", "(x86_64|amd64)$", (
+        "-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2",
+        "-mavx512f", "-mavx512cd", "-mavx512dq", "-mavx512bw", "-mavx512vl",
+        "-mamx-tile", "-mamx-bf16",
+    ), optional=True),
     # Advanced SIMD needs no flag.  GCC 12's scheduler hoists loads above the 24 accumulators of the
     # register tile until some spill; clang has no such pass, and would warn of the flag.
     KernelSet("neon", "(aarch64|arm64)$", (
@@ -101,7 +107,11 @@ class BuildExt(build_ext):
         switches = [name for name in SWITCH_FLAGS if switched_on(name)]
         flags = [*CODE_FLAGS, *(flag for name in switches for flag in SWITCH_FLAGS[name])]
         openmp = self.find_openmp() if "NO_OPENMP" not in switches else []
-        kernel_sets = [row for row in KERNEL_SETS if re.search(row.machine, self.plat_name)]
+        kernel_sets = [
+            row
+            for row in KERNEL_SETS
+            if re.search(row.machine, self.plat_name) and (not row.optional or self.accepts(row))
+        ]
 
         build_info = [
             ("FA_BUILD_COMPILER", self.compiler_version()),
@@ -168,6 +178,18 @@ class BuildExt(build_ext):
                 self.warn(f"building without OpenMP, calls will use one thread: {error}")
                 return []
         return flags
+
+    def accepts(self, row: KernelSet) -> bool:
+        """Whether the compiler knows the flags of a kernel set."""
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "probe.c")
+            source.write_text("int probe;\n")
+            try:
+                self.compiler.compile([str(source)], folder, extra_postargs=list(row.flags))
+            except PROBE_FAILURES as error:
+                self.warn(f"building without the kernel set {row.name}: {error}")
+                return False
+        return True
 
     def compiler_version(self) -> str:
         command = [*self.compiler.compiler_so, "--version"]

@@ -30,10 +30,12 @@ static void run_column_task(struct fa_job *job, int64_t index, int thread)
     bool packed = false;
 
     fa_head_init(&head, g, head_index);
+    fa_begin_task(ops);
     ops->column_begin(col_max, col_sum, (size_t)g->block_k);
     for (int64_t row = 0; row < g->rows; row += FA_TILE_Q) {
         struct fa_tile tile;
         if (fa_job_checkpoint(job, thread)) {
+            fa_end_task(ops);
             return;
         }
         int64_t rows = fa_min(FA_TILE_Q, g->rows - row);
@@ -53,6 +55,7 @@ static void run_column_task(struct fa_job *job, int64_t index, int thread)
                            (size_t)tile.columns, col_max + tile.begin * size,
                            col_sum + tile.begin * size);
     }
+    fa_end_task(ops);
     const struct fa_output *lse = &g->params->lse;
     ops->column_finish(col_max, col_sum, (size_t)keys, (size_t)g->block_k,
                        head.lse == NULL ? NULL : head.lse + block_key * lse->row, lse->row);

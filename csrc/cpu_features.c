@@ -1,9 +1,16 @@
+#define _DEFAULT_SOURCE /* syscall */
+
 #include "cpu_features.h"
 
 #if defined(__x86_64__) || defined(__i386__)
 
 #include <cpuid.h>
 #include <stdint.h>
+
+#if defined(__linux__) && defined(__x86_64__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 /* Bits of CPUID leaf 1 ECX, leaf 7 EBX, and XCR0 (Intel SDM volume 2A, CPUID; volume 1, 13.3). */
 #define LEAF1_ECX_FMA (1u << 12)
@@ -14,8 +21,16 @@
 #define LEAF7_EBX_AVX2 (1u << 5)
 #define LEAF7_EBX_BMI2 (1u << 8)
 #define LEAF7_EBX_AVX512_F_DQ_CD_BW_VL (1u << 16 | 1u << 17 | 1u << 28 | 1u << 30 | 1u << 31)
+#define LEAF7_EDX_AMX_BF16 (1u << 22)
+#define LEAF7_EDX_AMX_TILE (1u << 24)
 #define XCR0_SSE_AVX 0x6u
 #define XCR0_SSE_AVX_AVX512 0xe6u
+#define XCR0_TILES 0x60000u /* configuration and data */
+
+/* Linux, Documentation/arch/x86/xstate.rst: a process must ask before it uses the tiles, whose state is 8 KiB;
+ * threads and children inherit the answer.  18 is the state component of the tiles' data. */
+#define ARCH_REQ_XCOMP_PERM 0x1023
+#define XFEATURE_XTILEDATA 18
 
 static bool has_all(uint32_t bits, uint32_t wanted) { return (bits & wanted) == wanted; }
 
@@ -48,7 +63,26 @@ bool fa_cpu_has_avx512(void)
            has_leaf7_ebx(LEAF7_EBX_AVX512_F_DQ_CD_BW_VL);
 }
 
+static bool system_saves_tiles(void)
+{
+#if defined(__linux__) && defined(__x86_64__)
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
 #else
+    return false;
+#endif
+}
+
+bool fa_cpu_has_amx(void)
+{
+    uint32_t eax, ebx, ecx, edx;
+    return fa_cpu_has_avx512() && has_all(read_xcr0(), XCR0_TILES) &&
+           __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) &&
+           has_all(edx, LEAF7_EDX_AMX_BF16 | LEAF7_EDX_AMX_TILE) && system_saves_tiles();
+}
+
+#else
+
+bool fa_cpu_has_amx(void) { return false; }
 
 bool fa_cpu_has_avx512(void) { return false; }
 

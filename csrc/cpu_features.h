@@ -10,4 +10,8 @@ bool fa_cpu_has_avx2(void);
 /* x86-64-v4: AVX-512 F, CD, DQ, BW and VL besides, and an OS that saves the ZMM and mask registers. */
 bool fa_cpu_has_avx512(void);
 
+/* AMX-TILE and AMX-BF16 besides, and an OS that saves the tiles.  Linux does so for a process that has asked:
+ * this asks. */
+bool fa_cpu_has_amx(void);
+
 #endif

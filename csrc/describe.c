@@ -32,7 +32,8 @@ enum fa_status fa_attention_describe(const struct fa_attention_params *params,
     struct fa_geometry g;
     struct fa_plan tasks;
     int64_t per_thread, total, part = 0;
-    enum fa_status status = fa_geometry_init(&g, params, fa_ops_for(kernels, params->dtype));
+    enum fa_status status =
+        fa_geometry_init(&g, params, fa_forward_ops(kernels, params->dtype, params->kv_dtype));
     if (status == FA_OK) {
         status = fa_plan_init(&tasks, &g);
     }

@@ -14,6 +14,11 @@ static const struct entry {
     const struct fa_kernels *kernels;
     bool (*runs_here)(void);
 } table[] = {
+#ifdef FA_HAVE_AMX
+    {"amx", &fa_kernels_amx, fa_cpu_has_amx},
+#else
+    {"amx", NULL, NULL},
+#endif
 #ifdef FA_HAVE_AVX512
     {"avx512", &fa_kernels_avx512, fa_cpu_has_avx512},
 #else

@@ -41,7 +41,7 @@ static void add_weighted_values(const struct fa_tile *tile, struct fa_workspace 
     const struct fa_geometry *g = tile->head->geometry;
     const struct fa_ops *ops = g->ops;
     const int64_t size = (int64_t)ops->size, nr = (int64_t)ops->nr;
-    const int64_t group = fa_tile_group(tile);
+    const int64_t group = fa_tile_group(tile), parts = (int64_t)ops->parts;
     const char *weights = fa_tile_score_data(tile, ws);
 
     for (int64_t r = 0; r < tile->rows; r += group) {
@@ -52,8 +52,8 @@ static void add_weighted_values(const struct fa_tile *tile, struct fa_workspace 
             .panels = (size_t)fa_ceil_div(cols, nr),
             .a = weights + (r * g->block_k + keys.lo) * size,
             .a_stride = (size_t)g->block_k,
-            .b = ws->v + (tile->begin + keys.lo) * nr * size,
-            .b_panel = (size_t)(g->block_k * nr),
+            .b = ws->v + (tile->begin + keys.lo) / parts * nr * size,
+            .b_panel = (size_t)(g->block_k / parts * nr),
             .c = fa_state_from(g, &ws->part, tile->row_offset + r).acc,
             .c_row = (size_t)g->block_dv,
             .accumulate = true,
@@ -67,7 +67,7 @@ static void add_weighted_values(const struct fa_tile *tile, struct fa_workspace 
             fa_pack_values(tile->head, ws, block->keys, cols);
         }
         if (block->finite) {
-            ops->matmul(&product, &ws->wanted);
+            ops->matmul_values(&product, &ws->wanted);
         } else {
             ops->matmul_skip_zeros(&product, false);
         }
@@ -89,13 +89,19 @@ static void weigh_tile(const struct fa_forward *forward, const struct fa_tile *t
     }
     /* In a cut tile only what some row of the group may see has been computed, and the rest weighs 0. */
     const int64_t group = fa_tile_group(tile), size = (int64_t)ops->size;
+    const size_t ld = (size_t)g->block_k, ldacc = (size_t)g->block_dv;
+    const float factor = fa_softmax_factor(tile->head);
     for (int64_t r = 0; r < tile->rows; r += group) {
         const struct fa_key_range keys = fa_group_keys(tile, r);
         const struct fa_state state = fa_state_from(g, &ws->part, tile->row_offset + r);
-        ops->softmax_update(scores + (r * g->block_k + keys.lo) * size, (size_t)g->block_k,
-                            (size_t)fa_min(group, tile->rows - r),
-                            (size_t)fa_round_up(keys.hi - keys.lo, (int64_t)ops->nr), &state,
-                            (size_t)g->block_dv);
+        const size_t rows = (size_t)fa_min(group, tile->rows - r);
+        const size_t columns = (size_t)fa_round_up(keys.hi - keys.lo, (int64_t)ops->nr);
+        char *s = scores + (r * g->block_k + keys.lo) * size;
+        if (factor != 0) {
+            ops->softmax_update_scaled(s, ld, rows, columns, factor, &state, ldacc);
+        } else {
+            ops->softmax_update(s, ld, rows, columns, &state, ldacc);
+        }
     }
 }
 
@@ -284,12 +290,14 @@ static void run_task(struct fa_job *job, int64_t index, int thread)
     const struct fa_forward *forward = job->context;
     const struct fa_task task = fa_plan_task(&forward->plan, index);
     struct fa_workspace ws = fa_workspace_of(forward->geometry, forward->workspaces, thread);
+    fa_begin_task(forward->geometry->ops);
     fa_load_rows(&task.head, &ws, task.first_row, task.rows);
     if (forward->plan.by_splits) {
         run_split(job, index, &task, &ws, thread);
     } else {
         run_whole(job, &task, &ws, thread);
     }
+    fa_end_task(forward->geometry->ops);
 }
 
 /* The states of all tasks, where each has one split. */
@@ -363,7 +371,8 @@ enum fa_status fa_attention(const struct fa_attention_params *params,
                             const struct fa_kernels *kernels)
 {
     struct fa_geometry geometry;
-    enum fa_status status = fa_geometry_init(&geometry, params, fa_ops_for(kernels, params->dtype));
+    enum fa_status status = fa_geometry_init(
+        &geometry, params, fa_forward_ops(kernels, params->dtype, params->kv_dtype));
     if (status != FA_OK) {
         return status;
     }

@@ -37,8 +37,7 @@ static int64_t choose_block_k(const struct fa_geometry *g)
 {
     int64_t size = (int64_t)g->ops->size;
     int64_t block_k = SCORE_ROW_BYTES / size;
-    while (block_k > MIN_BLOCK_K &&
-           block_k * size > KEY_BLOCK_BYTES / fa_max(g->params->head_dim, 1)) {
+    while (block_k > MIN_BLOCK_K && block_k * size > KEY_BLOCK_BYTES / fa_max(g->depth, 1)) {
         block_k /= 2;
     }
     return block_k;
@@ -129,6 +128,8 @@ enum fa_status fa_geometry_init(struct fa_geometry *geometry,
         return FA_OVERFLOW;
     }
     g.rows = longest(&g, params->q_starts, params->seqlen_q) * g.stacked;
+    g.depth =
+        fa_round_up(fa_ceil_div(params->head_dim, (int64_t)ops->parts), (int64_t)ops->depth_step);
     g.block_k = choose_block_k(&g);
     g.score_stride = g.block_k;
     g.block_dv = fa_min(BLOCK_DV, fa_round_up(params->head_dim_v, (int64_t)ops->nr));

@@ -28,6 +28,7 @@ struct fa_geometry {
     int64_t stacked;     /* query heads stacked in a block of rows */
     int64_t rows; /* of a head: seqlen_q * stacked; the longest's with packed sequences */
     int64_t batch;       /* product of batch_shape */
+    int64_t depth; /* elements of the workspace in a row of q and in a packed key */
     int64_t block_k; /* keys per block: fixed by head_dim and dtype alone */
     int64_t split_k; /* keys per split, a whole number of blocks: likewise */
     int64_t score_stride; /* elements from a row of scores to the next; at least block_k */

@@ -59,33 +59,34 @@ struct fa_product {
     void *c;
     size_t c_row;
     bool accumulate;
+    float factor; /* c is multiplied by it, where load_rows did not do that to a */
 };
 
 /* Rows of online softmax over the keys seen so far. */
 struct fa_state {
     void *row_max; /* real [rows] */
     void *row_sum; /* real [rows][vl] */
-    void *acc;     /* real [rows][ldacc]: unnormalised output */
+    void *acc; /* real [rows][ldacc]: unnormalised output */
 };
 
 /* One finished row of the online softmax, on its way to caller memory. */
 struct fa_row_result {
-    size_t row;             /* index into row_max, row_sum and acc */
-    size_t cols;            /* elements to store */
-    enum fa_dtype dtype;    /* of out and residual */
-    double sink;            /* base-2 logit that joins the denominator; -inf: none */
-    void *out;              /* cols elements, out_stride bytes apart */
+    size_t row; /* index into row_max, row_sum and acc */
+    size_t cols; /* elements to store */
+    enum fa_dtype dtype; /* of out and residual */
+    double sink; /* base-2 logit that joins the denominator; -inf: none */
+    void *out; /* cols elements, out_stride bytes apart */
     int64_t out_stride;
-    const void *residual;   /* nullable; may be `out` */
+    const void *residual; /* nullable; may be `out` */
     int64_t residual_stride;
-    void *lse;              /* nullable; one element, natural logarithm */
+    void *lse; /* nullable; one element, natural logarithm */
 };
 
 /* Where a row of weights stands, and what is drawn against its random words. */
 struct fa_dropout {
     uint64_t seed;
     uint32_t threshold; /* words below it drop */
-    double kept;        /* factor of the others; 0 if these drop, too */
+    double kept; /* factor of the others; 0 if these drop, too */
     uint32_t query, head, entry;
 };
 
@@ -97,13 +98,25 @@ struct fa_row_terms {
     enum fa_dtype dtype;
 };
 
-/* The inner loops for one element type ("real"). */
+/* The inner loops for one element type ("real").
+ *
+ * A set may have a table of its own for bfloat16, whose products take what they multiply in this type.  Then
+ * `parts` of its elements share an element of the workspace: of head_dim in the rows of q and the packed
+ * keys, of the keys in the packed values.  Scores, row_max, row_sum and acc are `real` all the same. */
 struct fa_ops {
-    size_t size;     /* bytes of an element */
-    size_t mr, nr;   /* rows and columns of the register tile; nr is a whole number of vectors */
-    size_t vl;       /* lanes of a vector */
+    size_t size; /* bytes of an element */
+    size_t mr, nr; /* rows and columns of the register tile; nr is a whole number of vectors */
+    size_t vl; /* lanes of a vector */
+    size_t parts; /* 1, or 2: see above */
+    size_t depth_step; /* elements of a row of q and of a packed key: a multiple of this */
+    size_t row_step; /* products touch rows of q, scores and acc up to a multiple of this */
 
-    /* dst[r][0..cols) = factor * src[r][...] */
+    /* Around every task, on its thread; nullable: prepare the registers of the products, and give them back. */
+    void (*begin_task)(void);
+    void (*end_task)(void);
+
+    /* dst[r][0..cols) = factor * src[r][...], zero up to a whole depth_step; without the factor where that
+     * would round, and matmul multiplies instead. */
     void (*load_rows)(void *dst, size_t rows, const char *const *src, int64_t col_stride,
                       size_t cols, enum fa_dtype dtype, double factor);
 
@@ -126,8 +139,11 @@ struct fa_ops {
                        const struct fa_keys *from, void *scratch, void *acc, size_t ldacc);
 
     /* Any number of rows; depth may be 0.  Each element is one chain of fused multiply-adds in order of
-     * depth.  Asks for some of what is wanted on the way. */
+     * depth, or what docs/kernels.md says of the set.  Asks for some of what is wanted on the way. */
     void (*matmul)(const struct fa_product *product, struct fa_wanted *wanted);
+    /* The same of weights and values: weights are as softmax_update, column_weights and apply_dropout leave
+     * them, which a table of bfloat16 need not do in `real`.  So does matmul_skip_zeros take them. */
+    void (*matmul_values)(const struct fa_product *product, struct fa_wanted *wanted);
     void (*matmul_transposed)(const struct fa_product *product);
 
     /* The same chains, but terms whose a is exactly zero are left out: for b with infinities and NaN,
@@ -153,6 +169,9 @@ struct fa_ops {
      * where a row needs it.  n: multiple of vl. */
     void (*softmax_update)(void *s, size_t ld, size_t rows, size_t n, const struct fa_state *state,
                            size_t ldacc);
+    /* Nullable.  The same of scores that are to be multiplied by a finite factor > 0 first. */
+    void (*softmax_update_scaled)(void *s, size_t ld, size_t rows, size_t n, float factor,
+                                  const struct fa_state *state, size_t ldacc);
     /* total = total and part together: the same rows over other keys. */
     void (*softmax_fold)(size_t rows, const struct fa_state *total, const struct fa_state *part,
                          size_t ldacc);
@@ -210,16 +229,40 @@ struct fa_ops {
 struct fa_kernels {
     const char *name;
     const struct fa_ops *f32, *f64;
+    const struct fa_ops *bf16; /* nullable: f32 does it */
 };
 
 /* One per kernel file; dispatch.c lists those that are built in. */
 extern const struct fa_kernels fa_kernels_scalar, fa_kernels_avx2, fa_kernels_avx512,
-    fa_kernels_neon;
+    fa_kernels_amx, fa_kernels_neon;
 
 /* The operations that compute with elements of a type. */
 static inline const struct fa_ops *fa_ops_for(const struct fa_kernels *kernels, enum fa_dtype dtype)
 {
     return dtype == FA_F64 ? kernels->f64 : kernels->f32;
+}
+
+/* The operations of the forward pass over q, k and v of these types. */
+static inline const struct fa_ops *fa_forward_ops(const struct fa_kernels *kernels,
+                                                  enum fa_dtype dtype, enum fa_dtype kv_dtype)
+{
+    return kernels->bf16 != NULL && dtype == FA_BF16 && kv_dtype == FA_BF16
+               ? kernels->bf16
+               : fa_ops_for(kernels, dtype);
+}
+
+static inline void fa_begin_task(const struct fa_ops *ops)
+{
+    if (ops->begin_task != NULL) {
+        ops->begin_task();
+    }
+}
+
+static inline void fa_end_task(const struct fa_ops *ops)
+{
+    if (ops->end_task != NULL) {
+        ops->end_task();
+    }
 }
 
 #endif

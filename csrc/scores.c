@@ -1,5 +1,6 @@
 #include "scores.h"
 
+#include <float.h>
 #include <string.h>
 
 /* Mask bytes of one row as 0 or 1. */
@@ -173,12 +174,29 @@ struct fa_key_range fa_group_keys(const struct fa_tile *tile, int64_t r)
     return keys;
 }
 
+/* From <q, k> to what softcap or the softmax takes. */
+static double score_factor(const struct fa_attention_params *p)
+{
+    return p->softcap > 0 ? p->scale / p->softcap : p->scale * FA_LOG2_E;
+}
+
+float fa_softmax_factor(const struct fa_head *head)
+{
+    const struct fa_attention_params *p = head->geometry->params;
+    const float factor = (float)score_factor(p);
+    const bool edited = p->softcap > 0 || head->bias != NULL || head->alibi_slopes != NULL;
+    return head->geometry->ops->softmax_update_scaled != NULL && !edited && factor > 0 &&
+                   factor <= FLT_MAX && p->softmax_axis == FA_SOFTMAX_KEYS
+               ? factor
+               : 0;
+}
+
 void fa_load_rows(const struct fa_head *head, struct fa_workspace *ws, int64_t first_row,
                   int64_t rows)
 {
     const struct fa_geometry *g = head->geometry;
     const struct fa_attention_params *p = g->params;
-    const double scale = p->softcap > 0 ? p->scale / p->softcap : p->scale * FA_LOG2_E;
+    const double scale = score_factor(p);
     const char *src[FA_TILE_Q];
 
     for (int64_t r = 0; r < rows; r += FA_TILE_Q) {
@@ -187,7 +205,7 @@ void fa_load_rows(const struct fa_head *head, struct fa_workspace *ws, int64_t f
             const int64_t row = first_row + r + i;
             src[i] = head->q + fa_row_member(g, row) * p->q.head + fa_row_token(g, row) * p->q.row;
         }
-        g->ops->load_rows(ws->q + r * p->head_dim * (int64_t)g->ops->size, (size_t)count, src,
+        g->ops->load_rows(ws->q + r * g->depth * (int64_t)g->ops->size, (size_t)count, src,
                           p->q.col, (size_t)p->head_dim, p->dtype, scale);
     }
 }
@@ -263,15 +281,15 @@ static void group_scores(const struct fa_tile *tile, struct fa_workspace *ws, in
     const struct fa_ops *ops = g->ops;
     const struct fa_key_range keys = fa_group_keys(tile, r);
     const int64_t size = (int64_t)ops->size, nr = (int64_t)ops->nr;
-    const int64_t depth = g->params->head_dim, columns = fa_round_up(keys.hi - keys.lo, nr);
+    const int64_t depth = g->depth, columns = fa_round_up(keys.hi - keys.lo, nr);
     char *row = (char *)fa_tile_score_data(tile, ws) + r * g->score_stride * size;
     char *scores = row + keys.lo * size;
 
     const void *q = ws->q + (tile->row_offset + r) * depth * size;
     if (tile->few) {
         const struct fa_keys from = fa_keys_from(&ws->keys, tile->begin + keys.lo);
-        ops->few_scores((size_t)rows, (size_t)depth, (size_t)(keys.hi - keys.lo), (size_t)columns,
-                        q, &from, scores, (size_t)g->score_stride);
+        ops->few_scores((size_t)rows, (size_t)g->params->head_dim, (size_t)(keys.hi - keys.lo),
+                        (size_t)columns, q, &from, scores, (size_t)g->score_stride);
     } else {
         const struct fa_product product = {
             .rows = (size_t)rows,
@@ -283,6 +301,7 @@ static void group_scores(const struct fa_tile *tile, struct fa_workspace *ws, in
             .b_panel = (size_t)(depth * nr),
             .c = scores,
             .c_row = (size_t)g->score_stride,
+            .factor = fa_softmax_factor(head) != 0 ? 1 : (float)score_factor(g->params),
         };
         ops->matmul(&product, &ws->wanted);
     }

@@ -45,6 +45,10 @@ void fa_want_bias(const struct fa_head *head, struct fa_workspace *ws, int64_t f
 /* Base-2 scores of the tile, -inf where a key takes no part, into ws->scores [rows][columns]. */
 void fa_tile_scores(const struct fa_tile *tile, struct fa_workspace *ws);
 
+/* What ops->softmax_update_scaled is to multiply a head's scores by, because nothing before it needs them
+ * multiplied; 0: they are. */
+float fa_softmax_factor(const struct fa_head *head);
+
 /* Draw the factors of dropout for the tile, into ws->factors; multiply the tile's part of `rows`, which are
  * score_stride elements apart, by them.  Neither does anything without dropout. */
 void fa_draw_dropout(const struct fa_tile *tile, struct fa_workspace *ws);

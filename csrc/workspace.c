@@ -18,6 +18,7 @@ static bool lay_out_state(const struct fa_geometry *g, int64_t rows, int64_t *to
                           struct state_layout *at)
 {
     const int64_t size = (int64_t)g->ops->size;
+    rows = fa_round_up(rows, (int64_t)g->ops->row_step);
     return reserve(total, &at->row_max, rows, 1, size) &&
            reserve(total, &at->row_sum, rows, (int64_t)g->ops->vl, size) &&
            reserve(total, &at->acc, rows, g->block_dv, size);
@@ -60,10 +61,11 @@ static bool lay_out(const struct fa_geometry *g, struct layout *at)
     int64_t total = 0;
     *at = (struct layout){0};
     bool ok =
-        reserve(&total, &at->q, g->block_q, g->params->head_dim, size) &&
+        reserve(&total, &at->q, fa_round_up(g->block_q, (int64_t)g->ops->row_step), g->depth,
+                size) &&
         lay_out_state(g, g->block_q, &total, &at->part) &&
         lay_out_state(g, g->params->seqlen_k > g->split_k ? g->block_q : 0, &total, &at->total) &&
-        reserve(&total, &at->k, g->block_k, g->params->head_dim, size) &&
+        reserve(&total, &at->k, g->block_k, g->depth, size) &&
         reserve(&total, &at->v, g->block_k, g->block_dv, size) &&
         reserve(&total, &at->scores, FA_TILE_Q, g->block_k, size) &&
         reserve(&total, &at->mask, FA_TILE_Q, g->block_k, 1) &&

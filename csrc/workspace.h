@@ -18,11 +18,11 @@ struct fa_segment_range {
 
 /* One thread's buffers, FA_ALIGNMENT-aligned.  `real` is the element type of the geometry's ops. */
 struct fa_workspace {
-    char *q;            /* real [block_q][head_dim]: scaled rows */
+    char *q;            /* real [block_q][depth]: scaled rows */
     struct fa_state part;  /* [block_q] rows, ldacc block_dv: of one split */
     struct fa_state total; /* of all splits so far */
-    char *k;            /* real [block_k / nr][head_dim][nr]: packed keys */
-    char *v;            /* real [block_dv / nr][block_k][nr]: packed values */
+    char *k;            /* real [block_k / nr][depth][nr]: packed keys */
+    char *v;            /* real [block_dv / nr][block_k / parts][nr]: packed values */
     char *scores;       /* real [FA_TILE_Q][block_k] */
     char *slope; /* NULL, or for softcap's slopes, like scores: the backward pass sets it */
     uint8_t *mask; /* [FA_TILE_Q][block_k]: 1 where a key takes part */

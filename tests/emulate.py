@@ -3,7 +3,8 @@
 Builds csrc/ with the driver tests/c/kernel_sets.c, without Python, and runs it
 
 - natively, with and without OpenMP, which must give the same bits;
-- with AVX-512 in terms of AVX2 (SIMDe), which must give the bits of a CPU that has AVX-512;
+- with AVX-512 in terms of AVX2 (SIMDe) and AMX in plain C, which must give the bits of a CPU that
+  has them;
 - for aarch64, with and without OpenMP, under qemu;
 
 then a sample of the float32 numbers through exp2 (tests/c/exp2_exhaustive.c) of the last two.
@@ -63,6 +64,19 @@ def kernel_sets(machine: str) -> dict[str, list[str]]:
     return {name: list(flags) for name, on, flags in rows if re.search(on, f"linux-{machine}")}
 
 
+def unknown_sets(compiler: Sequence[str], machine: str) -> set[str]:
+    """Optional kernel sets whose flags the compiler does not know: setup.py leaves them out."""
+    calls = setup_value("KERNEL_SETS").elts
+    optional = {ast.literal_eval(call.args[0]) for call in calls if call.keywords}
+    probe = ["-x", "c", "-fsyntax-only", os.devnull]
+    return {
+        name
+        for name, flags in kernel_sets(machine).items()
+        if name in optional
+        and subprocess.run([*compiler, *flags, *probe], capture_output=True, timeout=60).returncode
+    }
+
+
 def compile_program(compiler: Sequence[str], target: Path, *arguments: str | Path) -> Path:
     subprocess.run([*compiler, *map(str, arguments), "-o", str(target)], check=True, timeout=300)
     return target
@@ -77,10 +91,12 @@ def code_flags() -> list[str]:
     return [*flags, *ast.literal_eval(setup_value("WARNING_FLAGS")), "-Werror"]
 
 
-def simde_flags() -> list[str]:
+def simde_flags(*headers: str) -> list[str]:
     """In place of the flags of the avx512 set; a 64-byte vector in AVX2 registers is a warning."""
-    header = ROOT / "tests" / "c" / "avx512_simde.h"
-    return [*kernel_sets("x86_64")["avx2"], "-include", str(header), "-Wno-psabi"]
+    flags = [*kernel_sets("x86_64")["avx2"], "-Wno-psabi"]
+    for header in ("avx512_simde.h", *headers):
+        flags += ["-include", str(ROOT / "tests" / "c" / header)]
+    return flags
 
 
 def has_openmp(compiler: Sequence[str], folder: Path) -> bool:
@@ -93,16 +109,21 @@ def has_openmp(compiler: Sequence[str], folder: Path) -> bool:
 def build(
     folder: Path, compiler: Sequence[str], machine: str, *, openmp: bool, simde: bool = False
 ) -> Path:
-    """Link the driver with all of csrc/ for `machine`; `simde` replaces AVX-512 by AVX2."""
+    """Link the driver with all of csrc/ for `machine`; `simde` replaces AVX-512 and AMX by AVX2."""
     folder.mkdir(parents=True, exist_ok=True)
     sets = kernel_sets(machine)
+    for name in set() if simde else unknown_sets(compiler, machine):
+        del sets[name]
     flags = [*code_flags(), f"-I{ROOT / 'csrc'}", "-DFA_DEBUG=1"]
     flags += [f"-DFA_HAVE_{name.upper()}=1" for name in sets]
     flags += ["-fopenmp"] if openmp else []
     own_flags = {f"kernels_{name}": own for name, own in sets.items()}
     if simde:
         own_flags["kernels_avx512"] = simde_flags()
-        own_flags["dispatch"] = ["-Dfa_cpu_has_avx512=fa_cpu_has_avx2"]
+        own_flags["kernels_amx"] = simde_flags("amx_emulated.h")
+        own_flags["dispatch"] = [
+            f"-Dfa_cpu_has_{name}=fa_cpu_has_avx2" for name in ("avx512", "amx")
+        ]
     sources = [*(ROOT / "csrc").glob("*.c"), ROOT / "tests" / "c" / "kernel_sets.c"]
     sources += [ROOT / "csrc" / "kernels" / f"kernels_{name}.c" for name in sets]
 
@@ -206,10 +227,11 @@ def main() -> int:
         native = outcomes[0]
         folder = BUILD / "simde"
         program = build(folder, compiler, machine, openmp=False, simde=True)
-        simde = run(program, "SIMDe over AVX2", "avx512")
+        simde = run(program, "SIMDe over AVX2", "avx512", "amx")
         outcomes += [simde, same_bits("natively and through SIMDe", native, simde)]
-        if "avx512" not in native.digests:
-            print("avx512 did not run natively: this CPU or its operating system lacks it")
+        for name in ("avx512", "amx"):
+            if name not in native.digests:
+                print(f"{name} did not run natively: this CPU or its operating system lacks it")
         outcomes.append(run_exp2(folder, compiler, "avx512", simde_flags()))
 
         folder = BUILD / "aarch64"

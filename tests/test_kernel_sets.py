@@ -32,6 +32,14 @@ def test_every_case_on_every_set(without_openmp: emulate.Outcome) -> None:
     assert set(without_openmp.digests) == set(_core.available_isas())
 
 
+def test_amx_leaves_float32_and_float64_alone(without_openmp: emulate.Outcome) -> None:
+    if "amx" not in without_openmp.digests:
+        pytest.skip("this CPU, or its operating system, lacks AMX")
+    amx, avx512 = (without_openmp.digests[name].split("_") for name in ("amx", "avx512"))
+    assert amx[0] == avx512[0]
+    assert amx[1] != avx512[1]  # bfloat16 by tiles
+
+
 def test_openmp_leaves_the_bits_alone(without_openmp: emulate.Outcome, tmp_path: Path) -> None:
     if not emulate.has_openmp(emulate.native_compiler(), tmp_path):
         pytest.skip("the compiler has no OpenMP")

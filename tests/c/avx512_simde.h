@@ -12,6 +12,7 @@
 #define SIMDE_ENABLE_NATIVE_ALIASES
 #include <simde/x86/avx512.h>
 #include <simde/x86/fma.h>
+#include <string.h>
 
 /* Missing from SIMDe 0.7.4, which Debian 12 has: three functions, and two aliases. */
 #undef _mm512_reduce_ps
@@ -89,6 +90,34 @@ static inline simde__m512i fa_srai_epi32(simde__m512i x, int count)
 }
 #undef _mm512_srai_epi32
 #define _mm512_srai_epi32(x, count) fa_srai_epi32(x, count)
+
+static inline simde__mmask32 fa_cmpgt_epi16_mask(simde__m512i x, simde__m512i y)
+{
+    int16_t left[32], right[32];
+    simde__mmask32 mask = 0;
+    simde_mm512_storeu_si512(left, x);
+    simde_mm512_storeu_si512(right, y);
+    for (int i = 0; i < 32; i++) {
+        mask |= (simde__mmask32)(left[i] > right[i]) << i;
+    }
+    return mask;
+}
+#undef _mm512_cmpgt_epi16_mask
+#define _mm512_cmpgt_epi16_mask(x, y) fa_cmpgt_epi16_mask(x, y)
+
+/* Reads no element that the mask leaves out. */
+static inline simde__m512i fa_maskz_loadu_epi16(simde__mmask32 mask, const void *p)
+{
+    uint16_t lanes[32] = {0};
+    for (int i = 0; i < 32; i++) {
+        if (mask >> i & 1) {
+            memcpy(&lanes[i], (const char *)p + 2 * i, sizeof lanes[i]);
+        }
+    }
+    return simde_mm512_loadu_si512(lanes);
+}
+#undef _mm512_maskz_loadu_epi16
+#define _mm512_maskz_loadu_epi16(mask, p) fa_maskz_loadu_epi16(mask, p)
 
 static inline simde__m512 fa_cvtph_ps(simde__m256i halves)
 {

@@ -3,12 +3,14 @@
  *
  * Linked with all of csrc/ by tests/emulate.py, for this machine or another one.
  * Usage: kernel_sets WHERE [SET...].  WHERE is printed; SETs that must run, all available ones if none.
- * Prints a line per set and last "N passed, N failed"; returns 1 if anything failed.
+ * Prints a line per set and last "N passed, N failed"; returns 1 if anything failed.  A digest has two parts, of
+ * float32 and float64 and of bfloat16.
  *
  * Tolerance against the scalar set: MAX_GAUGE units, a unit being u K |v| + u |residual| for out (times
  * seqlen_k for softmax over queries, whose weights sum to that) and u (K + |lse|) for lse, where
  * K = 1 + the largest magnitude that a score can have.  Each set is within 4 such units of the true
- * value (tests/gauge.py measures that, with the units of each row).
+ * value (tests/gauge.py measures that, with the units of each row).  bfloat16: u is 2^-18, what weights may be
+ * off, and out may besides be rounded to the neighbour.
  *
  * Every array ends at a page that must not be touched, and every byte around the results is checked.
  */
@@ -207,9 +209,11 @@ static double value_of(const struct shape *s, enum operand operand, int64_t b, i
 
 /* ---- arrays --------------------------------------------------------------------------------- */
 
-enum kind { KIND_F32, KIND_F64, KIND_INT64, KIND_BYTE, KIND_HALF };
+enum kind { KIND_F32, KIND_F64, KIND_INT64, KIND_BYTE, KIND_BF16, KIND_HALF };
 
-static const size_t kind_size[] = {4, 8, 8, 1, 2};
+static const size_t kind_size[] = {4, 8, 8, 1, 2, 2};
+
+static const char *const kind_name[] = {"float32", "float64", "int64", "byte", "bfloat16", "half"};
 
 enum layout {
     PLAIN,
@@ -297,12 +301,21 @@ static char *element(const struct array *a, int64_t b, int64_t h, int64_t i, int
     return a->data + b * a->stride[0] + h * a->stride[1] + i * a->stride[2] + j * a->stride[3];
 }
 
+/* To nearest, ties to even. */
+static uint16_t upper_half(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return (uint16_t)(isnan(x) ? bits >> 16 | 0x40 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
 static void write_value(char *p, enum kind kind, double x)
 {
     const float f32 = (float)x;
     const int64_t int64 = kind == KIND_INT64 ? (int64_t)x : 0;
     const uint8_t byte = kind == KIND_BYTE ? (uint8_t)x : 0;
-    const void *const from[] = {&f32, &x, &int64, &byte};
+    const uint16_t bf16 = upper_half(f32);
+    const void *const from[] = {&f32, &x, &int64, &byte, &bf16};
     memcpy(p, from[kind], kind_size[kind]);
 }
 
@@ -314,7 +327,14 @@ static double read_real(const char *p, enum kind kind)
         memcpy(&f64, p, sizeof f64);
         return f64;
     }
-    memcpy(&f32, p, sizeof f32);
+    uint32_t bits = 0;
+    if (kind == KIND_BF16) {
+        memcpy((char *)&bits, p, kind_size[kind]);
+        bits <<= 16;
+        memcpy(&f32, &bits, sizeof f32);
+    } else {
+        memcpy(&f32, p, sizeof f32);
+    }
     return (double)f32;
 }
 
@@ -329,7 +349,7 @@ static double read_real(const char *p, enum kind kind)
 
 struct problem {
     const struct shape *shape;
-    enum kind kind; /* of q, k, v, out */
+    enum kind kind, lse_kind; /* of q, k, v, out; of lse */
     struct array arrays[NUM_OPERANDS];
     struct fa_attention_params params;
 };
@@ -377,16 +397,21 @@ static struct fa_input add_operand(struct problem *p, enum operand operand, enum
     return input;
 }
 
+static enum kind kind_of_reals(enum fa_dtype dtype)
+{
+    return dtype == FA_F32 ? KIND_F32 : dtype == FA_F64 ? KIND_F64 : KIND_BF16;
+}
+
 static void problem_init(struct problem *p, const struct shape *s, enum fa_dtype dtype,
                          enum layout layout, bool repeat_heads)
 {
     const unsigned options = s->options;
-    const enum kind kind = dtype == FA_F32 ? KIND_F32 : KIND_F64;
+    const enum kind kind = kind_of_reals(dtype), lse_kind = kind == KIND_F64 ? KIND_F64 : KIND_F32;
     const enum kind bias_kind = options & BIAS_F64 ? KIND_F64 : KIND_F32;
     const int64_t repeat = repeat_heads ? s->heads / s->kv_heads : 1;
     const int64_t kv_heads = s->kv_heads * repeat;
     const int64_t lq = s->seqlen_q, lk = s->seqlen_k, d = s->head_dim, dv = s->head_dim_v;
-    *p = (struct problem){.shape = s, .kind = kind};
+    *p = (struct problem){.shape = s, .kind = kind, .lse_kind = lse_kind};
     p->params = (struct fa_attention_params){
         .dtype = dtype,
         .kv_dtype = dtype,
@@ -411,7 +436,7 @@ static void problem_init(struct problem *p, const struct shape *s, enum fa_dtype
         .v = add_operand(p, V, layout, kind, kv_heads, lk, dv, repeat),
     };
     add_operand(p, OUT, layout, kind, s->heads, lq, dv, 1);
-    add_operand(p, LSE, layout, kind, s->heads, options & QUERIES ? lk : lq, 1, 1);
+    add_operand(p, LSE, layout, lse_kind, s->heads, options & QUERIES ? lk : lq, 1, 1);
     p->params.out = output_of(&p->arrays[OUT]);
     p->params.lse = output_of(&p->arrays[LSE]);
 
@@ -466,13 +491,12 @@ struct result {
 /* Take the results out of their arrays, and see that nothing else there was written. */
 static struct result collect(struct problem *p, bool *surroundings_intact)
 {
-    const size_t size = kind_size[p->kind];
     struct result result = {0};
     const enum operand operands[] = {OUT, LSE};
     for (size_t x = 0; x < LENGTH(operands); x++) {
         const struct array *a = &p->arrays[operands[x]];
         result.out_bytes = result.bytes;
-        result.bytes += (size_t)(a->n[0] * a->n[1] * a->n[2] * a->n[3]) * size;
+        result.bytes += (size_t)(a->n[0] * a->n[1] * a->n[2] * a->n[3]) * kind_size[a->kind];
     }
     char *to = result.data = malloc(result.bytes + 1);
     if (to == NULL) {
@@ -481,6 +505,7 @@ static struct result collect(struct problem *p, bool *surroundings_intact)
     *surroundings_intact = true;
     for (size_t x = 0; x < LENGTH(operands); x++) {
         const struct array *a = &p->arrays[operands[x]];
+        const size_t size = kind_size[a->kind];
         FOR_EACH(a)
         {
             char *from = element(a, b, h, i, j);
@@ -506,7 +531,7 @@ struct tally {
     const struct fa_kernels *kernels;
     int cases, passed, failed;
     double worst; /* units from the scalar set */
-    uint64_t digest; /* of every case's result: equal digests are equal bits */
+    uint64_t digest, digest_bf16; /* of every case's result: equal digests are equal bits */
 };
 
 static void check(struct tally *t, const struct problem *p, bool ok, const char *what)
@@ -518,7 +543,7 @@ static void check(struct tally *t, const struct problem *p, bool ok, const char 
     }
     t->failed++;
     printf("FAILED %s: %s: %s, case %d, options 0x%x\n", fa_kernels_name(t->kernels), what,
-           p->kind == KIND_F32 ? "float32" : "float64", (int)(s - shapes), s->options);
+           kind_name[p->kind], (int)(s - shapes), s->options);
 }
 
 static void check_same(struct tally *t, struct problem *p, struct result expected, const char *what)
@@ -531,14 +556,16 @@ static void check_same(struct tally *t, struct problem *p, struct result expecte
 }
 
 /* FNV-1a.  Whether a NaN is negative is nobody's promise. */
-static void add_to_digest(struct tally *t, struct result result, enum kind kind)
+static void add_to_digest(struct tally *t, const struct problem *p, struct result result)
 {
-    const size_t size = kind_size[kind];
-    for (size_t at = 0; at < result.bytes; at += size) {
+    uint64_t *digest = p->kind == KIND_BF16 ? &t->digest_bf16 : &t->digest;
+    for (size_t at = 0, size; at < result.bytes; at += size) {
+        const enum kind kind = at < result.out_bytes ? p->kind : p->lse_kind;
         const bool nan = isnan(read_real(result.data + at, kind));
+        size = kind_size[kind];
         for (size_t x = 0; x < size; x++) {
-            t->digest ^= nan ? 0xff : (uint8_t)result.data[at + x];
-            t->digest *= 0x100000001b3u;
+            *digest ^= nan ? 0xff : (uint8_t)result.data[at + x];
+            *digest *= 0x100000001b3u;
         }
     }
 }
@@ -568,29 +595,35 @@ static double score_bound(const struct problem *p)
     return bound;
 }
 
-/* In units; infinite where one is NaN, or infinite, and the other is not the same. */
-static double distance(double x, double y, double unit)
+/* In units, of what is beyond `slack`; infinite where one is NaN, or infinite, and the other is not the same. */
+static double distance(double x, double y, double unit, double slack)
 {
     if (x == y || (isnan(x) && isnan(y))) {
         return 0;
     }
-    return isfinite(x) && isfinite(y) ? fabs(x - y) / unit : INFINITY;
+    return isfinite(x) && isfinite(y) ? fmax(0, fabs(x - y) - slack) / unit : INFINITY;
 }
 
 static void check_close(struct tally *t, const struct problem *p, struct result result,
                         struct result scalar)
 {
     const struct shape *s = p->shape;
-    const double u = p->kind == KIND_F32 ? FLT_EPSILON / 2 : DBL_EPSILON / 2;
+    const double u = p->kind == KIND_F32   ? FLT_EPSILON / 2
+                     : p->kind == KIND_F64 ? DBL_EPSILON / 2
+                                           : 0x1p-18;
     const double bound = score_bound(p);
     const double weight = s->options & QUERIES ? fmax(1, (double)s->seqlen_k) : 1;
     double worst = 0;
-    for (size_t at = 0; at < result.bytes; at += kind_size[p->kind]) {
-        const double x = read_real(result.data + at, p->kind);
-        const double y = read_real(scalar.data + at, p->kind);
-        const double unit = at < result.out_bytes ? bound * weight + (s->options & RESIDUAL ? 1 : 0)
-                                                  : bound + (isfinite(y) ? fabs(y) : 0);
-        worst = fmax(worst, distance(x, y, u * unit));
+    for (size_t at = 0, size; at < result.bytes; at += size) {
+        const bool of_out = at < result.out_bytes;
+        const enum kind kind = of_out ? p->kind : p->lse_kind;
+        const double x = read_real(result.data + at, kind);
+        const double y = read_real(scalar.data + at, kind);
+        const double slack = kind == KIND_BF16 ? 0x1p-7 * fabs(y) : 0;
+        const double unit = of_out ? bound * weight + (s->options & RESIDUAL ? 1 : 0)
+                                   : bound + (isfinite(y) ? fabs(y) : 0);
+        worst = fmax(worst, distance(x, y, u * unit, slack));
+        size = kind_size[kind];
     }
     t->worst = fmax(t->worst, worst);
     check(t, p, worst <= MAX_GAUGE, "distance from the scalar set");
@@ -615,7 +648,7 @@ static void check_empty_rows(struct tally *t, const struct problem *p, struct re
             ok &= memcmp(at, expected, size) == 0;
             const int64_t row = (b * out->n[1] + h) * out->n[2] + i;
             ok &= (p->shape->options & QUERIES) ||
-                  read_real(lse + row * (int64_t)size, p->kind) == -INFINITY;
+                  read_real(lse + row * (int64_t)kind_size[p->lse_kind], p->lse_kind) == -INFINITY;
         }
         at += size;
     }
@@ -630,8 +663,11 @@ static void poison(char *at, enum kind kind, int64_t which)
     static const uint64_t f64[] = {0x7ff8000000000000u, 0xfff8000000000000u, 0x7fffffffffffffffu,
                                    0x7ff0000000000001u, 0xfff0000000000001u, 0xffffffffffffffffu,
                                    0x7ff0000000000000u, 0xfff0000000000000u};
+    static const uint16_t bf16[] = {0x7fc0u, 0xffc0u, 0x7fffu, 0x7f81u,
+                                    0xff81u, 0xffffu, 0x7f80u, 0xff80u};
     const size_t x = (size_t)which % LENGTH(f32);
-    memcpy(at, kind == KIND_F32 ? (const void *)&f32[x] : (const void *)&f64[x], kind_size[kind]);
+    const void *const from[] = {&f32[x], &f64[x], NULL, NULL, &bf16[x]};
+    memcpy(at, from[kind], kind_size[kind]);
 }
 
 #define NUM_NANS 6 /* of the patterns above, the first ones */
@@ -967,7 +1003,7 @@ static struct result check_case(struct tally *t, const struct shape *s, enum fa_
     run(&p.params, t->kernels);
     struct result result = collect(&p, &intact);
     t->cases++;
-    add_to_digest(t, result, p.kind);
+    add_to_digest(t, &p, result);
     check(t, &p, intact, "bytes around the results");
     check_close(t, &p, result, scalar == NULL ? result : *scalar);
     check_empty_rows(t, &p, result);
@@ -1223,7 +1259,7 @@ static void stored_free(struct stored *s)
 }
 
 /* Compare with the float32 call in one piece: the same bits from float32 queries, one rounding away from
- * 16-bit ones. */
+ * 16-bit ones.  bfloat16 may have products of its own: weights are 2^-18 off there, and lse 2^-20. */
 static bool stored_agrees(const struct stored *s, const struct stored *expected, bool packed,
                           int64_t rows)
 {
@@ -1239,11 +1275,14 @@ static bool stored_agrees(const struct stored *s, const struct stored *expected,
             ok &= memcmp(got, want, sizeof(float)) == 0;
         } else {
             const double x = read_stored(want, FA_F32), y = read_stored(got, dtype);
-            ok &= fabs(x - y) <= unit * fabs(x) + 0x1p-24;
+            ok &= fabs(x - y) <= unit * fabs(x) + (dtype == FA_BF16 ? 0x1p-16 : 0x1p-24);
         }
         if (j == 0) {
-            ok &= memcmp(element(&s->lse, entry, h, row, 0), element(&expected->lse, b, h, i, 0),
-                         sizeof(float)) == 0;
+            const char *want_lse = element(&expected->lse, b, h, i, 0);
+            const char *got_lse = element(&s->lse, entry, h, row, 0);
+            const double x = read_real(want_lse, KIND_F32), y = read_real(got_lse, KIND_F32);
+            ok &= dtype == FA_BF16 ? x == y || fabs(x - y) <= 0x1p-20 * (1 + fabs(x))
+                                   : memcmp(got_lse, want_lse, sizeof(float)) == 0;
         }
     }
     return ok;
@@ -1312,19 +1351,22 @@ int main(int argc, char **argv)
         if (kernels == NULL) {
             break;
         }
-        tallies[num_sets++] = (struct tally){.kernels = kernels, .digest = 0xcbf29ce484222325u};
+        tallies[num_sets++] = (struct tally){
+            .kernels = kernels, .digest = 0xcbf29ce484222325u, .digest_bf16 = 0xcbf29ce484222325u};
     }
     for (size_t x = 0; x < LENGTH(shapes); x++) {
-        for (int dtype = FA_F32; dtype <= FA_F64; dtype++) {
+        static const enum fa_dtype dtypes[] = {FA_F32, FA_F64, FA_BF16};
+        for (size_t y = 0; y < LENGTH(dtypes); y++) {
+            const enum fa_dtype dtype = dtypes[y];
             struct tally reference = {.kernels = find_set("scalar")};
             struct problem p;
             bool intact;
-            problem_init(&p, &shapes[x], (enum fa_dtype)dtype, PLAIN, false);
+            problem_init(&p, &shapes[x], dtype, PLAIN, false);
             run(&p.params, reference.kernels);
             struct result scalar = collect(&p, &intact);
             problem_free(&p);
             for (int i = 0; i < num_sets; i++) {
-                free(check_case(&tallies[i], &shapes[x], (enum fa_dtype)dtype, &scalar).data);
+                free(check_case(&tallies[i], &shapes[x], dtype, &scalar).data);
             }
             free(scalar.data);
         }
@@ -1335,10 +1377,10 @@ int main(int argc, char **argv)
     for (int i = 0; i < num_sets; i++) {
         const struct tally *t = &tallies[i];
         printf("%-7s %d cases, %d checks, %s, %s OpenMP, at most %.2f of %g units from scalar, "
-               "digest %016llx\n",
+               "digest %016llx_%016llx\n",
                fa_kernels_name(t->kernels), t->cases, t->passed + t->failed, argv[1],
                fa_has_openmp() ? "with" : "without", t->worst, MAX_GAUGE,
-               (unsigned long long)t->digest);
+               (unsigned long long)t->digest, (unsigned long long)t->digest_bf16);
         passed += t->passed;
         failed += t->failed;
     }
