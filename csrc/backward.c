@@ -35,7 +35,7 @@ struct key_block {
     int64_t key, keys, live; /* of the arrays, and valid ones */
     enum purpose purpose;
     char *grad_v; /* where its gradients are added up */
-    char *sums;   /* of grad_q: of this head and group; NULL: not wanted */
+    char *sums; /* of grad_q: of this head and group; NULL: not wanted */
     bool packed;
     bool finite; /* all keys are */
 };
@@ -354,9 +354,8 @@ static enum fa_status allocate(struct fa_backward *b)
         return FA_NO_MEMORY;
     }
     const int64_t members = count_members(g);
-    return b->params->grad_q.data == NULL
-               ? FA_OK
-               : fa_sums_init(b, g->batch * g->heads / members, members);
+    return b->params->grad_q.data == NULL ? FA_OK
+                                          : fa_sums_init(b, g->batch * g->heads / members, members);
 }
 
 static enum fa_status run_pass(struct fa_backward *b,

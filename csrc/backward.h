@@ -8,8 +8,8 @@
 #include "workspace.h"
 
 /* Rows that meet a key block at a time.  The sums over rows, for grad_k and grad_v, read and write their
- * accumulators once per so many rows: 2 % of their time at 192, where the buffers still leave half of a 1 MiB
- * L2 to the key block and the rows of the next. */
+ * accumulators once per so many rows: 2 % of their time at 192, where all buffers of a thread still fit a
+ * 1 MiB L2 at head_dim 64. */
 #define FA_BACKWARD_ROWS (8 * FA_TILE_Q)
 
 /* Keys per group of key blocks, and the most groups of a head: each costs memory for one more sum of grad_q,

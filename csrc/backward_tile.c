@@ -123,12 +123,12 @@ static void finish_tile(const struct fa_backward *b, const struct fa_tile *tile,
     }
     if (fa_over_queries(g)) {
         const int64_t at = fa_column_at(g, head_index, tile->block_key + tile->begin);
-        g->ops->column_gradients(scores, weights_only ? NULL : gradients, (size_t)g->score_stride, rows,
-                                 columns, b->shift + at, b->delta + at);
+        g->ops->column_gradients(scores, weights_only ? NULL : gradients, (size_t)g->score_stride,
+                                 rows, columns, b->shift + at, b->delta + at);
     } else {
         const int64_t at = (fa_rows_before(g, head_index) + tile->first_row) * size;
-        g->ops->score_gradients(scores, gradients, (size_t)g->score_stride, rows, columns, b->shift + at,
-                                b->delta + at);
+        g->ops->score_gradients(scores, gradients, (size_t)g->score_stride, rows, columns,
+                                b->shift + at, b->delta + at);
     }
     fa_apply_dropout(tile, part, scores);
 }

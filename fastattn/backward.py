@@ -105,8 +105,9 @@ sinks, softmax_axis, dropout_p, dropout_seed : optional
     that depends on the shapes alone, and rounded once.  Keys that do not take part get gradient 0
     and change none, whatever they hold; so does a query without keys.
 
-    Memory, beyond inputs and results: up to 3 float32 arrays of q's size (one for each 1024 keys),
-    two numbers per query and head, and a workspace per thread.  A gradient whose argument was
+    Memory, beyond inputs and results: up to 3 float32 arrays (one for each 1024 keys) of the size
+    of q's heads that read `num_threads` + 1 key heads, two numbers per query and head, and a
+    workspace per thread.  A gradient whose argument was
     broadcast along leading dimensions is computed at the full shape and summed in float64.  The
     gradient by `bias` costs two more matrix products.
 

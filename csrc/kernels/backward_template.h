@@ -25,8 +25,8 @@ static double FN(row_delta)(const struct fa_row_terms *terms)
         const VEC grad = FN(load_terms)(terms->grad, terms->grad_stride, c, cols, dtype);
         VEC out = FN(load_terms)(terms->out, terms->out_stride, c, cols, dtype);
         if (terms->residual != NULL) {
-            out = V(sub)(
-                out, FN(load_terms)(terms->residual, terms->residual_stride, c, cols, dtype));
+            out = V(sub)(out,
+                         FN(load_terms)(terms->residual, terms->residual_stride, c, cols, dtype));
         }
         sum = V(fma)(grad, out, sum);
     }

@@ -1,5 +1,5 @@
-/* Every kernel set of a build, without Python: fa_attention over all options, compared with the scalar
- * set, and bit for bit with itself where the library promises the same bits.
+/* Every kernel set of a build, without Python: fa_attention and its gradients over all options, compared with the
+ * scalar set, and bit for bit with itself where the library promises the same bits.
  *
  * Linked with all of csrc/ by tests/emulate.py, for this machine or another one.
  * Usage: kernel_sets WHERE [SET...].  WHERE is printed; SETs that must run, all available ones if none.
@@ -126,6 +126,12 @@ enum operand {
     K_SEGMENTS,
     OUT,
     LSE,
+    GRAD_OUT,
+    GRAD_Q,
+    GRAD_K,
+    GRAD_V,
+    GRAD_BIAS,
+    DELTA,
     NUM_OPERANDS,
 };
 
@@ -358,7 +364,7 @@ static struct fa_input add_operand(struct problem *p, enum operand operand, enum
         layout == BROADCAST && (s->options & SHARED) && (operand == BIAS || operand == MASK_BYTES);
     const int64_t n[] = {stored_once ? 1 : s->batch, stored_once ? 1 : heads, rows, cols};
     array_init(a, layout, kind, n);
-    if (operand != OUT && operand != LSE) {
+    if (operand < OUT || operand == GRAD_OUT) {
         FOR_EACH(a)
         {
             write_value(element(a, b, h, i, j), kind, value_of(s, operand, b, h / repeat, i, j));
@@ -815,6 +821,142 @@ static void check_views(struct tally *t, const struct shape *s, enum fa_dtype dt
     }
 }
 
+static const struct fa_kernels *find_set(const char *name)
+{
+    for (int i = 0; fa_kernels_available(i) != NULL; i++) {
+        if (strcmp(fa_kernels_name(fa_kernels_available(i)), name) == 0) {
+            return fa_kernels_available(i);
+        }
+    }
+    fprintf(stderr, "kernel set %s cannot run here\n", name);
+    exit(1);
+}
+
+/* ---- gradients ------------------------------------------------------------------------------ */
+
+#define DROPOUT_P 0.3
+
+/* Whether the backward pass takes a case, and its gradients are numbers. */
+static bool has_gradients(const struct shape *s)
+{
+    return s->head_dim_v <= FA_MAX_BACKWARD_DIM && !(s->options & INFINITE_V) && s->heads > 0;
+}
+
+/* Arrays for the gradients of a problem. */
+static void add_gradients(struct problem *p, enum layout layout)
+{
+    const struct shape *s = p->shape;
+    const int64_t kv_heads = p->params.num_kv_heads;
+    add_operand(p, GRAD_OUT, layout, p->kind, s->heads, s->seqlen_q, s->head_dim_v, 1);
+    add_operand(p, GRAD_Q, layout, p->kind, s->heads, s->seqlen_q, s->head_dim, 1);
+    add_operand(p, GRAD_K, layout, p->kind, kv_heads, s->seqlen_k, s->head_dim, 1);
+    add_operand(p, GRAD_V, layout, p->kind, kv_heads, s->seqlen_k, s->head_dim_v, 1);
+    add_operand(p, GRAD_BIAS, PLAIN, p->kind, s->heads, s->seqlen_q, s->seqlen_k, 1);
+    add_operand(p, DELTA, layout, p->kind, s->heads, s->seqlen_q, 1, 1);
+}
+
+/* The forward pass and the gradients of one problem, contiguous; frees nothing of it. */
+static struct result run_backward(struct problem *p, const struct fa_kernels *kernels,
+                                  double dropout_p)
+{
+    static const enum operand gradients[] = {GRAD_Q, GRAD_K, GRAD_V, GRAD_BIAS};
+    const bool has_bias = p->params.bias.data != NULL;
+    struct fa_attention_params attention = p->params;
+    struct result result = {0};
+    attention.dropout_p = dropout_p;
+    attention.dropout_seed = 0x0123456789abcdefu;
+    run(&attention, kernels);
+    memset(p->arrays[GRAD_BIAS].memory, 0, p->arrays[GRAD_BIAS].bytes);
+    const struct fa_backward_params params = {
+        .attention = attention,
+        .out = input_of(&p->arrays[OUT]),
+        .lse = input_of(&p->arrays[LSE]),
+        .grad_out = input_of(&p->arrays[GRAD_OUT]),
+        .grad_q = output_of(&p->arrays[GRAD_Q]),
+        .grad_k = output_of(&p->arrays[GRAD_K]),
+        .grad_v = output_of(&p->arrays[GRAD_V]),
+        .grad_dtype = attention.dtype,
+        .grad_bias = has_bias ? output_of(&p->arrays[GRAD_BIAS]) : (struct fa_output){0},
+        .delta = output_of(&p->arrays[DELTA]),
+    };
+    const enum fa_status status = fa_attention_backward(&params, kernels);
+    if (status != FA_OK) {
+        fprintf(stderr, "fa_attention_backward: status %d\n", (int)status);
+        exit(2);
+    }
+    const size_t size = kind_size[p->kind];
+    for (size_t x = 0; x < LENGTH(gradients); x++) {
+        const struct array *a = &p->arrays[gradients[x]];
+        result.bytes += (size_t)(a->n[0] * a->n[1] * a->n[2] * a->n[3]) * size;
+    }
+    char *to = result.data = malloc(result.bytes + 1);
+    if (to == NULL) {
+        die("malloc");
+    }
+    for (size_t x = 0; x < LENGTH(gradients); x++) {
+        const struct array *a = &p->arrays[gradients[x]];
+        FOR_EACH(a)
+        {
+            memcpy(to, element(a, b, h, i, j), size);
+            to += size;
+        }
+    }
+    return result;
+}
+
+/* A bound of what rounding may do: every gradient is a sum of weights times at most 2 head_dim_v + 1, over the
+ * rows or keys that it meets, times at most 8, the largest element of q and k. */
+static double gradient_unit(const struct problem *p, double dropout_p)
+{
+    const struct shape *s = p->shape;
+    const double u = p->kind == KIND_F32 ? FLT_EPSILON / 2 : DBL_EPSILON / 2;
+    const double over = s->options & QUERIES ? fmax(1, (double)s->seqlen_k) : 1;
+    const double rows = fmax(1, (double)s->seqlen_q) * (double)(s->heads / s->kv_heads);
+    return u * score_bound(p) * (2 * (double)s->head_dim_v + 1) * 8 * fmax(over, rows) /
+           (1 - dropout_p);
+}
+
+static void check_same_gradients(struct tally *t, struct problem *p, double dropout_p,
+                                 struct result expected, const char *what)
+{
+    struct result result = run_backward(p, t->kernels, dropout_p);
+    check(t, p, same_bits(result, expected), what);
+    free(result.data);
+}
+
+/* Near the scalar set's, and the same for threads and strides.  Every other case drops weights, and cases take
+ * turns at the layouts: an emulator has time for little more. */
+static void check_gradients(struct tally *t, const struct shape *s, enum fa_dtype dtype)
+{
+    const int64_t which = s - shapes;
+    const double dropout_p = which % 2 ? DROPOUT_P : 0;
+    const enum layout layout = (enum layout)(1 + which / 2 % (BROADCAST - 1));
+    struct problem p;
+    problem_init(&p, s, dtype, PLAIN, false);
+    add_gradients(&p, PLAIN);
+    struct result scalar = run_backward(&p, find_set("scalar"), dropout_p);
+    struct result result = run_backward(&p, t->kernels, dropout_p);
+    const double unit = gradient_unit(&p, dropout_p);
+    double worst = 0;
+    for (size_t at = 0; at < result.bytes; at += kind_size[p.kind]) {
+        worst = fmax(worst, distance(read_real(result.data + at, p.kind),
+                                     read_real(scalar.data + at, p.kind), unit));
+    }
+    check(t, &p, worst <= MAX_GAUGE, "gradients: distance from the scalar set");
+    add_to_digest(t, result, p.kind);
+    if (fa_has_openmp()) {
+        p.params.num_threads = 2;
+        check_same_gradients(t, &p, dropout_p, result, "gradients: two threads");
+    }
+    problem_free(&p);
+    problem_init(&p, s, dtype, layout, false);
+    add_gradients(&p, layout);
+    check_same_gradients(t, &p, dropout_p, result, layout_name[layout]);
+    problem_free(&p);
+    free(scalar.data);
+    free(result.data);
+}
+
 /* Everything about one case on one kernel set; returns its result. */
 static struct result check_case(struct tally *t, const struct shape *s, enum fa_dtype dtype,
                                 const struct result *scalar)
@@ -866,6 +1008,9 @@ static struct result check_case(struct tally *t, const struct shape *s, enum fa_
     }
     problem_free(&p);
     check_views(t, s, dtype, result);
+    if (has_gradients(s)) {
+        check_gradients(t, s, dtype);
+    }
     return result;
 }
 
@@ -1151,17 +1296,6 @@ static void check_storage(struct tally *t)
         }
         stored_free(&expected);
     }
-}
-
-static const struct fa_kernels *find_set(const char *name)
-{
-    for (int i = 0; fa_kernels_available(i) != NULL; i++) {
-        if (strcmp(fa_kernels_name(fa_kernels_available(i)), name) == 0) {
-            return fa_kernels_available(i);
-        }
-    }
-    fprintf(stderr, "kernel set %s cannot run here\n", name);
-    exit(1);
 }
 
 int main(int argc, char **argv)
