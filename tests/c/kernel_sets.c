@@ -925,6 +925,7 @@ static struct result run_backward(struct problem *p, const struct fa_kernels *ke
         const struct array *a = &p->arrays[gradients[x]];
         result.bytes += (size_t)(a->n[0] * a->n[1] * a->n[2] * a->n[3]) * size;
     }
+    result.out_bytes = result.bytes;
     char *to = result.data = malloc(result.bytes + 1);
     if (to == NULL) {
         die("malloc");
@@ -976,10 +977,10 @@ static void check_gradients(struct tally *t, const struct shape *s, enum fa_dtyp
     double worst = 0;
     for (size_t at = 0; at < result.bytes; at += kind_size[p.kind]) {
         worst = fmax(worst, distance(read_real(result.data + at, p.kind),
-                                     read_real(scalar.data + at, p.kind), unit));
+                                     read_real(scalar.data + at, p.kind), unit, 0));
     }
     check(t, &p, worst <= MAX_GAUGE, "gradients: distance from the scalar set");
-    add_to_digest(t, result, p.kind);
+    add_to_digest(t, &p, result);
     if (fa_has_openmp()) {
         p.params.num_threads = 2;
         check_same_gradients(t, &p, dropout_p, result, "gradients: two threads");
@@ -1044,7 +1045,8 @@ static struct result check_case(struct tally *t, const struct shape *s, enum fa_
     }
     problem_free(&p);
     check_views(t, s, dtype, result);
-    if (has_gradients(s)) {
+    /* Those of bfloat16 are float32's, rounded: no set has loops of its own for them. */
+    if (has_gradients(s) && dtype != FA_BF16) {
         check_gradients(t, s, dtype);
     }
     return result;
