@@ -129,12 +129,13 @@ struct fa_ops {
                         const struct fa_keys *from);
 
     /* For at most few_rows rows, both products without packing:
-     * s[rows][columns] = q[rows][cols] keys, 0 beyond `keys`; columns: multiple of vl. */
+     * s[rows][columns] = q[rows][cols] keys, 0 beyond `keys`; columns: multiple of vl.  Multiplied by the
+     * factor where load_rows did not do that to q. */
     size_t few_rows;
     void (*few_scores)(size_t rows, size_t cols, size_t keys, size_t columns, const void *q,
-                       const struct fa_keys *from, void *s, size_t ld);
+                       const struct fa_keys *from, void *s, size_t ld, float factor);
     /* acc[rows][cols] += weights[rows][keys] values.  scratch: [rows][ldacc].  False, and acc as it was, if
-     * a sum is not finite: only matmul_skip_zeros is then right. */
+     * a sum is not finite, or a value is one that it does not take: only matmul_skip_zeros is then right. */
     bool (*few_values)(size_t rows, size_t keys, size_t cols, const void *weights, size_t ldw,
                        const struct fa_keys *from, void *scratch, void *acc, size_t ldacc);
 

@@ -286,10 +286,11 @@ static void group_scores(const struct fa_tile *tile, struct fa_workspace *ws, in
     char *scores = row + keys.lo * size;
 
     const void *q = ws->q + (tile->row_offset + r) * depth * size;
+    const float factor = fa_softmax_factor(head) != 0 ? 1 : (float)score_factor(g->params);
     if (tile->few) {
         const struct fa_keys from = fa_keys_from(&ws->keys, tile->begin + keys.lo);
         ops->few_scores((size_t)rows, (size_t)g->params->head_dim, (size_t)(keys.hi - keys.lo),
-                        (size_t)columns, q, &from, scores, (size_t)g->score_stride);
+                        (size_t)columns, q, &from, scores, (size_t)g->score_stride, factor);
     } else {
         const struct fa_product product = {
             .rows = (size_t)rows,
@@ -301,7 +302,7 @@ static void group_scores(const struct fa_tile *tile, struct fa_workspace *ws, in
             .b_panel = (size_t)(depth * nr),
             .c = scores,
             .c_row = (size_t)g->score_stride,
-            .factor = fa_softmax_factor(head) != 0 ? 1 : (float)score_factor(g->params),
+            .factor = factor,
         };
         ops->matmul(&product, &ws->wanted);
     }

@@ -132,8 +132,9 @@ FA_INLINE void FN(few_scores_of)(size_t rows, size_t cols, size_t keys, size_t c
 }
 
 static void FN(few_scores)(size_t rows, size_t cols, size_t keys, size_t columns, const void *q,
-                           const struct fa_keys *from, void *s, size_t ld)
+                           const struct fa_keys *from, void *s, size_t ld, float factor)
 {
+    (void)factor;
     switch (from->dtype) {
 #if WIDENS
     case FA_F16:

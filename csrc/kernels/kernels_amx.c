@@ -16,6 +16,8 @@
 
 #include "amx_matmul.h"
 
+#include "amx_few.h"
+
 /* For the forward pass over bfloat16: the tiles' own operations, and those of float32 between them. */
 static const struct fa_ops ops_bf16 = {
     .size = sizeof(float),
@@ -30,6 +32,9 @@ static const struct fa_ops ops_bf16 = {
     .load_rows = load_rows_bf16,
     .pack_keys = pack_keys_bf16,
     .pack_values = pack_values_bf16,
+    .few_rows = 1,
+    .few_scores = few_scores_bf16,
+    .few_values = few_values_bf16,
     .matmul = matmul_scores_bf16,
     .matmul_values = matmul_values_bf16,
     .matmul_skip_zeros = matmul_skip_zeros_bf16,

@@ -41,9 +41,9 @@ static const struct tile_config tile_config = {
     .rows = {UPPER_ROWS, UPPER_ROWS, LOWER_ROWS, LOWER_ROWS, UPPER_ROWS, LOWER_ROWS, 16, 16},
 };
 
-static void begin_tiles(void) { _tile_loadconfig(&tile_config); }
+static inline void begin_tiles(void) { _tile_loadconfig(&tile_config); }
 
-static void end_tiles(void) { _tile_release(); }
+static inline void end_tiles(void) { _tile_release(); }
 
 /* Compilers do not know that loads of tiles read memory: what was written before must be there. */
 static inline void finish_stores(void) { __asm__ volatile("" ::: "memory"); }
@@ -114,6 +114,7 @@ static inline vec_f32 v_plain_nan(vec_f32 x)
     return _mm512_mask_mov_ps(x, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_castsi512_ps(nan));
 }
 static inline vec_f32 v_as_f32(vec_u16 x) { return _mm512_castsi512_ps(x); }
+static inline vec_u16 v_as_u16(vec_f32 x) { return _mm512_castps_si512(x); }
 static inline vec_f32 v_pair_first(vec_u16 x) { return v_part_bf16(_mm512_castsi512_ps(x), 0); }
 static inline vec_f32 v_pair_second(vec_u16 x) { return v_part_bf16(_mm512_castsi512_ps(x), 1); }
 
