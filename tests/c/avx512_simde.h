@@ -12,13 +12,38 @@
 #define SIMDE_ENABLE_NATIVE_ALIASES
 #include <simde/x86/avx512.h>
 #include <simde/x86/fma.h>
+#include <math.h>
 #include <string.h>
 
 /* Missing from SIMDe 0.7.4, which Debian 12 has: three functions, and two aliases. */
+
+/* x less x rounded to a multiple of 2^-(imm / 16), ties to even. */
+static inline simde__m512 fa_reduce_ps(simde__m512 x, int imm)
+{
+    float lanes[16];
+    simde_mm512_storeu_ps(lanes, x);
+    for (int i = 0; i < 16; i++) {
+        const float scale = (float)(1 << (imm >> 4));
+        lanes[i] = isinf(lanes[i]) ? 0 : lanes[i] - rintf(lanes[i] * scale) / scale;
+    }
+    return simde_mm512_loadu_ps(lanes);
+}
 #undef _mm512_reduce_ps
-#define _mm512_reduce_ps(a, imm) _mm512_sub_ps(a, simde_mm512_roundscale_ps(a, imm))
+#define _mm512_reduce_ps(x, imm) fa_reduce_ps(x, imm)
+
+static inline simde__m512d fa_reduce_pd(simde__m512d x, int imm)
+{
+    double lanes[8];
+    simde_mm512_storeu_pd(lanes, x);
+    for (int i = 0; i < 8; i++) {
+        const double scale = 1 << (imm >> 4);
+        lanes[i] = isinf(lanes[i]) ? 0 : lanes[i] - rint(lanes[i] * scale) / scale;
+    }
+    return simde_mm512_loadu_pd(lanes);
+}
 #undef _mm512_reduce_pd
-#define _mm512_reduce_pd(a, imm) _mm512_sub_pd(a, simde_mm512_roundscale_pd(a, imm))
+#define _mm512_reduce_pd(x, imm) fa_reduce_pd(x, imm)
+
 #undef _mm_test_epi8_mask
 #define _mm_test_epi8_mask(a, b) _mm_cmpneq_epi8_mask(_mm_and_si128(a, b), _mm_setzero_si128())
 #undef _mm512_shuffle_f32x4
