@@ -17,8 +17,8 @@
  * then for the rest, 6 products instead of 5.
  *
  * A key block has one writer, a row's sums are added in order of key blocks within a group and of groups:
- * no atomics, and no bit depends on threads.  Memory beyond the gradients is the groups' sums of grad_q, for num_threads + 1
- * heads at most.
+ * no atomics, and no bit depends on threads.  Memory beyond the gradients is the groups' sums of grad_q, for
+ * num_threads + 1 heads at most.
  */
 #include "backward.h"
 

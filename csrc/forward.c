@@ -50,8 +50,8 @@ static void add_weighted_values(const struct fa_tile *tile, struct fa_workspace 
             .rows = (size_t)fa_min(group, tile->rows - r),
             .depth = (size_t)(keys.hi - keys.lo),
             .panels = (size_t)fa_ceil_div(cols, nr),
-            .a = weights + (r * g->block_k + keys.lo) * size,
-            .a_stride = (size_t)g->block_k,
+            .a = weights + (r * g->score_stride + keys.lo) * size,
+            .a_stride = (size_t)g->score_stride,
             .b = ws->v + (tile->begin + keys.lo) / parts * nr * size,
             .b_panel = (size_t)(g->block_k / parts * nr),
             .c = fa_state_from(g, &ws->part, tile->row_offset + r).acc,
@@ -83,20 +83,21 @@ static void weigh_tile(const struct fa_forward *forward, const struct fa_tile *t
     if (forward->col_max != NULL) {
         int64_t at = fa_column_offset(g, head_index, tile->block_key / g->block_k) +
                      tile->begin * (int64_t)ops->size;
-        ops->column_weights(scores, (size_t)g->block_k, (size_t)tile->rows, (size_t)tile->columns,
-                            forward->col_max + at, forward->col_inverse + at);
+        ops->column_weights(scores, (size_t)g->score_stride, (size_t)tile->rows,
+                            (size_t)tile->columns, forward->col_max + at,
+                            forward->col_inverse + at);
         return;
     }
     /* In a cut tile only what some row of the group may see has been computed, and the rest weighs 0. */
     const int64_t group = fa_tile_group(tile), size = (int64_t)ops->size;
-    const size_t ld = (size_t)g->block_k, ldacc = (size_t)g->block_dv;
+    const size_t ld = (size_t)g->score_stride, ldacc = (size_t)g->block_dv;
     const float factor = fa_softmax_factor(tile->head);
     for (int64_t r = 0; r < tile->rows; r += group) {
         const struct fa_key_range keys = fa_group_keys(tile, r);
         const struct fa_state state = fa_state_from(g, &ws->part, tile->row_offset + r);
         const size_t rows = (size_t)fa_min(group, tile->rows - r);
         const size_t columns = (size_t)fa_round_up(keys.hi - keys.lo, (int64_t)ops->nr);
-        char *s = scores + (r * g->block_k + keys.lo) * size;
+        char *s = scores + (r * g->score_stride + keys.lo) * size;
         if (factor != 0) {
             ops->softmax_update_scaled(s, ld, rows, columns, factor, &state, ldacc);
         } else {
@@ -110,8 +111,9 @@ static void scale_weights(const struct fa_tile *tile, struct fa_workspace *ws)
 {
     const struct fa_geometry *g = tile->head->geometry;
     if (ws->values.scale != NULL) {
-        g->ops->scale_weights(fa_tile_score_data(tile, ws), (size_t)g->block_k, (size_t)tile->rows,
-                              (size_t)tile->columns, ws->values.scale + tile->begin);
+        g->ops->scale_weights(fa_tile_score_data(tile, ws), (size_t)g->score_stride,
+                              (size_t)tile->rows, (size_t)tile->columns,
+                              ws->values.scale + tile->begin);
     }
 }
 

@@ -307,7 +307,7 @@ static void group_scores(const struct fa_tile *tile, struct fa_workspace *ws, in
         ops->matmul(&product, &ws->wanted);
     }
     if (ws->keys.scale != NULL) {
-        ops->scale_scores(scores, (size_t)g->block_k, (size_t)rows, (size_t)columns,
+        ops->scale_scores(scores, (size_t)g->score_stride, (size_t)rows, (size_t)columns,
                           ws->keys.scale + tile->begin + keys.lo);
     }
     if (g->params->softcap > 0) {
