@@ -162,7 +162,7 @@ static void pack_block(const struct fa_backward *b, struct key_block *block,
     if (block->packed) {
         return;
     }
-    fa_backward_pack(b, block->head, ws, block->key, block->live);
+    fa_backward_pack(block->head, ws, block->key, block->live);
     block->finite =
         g->ops->pack_values(ws->k_values, (size_t)g->block_k * g->ops->nr, (size_t)block->live,
                             (size_t)g->params->head_dim, &ws->tile.keys);

@@ -75,8 +75,8 @@ struct fa_key_range fa_backward_tile(const struct fa_backward *backward, const s
                                      bool weights_only);
 
 /* Pack the keys and values of a block for fa_backward_tile. */
-void fa_backward_pack(const struct fa_backward *backward, const struct fa_head *head,
-                      struct fa_backward_workspace *ws, int64_t block_key, int64_t keys);
+void fa_backward_pack(const struct fa_head *head, struct fa_backward_workspace *ws,
+                      int64_t block_key, int64_t keys);
 
 /* shift of every key, or delta and shift of every row; grad_bias. */
 void fa_backward_prepare_keys(struct fa_job *job, int64_t index, int thread);

@@ -62,11 +62,10 @@ struct fa_backward_workspace fa_backward_workspace_of(const struct fa_backward *
     return ws;
 }
 
-void fa_backward_pack(const struct fa_backward *backward, const struct fa_head *head,
-                      struct fa_backward_workspace *ws, int64_t block_key, int64_t keys)
+void fa_backward_pack(const struct fa_head *head, struct fa_backward_workspace *ws,
+                      int64_t block_key, int64_t keys)
 {
     const struct fa_geometry *g = head->geometry;
-    (void)backward;
     fa_locate_keys(head, &ws->tile, block_key, keys, 0);
     fa_pack_keys(head, &ws->tile, keys);
     /* V as K is: its product with grad_out is one of rows with rows. */
