@@ -157,7 +157,7 @@ struct fa_key_range fa_backward_tile(const struct fa_backward *backward, const s
         *range = (struct fa_key_range){tile.begin, tile.begin + tile.columns};
         all.lo = fa_min(all.lo, range->lo);
         all.hi = fa_max(all.hi, range->hi);
-        fa_tile_scores(&tile, &part);
+        fa_tile_scores(&tile, &part, false);
         if (!weights_only) {
             multiply_values(&tile, ws, r);
         }

@@ -3,7 +3,7 @@
  *
  *   for each task (batch, head, block_k keys)                     threads, one atomic counter
  *     pack the keys
- *     for each tile of FA_TILE_Q rows that may see one of them
+ *     for each tile of tile_q rows that may see one of them
  *       scores = q k^T, options applied
  *       running column maxima and sums, lanes along the keys
  *
@@ -32,13 +32,13 @@ static void run_column_task(struct fa_job *job, int64_t index, int thread)
     fa_head_init(&head, g, head_index);
     fa_begin_task(ops);
     ops->column_begin(col_max, col_sum, (size_t)g->block_k);
-    for (int64_t row = 0; row < g->rows; row += FA_TILE_Q) {
+    for (int64_t row = 0; row < g->rows; row += g->tile_q) {
         struct fa_tile tile;
         if (fa_job_checkpoint(job, thread)) {
             fa_end_task(ops);
             return;
         }
-        int64_t rows = fa_min(FA_TILE_Q, g->rows - row);
+        int64_t rows = fa_min(g->tile_q, g->rows - row);
         if (!fa_tile_init(&tile, &head, &ws, row, rows, 0, block_key)) {
             continue;
         }
@@ -49,8 +49,8 @@ static void run_column_task(struct fa_job *job, int64_t index, int thread)
             packed = true;
         }
         fa_load_rows(&head, &ws, row, rows);
-        fa_want_bias(&head, &ws, row + rows, fa_min(FA_TILE_Q, g->rows - row - rows), block_key);
-        fa_tile_scores(&tile, &ws);
+        fa_want_bias(&head, &ws, row + rows, fa_min(g->tile_q, g->rows - row - rows), block_key);
+        fa_tile_scores(&tile, &ws, false);
         ops->column_update(fa_tile_score_data(&tile, &ws), (size_t)g->block_k, (size_t)rows,
                            (size_t)tile.columns, col_max + tile.begin * size,
                            col_sum + tile.begin * size);

@@ -15,8 +15,8 @@ static int64_t count_tiles(const struct fa_geometry *g, const struct fa_head *he
                            struct fa_workspace *ws)
 {
     int64_t count = 0;
-    for (int64_t row = 0; row < head->rows; row += FA_TILE_Q) {
-        int64_t rows = fa_min(FA_TILE_Q, head->rows - row);
+    for (int64_t row = 0; row < head->rows; row += g->tile_q) {
+        int64_t rows = fa_min(g->tile_q, head->rows - row);
         for (int64_t block = 0; block < g->params->seqlen_k; block += g->block_k) {
             struct fa_tile tile;
             count += fa_tile_init(&tile, head, ws, row, rows, 0, block);
@@ -32,8 +32,7 @@ enum fa_status fa_attention_describe(const struct fa_attention_params *params,
     struct fa_geometry g;
     struct fa_plan tasks;
     int64_t per_thread, total, part = 0;
-    enum fa_status status =
-        fa_geometry_init(&g, params, fa_forward_ops(kernels, params->dtype, params->kv_dtype));
+    enum fa_status status = fa_geometry_init(&g, params, fa_forward_ops(kernels, params));
     if (status == FA_OK) {
         status = fa_plan_init(&tasks, &g);
     }
@@ -55,7 +54,7 @@ enum fa_status fa_attention_describe(const struct fa_attention_params *params,
     *plan = (struct fa_attention_plan){
         .block_q = g.block_q,
         .block_k = g.block_k,
-        .tile_q = FA_TILE_Q,
+        .tile_q = g.tile_q,
         .mr = (int64_t)g.ops->mr,
         .nr = (int64_t)g.ops->nr,
         .vl = (int64_t)g.ops->vl,
@@ -71,7 +70,7 @@ enum fa_status fa_attention_describe(const struct fa_attention_params *params,
     for (int64_t i = 0; i < heads; i++) {
         struct fa_head head;
         fa_head_init(&head, &g, i);
-        plan->tiles_total += fa_ceil_div(head.rows, FA_TILE_Q) * head_key_blocks(&head);
+        plan->tiles_total += fa_ceil_div(head.rows, g.tile_q) * head_key_blocks(&head);
         plan->tiles_computed += count_tiles(&g, &head, &ws);
     }
     fa_release(memory);

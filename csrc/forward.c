@@ -4,7 +4,7 @@
  *     load the rows of q, scaled                                  ws->q
  *     for each split of the keys that some row may see            absolute boundaries
  *       for each block of block_k keys                            absolute boundaries
- *         for each tile of FA_TILE_Q rows
+ *         for each tile of tile_q rows
  *           scores = q k^T, options applied                       ws->scores, L1
  *           weights in place; row_max, row_sum and acc kept up    online softmax, ws->part
  *           acc += weights v
@@ -15,7 +15,7 @@
  * and the task that finishes last folds all of them, in order.
  *
  * K and V of a block are packed when the first tile needs them: once per block_q rows, which costs
- * 2.5 / block_q + 0.5 / block_q of the products.  Every row's result depends on its own scores and on
+ * 2.5 / block_q + 0.5 / block_q of the products, or three times that by tiles.  Every row's result depends on its own scores and on
  * boundaries of blocks and splits only, so threads, batch and neighbours leave no trace in its bits.
  */
 #include "forward.h"
@@ -31,7 +31,7 @@ struct block {
     int64_t key, keys; /* [key, key + keys) */
     bool few;          /* read where it lies, not packed */
     bool ready;        /* located, and packed if it is to be */
-    bool finite;       /* all values are; with few: not known */
+    bool finite;       /* no value needs matmul_skip_zeros; with few: not known */
 };
 
 /* acc[tile rows] += weights v */
@@ -41,7 +41,7 @@ static void add_weighted_values(const struct fa_tile *tile, struct fa_workspace 
     const struct fa_geometry *g = tile->head->geometry;
     const struct fa_ops *ops = g->ops;
     const int64_t size = (int64_t)ops->size, nr = (int64_t)ops->nr;
-    const int64_t group = fa_tile_group(tile), parts = (int64_t)ops->parts;
+    const int64_t group = fa_tile_group(tile);
     const char *weights = fa_tile_score_data(tile, ws);
 
     for (int64_t r = 0; r < tile->rows; r += group) {
@@ -52,8 +52,8 @@ static void add_weighted_values(const struct fa_tile *tile, struct fa_workspace 
             .panels = (size_t)fa_ceil_div(cols, nr),
             .a = weights + (r * g->score_stride + keys.lo) * size,
             .a_stride = (size_t)g->score_stride,
-            .b = ws->v + (tile->begin + keys.lo) / parts * nr * size,
-            .b_panel = (size_t)(g->block_k / parts * nr),
+            .b = ws->v + fa_packed(ops, tile->begin + keys.lo) * nr * size,
+            .b_panel = (size_t)(fa_packed(ops, g->block_k) * nr),
             .c = fa_state_from(g, &ws->part, tile->row_offset + r).acc,
             .c_row = (size_t)g->block_dv,
             .accumulate = true,
@@ -74,8 +74,9 @@ static void add_weighted_values(const struct fa_tile *tile, struct fa_workspace 
     }
 }
 
+/* `beside`: a product to compute at the same time, or NULL. */
 static void weigh_tile(const struct fa_forward *forward, const struct fa_tile *tile,
-                       struct fa_workspace *ws, int64_t head_index)
+                       struct fa_workspace *ws, int64_t head_index, const struct fa_product *beside)
 {
     const struct fa_geometry *g = forward->geometry;
     const struct fa_ops *ops = g->ops;
@@ -98,7 +99,9 @@ static void weigh_tile(const struct fa_forward *forward, const struct fa_tile *t
         const size_t rows = (size_t)fa_min(group, tile->rows - r);
         const size_t columns = (size_t)fa_round_up(keys.hi - keys.lo, (int64_t)ops->nr);
         char *s = scores + (r * g->score_stride + keys.lo) * size;
-        if (factor != 0) {
+        if (beside != NULL) {
+            ops->softmax_update_beside(s, ld, rows, columns, &state, ldacc, beside, &ws->wanted);
+        } else if (factor != 0) {
             ops->softmax_update_scaled(s, ld, rows, columns, factor, &state, ldacc);
         } else {
             ops->softmax_update(s, ld, rows, columns, &state, ldacc);
@@ -125,8 +128,8 @@ static void want_next(const struct fa_task *task, struct fa_workspace *ws, int64
         r = 0;
         block_key += task->head.geometry->block_k;
     }
-    fa_want_bias(&task->head, ws, task->first_row + r, fa_min(FA_TILE_Q, task->rows - r),
-                 block_key);
+    const int64_t tile_q = task->head.geometry->tile_q;
+    fa_want_bias(&task->head, ws, task->first_row + r, fa_min(tile_q, task->rows - r), block_key);
 }
 
 /* Find and pack the keys when the first tile needs them. */
@@ -144,30 +147,68 @@ static void prepare_block(struct block *block, const struct fa_task *task, struc
     block->ready = true;
 }
 
-/* One key block against all rows of the task. */
+/* The first tile from row *r of the task on that a key of the block takes part in. */
+static bool find_tile(struct fa_tile *tile, const struct fa_task *task, struct fa_workspace *ws,
+                      int64_t block_key, int64_t *r)
+{
+    const int64_t tile_q = task->head.geometry->tile_q;
+    for (; *r < task->rows; *r += tile_q) {
+        const int64_t rows = fa_min(tile_q, task->rows - *r);
+        if (fa_tile_init(tile, &task->head, ws, task->first_row + *r, rows, *r, block_key)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+static void swap_scores(struct fa_workspace *ws)
+{
+    char *scores = ws->scores;
+    ws->scores = ws->scores_ahead;
+    ws->scores_ahead = scores;
+}
+
+/* One key block against all rows of the task.  Where a set computes products beside the softmax, each tile
+ * leaves behind the product of the next: `ready`. */
 static void attend_block(const struct fa_forward *forward, const struct fa_task *task,
                          struct fa_workspace *ws, int64_t block_key, int64_t keys)
 {
-    const struct fa_head *head = &task->head;
+    const struct fa_ops *ops = forward->geometry->ops;
+    const int64_t tile_q = forward->geometry->tile_q;
+    const bool beside = ops->softmax_update_beside != NULL && forward->col_max == NULL;
     struct block block = {.key = block_key, .keys = keys};
-    block.few = task->rows <= (int64_t)forward->geometry->ops->few_rows;
+    struct fa_tile tile, next;
+    int64_t r = 0;
+    bool ready = false, more = find_tile(&tile, task, ws, block_key, &r);
 
-    for (int64_t r = 0; r < task->rows; r += FA_TILE_Q) {
-        struct fa_tile tile;
-        int64_t rows = fa_min(FA_TILE_Q, task->rows - r);
-        if (!fa_tile_init(&tile, head, ws, task->first_row + r, rows, r, block_key)) {
-            continue;
-        }
+    block.few = task->rows <= (int64_t)ops->few_rows &&
+                (size_t)forward->geometry->params->head_dim <= ops->few_cols;
+    while (more) {
+        int64_t next_r = r + tile_q;
+        struct fa_product product;
         tile.few = block.few;
         prepare_block(&block, task, ws);
-        want_next(task, ws, r + rows, block_key);
-        fa_tile_scores(&tile, ws);
-        weigh_tile(forward, &tile, ws, task->head_index);
+        want_next(task, ws, fa_min(next_r, task->rows), block_key);
+        fa_tile_scores(&tile, ws, ready);
+        /* After the scores of this one, whose mask lies where that of the next will. */
+        more = find_tile(&next, task, ws, block_key, &next_r);
+        ready = more && beside;
+        if (ready) {
+            product = fa_tile_product_ahead(&next, ws);
+        }
+        weigh_tile(forward, &tile, ws, task->head_index, ready ? &product : NULL);
         /* After row_sum: what is dropped stays in the denominator. */
         fa_draw_dropout(&tile, ws);
         fa_apply_dropout(&tile, ws, fa_tile_score_data(&tile, ws));
         scale_weights(&tile, ws);
         add_weighted_values(&tile, ws, task->cols, &block);
+        if (ready) {
+            swap_scores(ws);
+        }
+        if (more) {
+            tile = next;
+            r = next_r;
+        }
     }
 }
 
@@ -373,8 +414,7 @@ enum fa_status fa_attention(const struct fa_attention_params *params,
                             const struct fa_kernels *kernels)
 {
     struct fa_geometry geometry;
-    enum fa_status status = fa_geometry_init(
-        &geometry, params, fa_forward_ops(kernels, params->dtype, params->kv_dtype));
+    enum fa_status status = fa_geometry_init(&geometry, params, fa_forward_ops(kernels, params));
     if (status != FA_OK) {
         return status;
     }

@@ -3,11 +3,12 @@
 #include <string.h>
 
 /* Bytes of a row of the score tile: 24 rows are 12 KiB, which leaves the Q rows and a packed panel
- * their place in a 32 KiB L1. */
+ * their place in a 32 KiB L1; by tiles two of 32 rows are 32 KiB of 48. */
 #define SCORE_ROW_BYTES 512
 
-/* Bytes of packed K per block: with V's equal share half of a 256 KiB L2, the smallest in use.  Long
- * heads halve the block, down to what a register tile of any set divides. */
+/* Bytes of K per block, as they are or packed, whichever is less: with V's equal share half of a 256 KiB L2, the
+ * smallest in use; in three parts they are half as much again, where L2 has 2 MiB.  Long heads halve the block, down
+ * to what a register tile of any set divides. */
 #define KEY_BLOCK_BYTES (64 * 1024)
 #define MIN_BLOCK_K 32
 
@@ -37,7 +38,8 @@ static int64_t choose_block_k(const struct fa_geometry *g)
 {
     int64_t size = (int64_t)g->ops->size;
     int64_t block_k = SCORE_ROW_BYTES / size;
-    while (block_k > MIN_BLOCK_K && block_k * size > KEY_BLOCK_BYTES / fa_max(g->depth, 1)) {
+    const int64_t width = fa_max(1, fa_min(g->params->head_dim, g->depth));
+    while (block_k > MIN_BLOCK_K && block_k * size > KEY_BLOCK_BYTES / width) {
         block_k /= 2;
     }
     return block_k;
@@ -47,16 +49,16 @@ static int64_t choose_block_k(const struct fa_geometry *g)
  * splits (plan.c): cut, each part would pack all of K and V. */
 static int64_t choose_block_q(const struct fa_geometry *g)
 {
-    int64_t size = (int64_t)g->ops->size;
+    int64_t size = (int64_t)g->ops->size, tile_q = g->tile_q;
     int64_t width = fa_max(1, g->params->head_dim + fa_min(g->params->head_dim_v, g->block_dv));
-    int64_t most = fa_min(MAX_BLOCK_Q, fa_max(FA_TILE_Q, ROW_BLOCK_BYTES / size / width));
+    int64_t most = fa_min(MAX_BLOCK_Q, fa_max(tile_q, ROW_BLOCK_BYTES / size / width));
     int64_t blocks = fa_ceil_div(g->rows, most);
     if (g->num_threads > 1 && g->rows > FA_MAX_SPLIT_ROWS) {
         int64_t heads = fa_max(1, g->batch * g->heads * g->dv_blocks);
         blocks = fa_max(blocks, fa_ceil_div(FA_TASKS_PER_THREAD * g->num_threads, heads));
     }
     int64_t rows = fa_ceil_div(g->rows, fa_max(1, blocks));
-    return fa_min(fa_round_up(rows, FA_TILE_Q), g->rows);
+    return fa_min(fa_round_up(rows, tile_q), g->rows);
 }
 
 /* Queries or keys of a batch entry. */
@@ -122,14 +124,14 @@ enum fa_status fa_geometry_init(struct fa_geometry *geometry,
     if (!fa_multiply(g.batch, g.heads, &heads) ||
         !fa_multiply(params->seqlen_q, g.stacked, &g.rows) ||
         !fa_multiply(fa_max(heads, 1), fa_max(g.rows, params->seqlen_k), &tasks) ||
-        !fa_multiply(params->head_dim, 4 * FA_TILE_Q, &padded) ||
+        !fa_multiply(params->head_dim, 4 * FA_MAX_TILE_Q, &padded) ||
         !fa_multiply(fa_max(tasks, 1), fa_ceil_div(params->head_dim_v, BLOCK_DV) + 1, &padded) ||
-        !fa_multiply(fa_max(g.rows, params->seqlen_k), 4 * FA_TILE_Q, &padded)) {
+        !fa_multiply(fa_max(g.rows, params->seqlen_k), 4 * FA_MAX_TILE_Q, &padded)) {
         return FA_OVERFLOW;
     }
     g.rows = longest(&g, params->q_starts, params->seqlen_q) * g.stacked;
-    g.depth =
-        fa_round_up(fa_ceil_div(params->head_dim, (int64_t)ops->parts), (int64_t)ops->depth_step);
+    g.depth = fa_packed(ops, fa_round_up(params->head_dim, (int64_t)ops->depth_step));
+    g.tile_q = (int64_t)ops->tile_q;
     g.block_k = choose_block_k(&g);
     g.score_stride = g.block_k;
     g.block_dv = fa_min(BLOCK_DV, fa_round_up(params->head_dim_v, (int64_t)ops->nr));

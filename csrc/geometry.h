@@ -29,6 +29,7 @@ struct fa_geometry {
     int64_t rows; /* of a head: seqlen_q * stacked; the longest's with packed sequences */
     int64_t batch;       /* product of batch_shape */
     int64_t depth; /* elements of the workspace in a row of q and in a packed key */
+    int64_t tile_q; /* rows of a score tile */
     int64_t block_k; /* keys per block: fixed by head_dim and dtype alone */
     int64_t split_k; /* keys per split, a whole number of blocks: likewise */
     int64_t score_stride; /* elements from a row of scores to the next; at least block_k */
@@ -76,6 +77,12 @@ static inline int64_t fa_row_token(const struct fa_geometry *geometry, int64_t r
 static inline int64_t fa_row_member(const struct fa_geometry *geometry, int64_t row)
 {
     return geometry->stacked == 1 ? 0 : row % geometry->stacked;
+}
+
+/* Elements of the workspace that `n` elements take where products want them; n: a multiple of depth_step. */
+static inline int64_t fa_packed(const struct fa_ops *ops, int64_t n)
+{
+    return n * (int64_t)ops->packed_halves / 2;
 }
 
 /* Keys [lo, hi) that causal, window and kv_lengths leave to a token.  Empty: lo == hi.  Both ends grow

@@ -22,8 +22,10 @@
 #define FA_LN_2 0.69314718055994530942
 
 /* Rows of a score tile.  A multiple of every set's MR; small enough that the score tile, its Q rows
- * and one packed panel share a 32 KiB L1 (24 x 128 float32 scores = 12 KiB). */
+ * and one packed panel share a 32 KiB L1 (24 x 128 float32 scores = 12 KiB).  A table of its own for the forward
+ * pass may take another number, up to FA_MAX_TILE_Q. */
 #define FA_TILE_Q 24
+#define FA_MAX_TILE_Q 32
 
 /* Bytes of a cache line on the machines that the kernel sets are for. */
 #define FA_LINE 64
@@ -31,7 +33,7 @@
 /* Caller memory that is wanted soon, for the products to fetch while they compute: `rows` stretches of
  * `bytes` bytes.  Zero bytes want nothing. */
 struct fa_wanted {
-    const char *row[FA_TILE_Q];
+    const char *row[FA_MAX_TILE_Q];
     size_t rows, bytes;
     size_t next_row, next_byte; /* not asked for yet */
 };
@@ -100,14 +102,16 @@ struct fa_row_terms {
 
 /* The inner loops for one element type ("real").
  *
- * A set may have a table of its own for bfloat16, whose products take what they multiply in this type.  Then
- * `parts` of its elements share an element of the workspace: of head_dim in the rows of q and the packed
- * keys, of the keys in the packed values.  Scores, row_max, row_sum and acc are `real` all the same. */
+ * A set may have a table of its own for the forward pass over a type, whose products take what they multiply in
+ * another form than `real`: an element of it takes `packed_halves` halves of an element of the workspace, of
+ * head_dim in the rows of q and the packed keys, of the keys in the packed values.  Scores, row_max, row_sum and
+ * acc are `real` all the same. */
 struct fa_ops {
     size_t size; /* bytes of an element */
+    size_t tile_q; /* rows of a score tile, a multiple of mr */
     size_t mr, nr; /* rows and columns of the register tile; nr is a whole number of vectors */
     size_t vl; /* lanes of a vector */
-    size_t parts; /* 1, or 2: see above */
+    size_t packed_halves; /* 2 where elements are packed as they are: see above */
     size_t depth_step; /* elements of a row of q and of a packed key: a multiple of this */
     size_t row_step; /* products touch rows of q, scores and acc up to a multiple of this */
 
@@ -124,14 +128,15 @@ struct fa_ops {
     void (*pack_keys)(void *dst, size_t keys, size_t cols, const struct fa_keys *from);
 
     /* Copy values into panels dst[col / nr][key][col % nr], panel_stride elements apart, zero beyond
-     * `cols` up to a whole panel.  Returns whether every value is finite. */
+     * `cols` up to a whole panel.  Returns whether matmul_values may have them: every value is finite, or what
+     * the set says besides. */
     bool (*pack_values)(void *dst, size_t panel_stride, size_t keys, size_t cols,
                         const struct fa_keys *from);
 
     /* For at most few_rows rows, both products without packing:
      * s[rows][columns] = q[rows][cols] keys, 0 beyond `keys`; columns: multiple of vl.  Multiplied by the
      * factor where load_rows did not do that to q. */
-    size_t few_rows;
+    size_t few_rows, few_cols; /* head_dim is few_cols at most */
     void (*few_scores)(size_t rows, size_t cols, size_t keys, size_t columns, const void *q,
                        const struct fa_keys *from, void *s, size_t ld, float factor);
     /* acc[rows][cols] += weights[rows][keys] values.  scratch: [rows][ldacc].  False, and acc as it was, if
@@ -170,6 +175,10 @@ struct fa_ops {
      * where a row needs it.  n: multiple of vl. */
     void (*softmax_update)(void *s, size_t ld, size_t rows, size_t n, const struct fa_state *state,
                            size_t ldacc);
+    /* Nullable.  The same, and a matmul of the tile that follows at the same time. */
+    void (*softmax_update_beside)(void *s, size_t ld, size_t rows, size_t n,
+                                  const struct fa_state *state, size_t ldacc,
+                                  const struct fa_product *product, struct fa_wanted *wanted);
     /* Nullable.  The same of scores that are to be multiplied by a finite factor > 0 first. */
     void (*softmax_update_scaled)(void *s, size_t ld, size_t rows, size_t n, float factor,
                                   const struct fa_state *state, size_t ldacc);
@@ -230,12 +239,13 @@ struct fa_ops {
 struct fa_kernels {
     const char *name;
     const struct fa_ops *f32, *f64;
-    const struct fa_ops *bf16; /* nullable: f32 does it */
+    /* The forward pass over q, k and v of one type; nullable: f32 does it. */
+    const struct fa_ops *forward_f32, *forward_bf16;
 };
 
 /* One per kernel file; dispatch.c lists those that are built in. */
 extern const struct fa_kernels fa_kernels_scalar, fa_kernels_avx2, fa_kernels_avx512,
-    fa_kernels_amx, fa_kernels_neon;
+    fa_kernels_amx, fa_kernels_amx_f32, fa_kernels_neon;
 
 /* The operations that compute with elements of a type. */
 static inline const struct fa_ops *fa_ops_for(const struct fa_kernels *kernels, enum fa_dtype dtype)
@@ -243,13 +253,19 @@ static inline const struct fa_ops *fa_ops_for(const struct fa_kernels *kernels, 
     return dtype == FA_F64 ? kernels->f64 : kernels->f32;
 }
 
-/* The operations of the forward pass over q, k and v of these types. */
+/* The operations of the forward pass.  float32 by tiles is for softmax over keys: the backward pass, which computes
+ * scores without them, repeats weights over queries from sums of the forward pass, and feels the difference. */
 static inline const struct fa_ops *fa_forward_ops(const struct fa_kernels *kernels,
-                                                  enum fa_dtype dtype, enum fa_dtype kv_dtype)
+                                                  const struct fa_attention_params *params)
 {
-    return kernels->bf16 != NULL && dtype == FA_BF16 && kv_dtype == FA_BF16
-               ? kernels->bf16
-               : fa_ops_for(kernels, dtype);
+    const struct fa_ops *own = NULL;
+    if (params->dtype == FA_BF16 && params->kv_dtype == FA_BF16) {
+        own = kernels->forward_bf16;
+    } else if (params->dtype == FA_F32 && params->kv_dtype == FA_F32 &&
+               params->softmax_axis == FA_SOFTMAX_KEYS) {
+        own = kernels->forward_f32;
+    }
+    return own != NULL ? own : fa_ops_for(kernels, params->dtype);
 }
 
 static inline void fa_begin_task(const struct fa_ops *ops)

@@ -91,7 +91,6 @@ void fa_pack_keys(const struct fa_head *head, struct fa_workspace *ws, int64_t k
 bool fa_pack_values(const struct fa_head *head, struct fa_workspace *ws, int64_t keys, int64_t cols)
 {
     const struct fa_geometry *g = head->geometry;
-    return g->ops->pack_values(ws->v,
-                               (size_t)(g->block_k / (int64_t)g->ops->parts * (int64_t)g->ops->nr),
+    return g->ops->pack_values(ws->v, (size_t)(fa_packed(g->ops, g->block_k) * (int64_t)g->ops->nr),
                                (size_t)keys, (size_t)cols, &ws->values);
 }

@@ -126,7 +126,7 @@ bool fa_tile_init(struct fa_tile *tile, const struct fa_head *head, struct fa_wo
     const int64_t lo = fa_max(keys.lo, block_key), hi = fa_min(keys.hi, block_key + g->block_k);
     const int64_t panel = (int64_t)g->ops->nr;
 
-    FA_ASSERT(rows >= 1 && rows <= FA_TILE_Q);
+    FA_ASSERT(rows >= 1 && rows <= g->tile_q);
     if (lo >= hi) {
         return false;
     }
@@ -197,10 +197,10 @@ void fa_load_rows(const struct fa_head *head, struct fa_workspace *ws, int64_t f
     const struct fa_geometry *g = head->geometry;
     const struct fa_attention_params *p = g->params;
     const double scale = score_factor(p);
-    const char *src[FA_TILE_Q];
+    const char *src[FA_MAX_TILE_Q];
 
-    for (int64_t r = 0; r < rows; r += FA_TILE_Q) {
-        const int64_t count = fa_min(FA_TILE_Q, rows - r);
+    for (int64_t r = 0; r < rows; r += FA_MAX_TILE_Q) {
+        const int64_t count = fa_min(FA_MAX_TILE_Q, rows - r);
         for (int64_t i = 0; i < count; i++) {
             const int64_t row = first_row + r + i;
             src[i] = head->q + fa_row_member(g, row) * p->q.head + fa_row_token(g, row) * p->q.row;
@@ -272,39 +272,58 @@ void fa_want_bias(const struct fa_head *head, struct fa_workspace *ws, int64_t f
     }
 }
 
-/* Scores of the tile's rows [r, r + rows). */
+/* q k^T of the tile's rows [r, r + rows), `scores` being its first score of row 0. */
+static struct fa_product group_product(const struct fa_tile *tile, const struct fa_workspace *ws,
+                                       char *scores, int64_t r, int64_t rows)
+{
+    const struct fa_geometry *g = tile->head->geometry;
+    const struct fa_key_range keys = fa_group_keys(tile, r);
+    const int64_t size = (int64_t)g->ops->size, nr = (int64_t)g->ops->nr, depth = g->depth;
+    const float factor = fa_softmax_factor(tile->head) != 0 ? 1 : (float)score_factor(g->params);
+    return (struct fa_product){
+        .rows = (size_t)rows,
+        .depth = (size_t)depth,
+        .panels = (size_t)fa_ceil_div(keys.hi - keys.lo, nr),
+        .a = ws->q + (tile->row_offset + r) * depth * size,
+        .a_stride = (size_t)depth,
+        .b = ws->k + (tile->begin + keys.lo) * depth * size,
+        .b_panel = (size_t)(depth * nr),
+        .c = scores + (r * g->score_stride + keys.lo) * size,
+        .c_row = (size_t)g->score_stride,
+        .factor = factor,
+    };
+}
+
+struct fa_product fa_tile_product_ahead(const struct fa_tile *tile, const struct fa_workspace *ws)
+{
+    FA_ASSERT(!tile->few && fa_tile_group(tile) >= tile->rows);
+    return group_product(tile, ws, fa_tile_scores_in(tile, ws->scores_ahead), 0, tile->rows);
+}
+
+/* Scores of the tile's rows [r, r + rows); the product may be there already. */
 static void group_scores(const struct fa_tile *tile, struct fa_workspace *ws, int64_t r,
-                         int64_t rows)
+                         int64_t rows, bool ready)
 {
     const struct fa_head *head = tile->head;
     const struct fa_geometry *g = head->geometry;
     const struct fa_ops *ops = g->ops;
     const struct fa_key_range keys = fa_group_keys(tile, r);
-    const int64_t size = (int64_t)ops->size, nr = (int64_t)ops->nr;
-    const int64_t depth = g->depth, columns = fa_round_up(keys.hi - keys.lo, nr);
+    const int64_t size = (int64_t)ops->size;
+    const int64_t columns = fa_round_up(keys.hi - keys.lo, (int64_t)ops->nr);
     char *row = (char *)fa_tile_score_data(tile, ws) + r * g->score_stride * size;
     char *scores = row + keys.lo * size;
 
-    const void *q = ws->q + (tile->row_offset + r) * depth * size;
-    const float factor = fa_softmax_factor(head) != 0 ? 1 : (float)score_factor(g->params);
-    if (tile->few) {
-        const struct fa_keys from = fa_keys_from(&ws->keys, tile->begin + keys.lo);
-        ops->few_scores((size_t)rows, (size_t)g->params->head_dim, (size_t)(keys.hi - keys.lo),
-                        (size_t)columns, q, &from, scores, (size_t)g->score_stride, factor);
-    } else {
-        const struct fa_product product = {
-            .rows = (size_t)rows,
-            .depth = (size_t)depth,
-            .panels = (size_t)(columns / nr),
-            .a = q,
-            .a_stride = (size_t)depth,
-            .b = ws->k + (tile->begin + keys.lo) * depth * size,
-            .b_panel = (size_t)(depth * nr),
-            .c = scores,
-            .c_row = (size_t)g->score_stride,
-            .factor = factor,
-        };
-        ops->matmul(&product, &ws->wanted);
+    if (!ready) {
+        const struct fa_product product =
+            group_product(tile, ws, fa_tile_score_data(tile, ws), r, rows);
+        if (tile->few) {
+            const struct fa_keys from = fa_keys_from(&ws->keys, tile->begin + keys.lo);
+            ops->few_scores(product.rows, (size_t)g->params->head_dim, (size_t)(keys.hi - keys.lo),
+                            (size_t)columns, product.a, &from, product.c, product.c_row,
+                            product.factor);
+        } else {
+            ops->matmul(&product, &ws->wanted);
+        }
     }
     if (ws->keys.scale != NULL) {
         ops->scale_scores(scores, (size_t)g->score_stride, (size_t)rows, (size_t)columns,
@@ -326,11 +345,11 @@ static void group_scores(const struct fa_tile *tile, struct fa_workspace *ws, in
     }
 }
 
-void fa_tile_scores(const struct fa_tile *tile, struct fa_workspace *ws)
+void fa_tile_scores(const struct fa_tile *tile, struct fa_workspace *ws, bool ready)
 {
     const int64_t group = fa_tile_group(tile);
     for (int64_t r = 0; r < tile->rows; r += group) {
-        group_scores(tile, ws, r, fa_min(group, tile->rows - r));
+        group_scores(tile, ws, r, fa_min(group, tile->rows - r), ready);
     }
 }
 

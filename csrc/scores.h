@@ -1,4 +1,4 @@
-/* Score tiles: which keys of a block take part for FA_TILE_Q rows, and their scores with every option
+/* Score tiles: which keys of a block take part for tile_q rows, and their scores with every option
  * applied.  Shared by all forms of softmax. */
 #ifndef FA_SCORES_H
 #define FA_SCORES_H
@@ -6,7 +6,7 @@
 #include "geometry.h"
 #include "workspace.h"
 
-/* FA_TILE_Q rows or fewer against a stretch of one key block. */
+/* tile_q rows or fewer against a stretch of one key block. */
 struct fa_tile {
     const struct fa_head *head;
     int64_t first_row, rows; /* rows of the head */
@@ -42,8 +42,13 @@ void fa_load_rows(const struct fa_head *head, struct fa_workspace *ws, int64_t f
 void fa_want_bias(const struct fa_head *head, struct fa_workspace *ws, int64_t first_row,
                   int64_t rows, int64_t block_key);
 
-/* Base-2 scores of the tile, -inf where a key takes no part, into ws->scores [rows][columns]. */
-void fa_tile_scores(const struct fa_tile *tile, struct fa_workspace *ws);
+/* Base-2 scores of the tile, -inf where a key takes no part, into ws->scores [rows][columns].  `ready`: their
+ * product has been computed there. */
+void fa_tile_scores(const struct fa_tile *tile, struct fa_workspace *ws, bool ready);
+
+/* That product, for a tile of one group of rows, into ws->scores_ahead: so softmax_update can compute it beside
+ * the weights of the tile before, whose ws->scores are in use. */
+struct fa_product fa_tile_product_ahead(const struct fa_tile *tile, const struct fa_workspace *ws);
 
 /* What ops->softmax_update_scaled is to multiply a head's scores by, because nothing before it needs them
  * multiplied; 0: they are. */
@@ -64,10 +69,15 @@ static inline struct fa_keys fa_keys_from(const struct fa_keys *keys, int64_t ke
     return rest;
 }
 
-/* Address of the tile's first score of row 0, and the leading dimension of score rows. */
+/* Address of the tile's first score of row 0. */
+static inline char *fa_tile_scores_in(const struct fa_tile *tile, char *scores)
+{
+    return scores + tile->begin * (int64_t)tile->head->geometry->ops->size;
+}
+
 static inline void *fa_tile_score_data(const struct fa_tile *tile, struct fa_workspace *ws)
 {
-    return ws->scores + tile->begin * (int64_t)tile->head->geometry->ops->size;
+    return fa_tile_scores_in(tile, ws->scores);
 }
 
 #endif

@@ -52,7 +52,8 @@ struct fa_state fa_state_at(const struct fa_geometry *geometry, int64_t rows, ch
 
 struct layout {
     struct state_layout part, total;
-    int64_t q, k, v, scores, mask, segments, k_row, v_row, k_scale, v_scale, factors, bytes;
+    int64_t q, k, v, scores, scores_ahead, mask, segments, k_row, v_row, k_scale, v_scale, factors,
+        bytes;
 };
 
 static bool lay_out(const struct fa_geometry *g, struct layout *at)
@@ -66,16 +67,18 @@ static bool lay_out(const struct fa_geometry *g, struct layout *at)
         lay_out_state(g, g->block_q, &total, &at->part) &&
         lay_out_state(g, g->params->seqlen_k > g->split_k ? g->block_q : 0, &total, &at->total) &&
         reserve(&total, &at->k, g->block_k, g->depth, size) &&
-        reserve(&total, &at->v, g->block_k, g->block_dv, size) &&
-        reserve(&total, &at->scores, FA_TILE_Q, g->block_k, size) &&
-        reserve(&total, &at->mask, FA_TILE_Q, g->block_k, 1) &&
+        reserve(&total, &at->v, fa_packed(g->ops, g->block_k), g->block_dv, size) &&
+        reserve(&total, &at->scores, g->tile_q, g->block_k, size) &&
+        reserve(&total, &at->scores_ahead, g->ops->softmax_update_beside != NULL ? g->tile_q : 0,
+                g->block_k, size) &&
+        reserve(&total, &at->mask, g->tile_q, g->block_k, 1) &&
         reserve(&total, &at->segments, g->block_k, 1, (int64_t)sizeof(int64_t)) &&
         reserve(&total, &at->k_row, g->block_k + fa_keys_ahead(g->params->kv_dtype), 1,
                 (int64_t)sizeof(char *)) &&
         reserve(&total, &at->v_row, g->block_k + fa_keys_ahead(g->params->kv_dtype), 1,
                 (int64_t)sizeof(char *)) &&
         reserve(&total, &at->k_scale, g->block_k, 1, (int64_t)sizeof(float)) &&
-        reserve(&total, &at->factors, g->params->dropout_p > 0 ? FA_TILE_Q : 0, g->block_k, size) &&
+        reserve(&total, &at->factors, g->params->dropout_p > 0 ? g->tile_q : 0, g->block_k, size) &&
         reserve(&total, &at->v_scale, g->block_k, 1, (int64_t)sizeof(float));
     at->bytes = total;
     return ok;
@@ -103,6 +106,7 @@ struct fa_workspace fa_workspace_of(const struct fa_geometry *geometry, char *me
         .k = base + at.k,
         .v = base + at.v,
         .scores = base + at.scores,
+        .scores_ahead = base + at.scores_ahead,
         .mask = (uint8_t *)base + at.mask,
         .segments = (int64_t *)(void *)(base + at.segments),
         .k_row = (const char **)(void *)(base + at.k_row),

@@ -22,17 +22,19 @@ struct fa_workspace {
     struct fa_state part;  /* [block_q] rows, ldacc block_dv: of one split */
     struct fa_state total; /* of all splits so far */
     char *k;            /* real [block_k / nr][depth][nr]: packed keys */
-    char *v;            /* real [block_dv / nr][block_k / parts][nr]: packed values */
-    char *scores;       /* real [FA_TILE_Q][block_k] */
+    char *v;            /* real [block_dv / nr][fa_packed(block_k)][nr]: packed values */
+    char *scores;       /* real [tile_q][block_k] */
+    char *
+        scores_ahead; /* the same, for sets that compute the next tile's product beside the softmax */
     char *slope; /* NULL, or for softcap's slopes, like scores: the backward pass sets it */
-    uint8_t *mask; /* [FA_TILE_Q][block_k]: 1 where a key takes part */
+    uint8_t *mask; /* [tile_q][block_k]: 1 where a key takes part */
     int64_t *segments; /* [block_k]: segment ids of the keys of a block */
     const char *segments_loaded; /* where they came from; NULL: nowhere yet */
     struct fa_segment_range segment_range;
     /* [block_k + fa_keys_ahead]: where the keys of a block lie; [block_k]: their scales */
     const char **k_row, **v_row;
     float *k_scale, *v_scale;
-    char *factors;      /* real [FA_TILE_Q][block_k]: of dropout */
+    char *factors; /* real [tile_q][block_k]: of dropout */
     struct fa_keys keys, values; /* of a block, in caller memory */
     struct fa_wanted wanted; /* what the products fetch meanwhile */
 };

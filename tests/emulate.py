@@ -41,6 +41,9 @@ PACKAGES = {
 EXP2_STEP = 499
 
 LINE = re.compile(r"^(\w+) +\d+ cases, .* digest (\w+)$", re.MULTILINE)
+# What SIMDe stands in for.
+SIMDE_SETS = ("avx512", "amx", "amx_f32")
+
 CLOSING_LINE = re.compile(r"^(\d+) passed, (\d+) failed$", re.MULTILINE)
 
 
@@ -120,7 +123,8 @@ def build(
     own_flags = {f"kernels_{name}": own for name, own in sets.items()}
     if simde:
         own_flags["kernels_avx512"] = simde_flags()
-        own_flags["kernels_amx"] = simde_flags("amx_emulated.h")
+        for name in ("kernels_amx", "kernels_amx_f32"):
+            own_flags[name] = simde_flags("amx_emulated.h")
         own_flags["dispatch"] = [
             f"-Dfa_cpu_has_{name}=fa_cpu_has_avx2" for name in ("avx512", "amx")
         ]
@@ -227,9 +231,9 @@ def main() -> int:
         native = outcomes[0]
         folder = BUILD / "simde"
         program = build(folder, compiler, machine, openmp=False, simde=True)
-        simde = run(program, "SIMDe over AVX2", "avx512", "amx")
+        simde = run(program, "SIMDe over AVX2", *SIMDE_SETS)
         outcomes += [simde, same_bits("natively and through SIMDe", native, simde)]
-        for name in ("avx512", "amx"):
+        for name in SIMDE_SETS:
             if name not in native.digests:
                 print(f"{name} did not run natively: this CPU or its operating system lacks it")
         outcomes.append(run_exp2(folder, compiler, "avx512", simde_flags()))

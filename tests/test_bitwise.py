@@ -241,6 +241,30 @@ def test_rows_in_chunks_without_causal(dtype: Any) -> None:
 
 
 @each_dtype
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+@pytest.mark.parametrize("special", ["nan", "inf", "-inf", "largest", "smallest", "tiny"])
+@pytest.mark.parametrize("head_dim", [40, 64, 300])
+def test_special_numbers_in_chunks(head_dim: int, special: str, where: str, dtype: Any) -> None:
+    """Every form of the products treats numbers alike that some instructions cannot multiply."""
+    limits = np.finfo(dtype)
+    named = {"largest": limits.max, "smallest": limits.smallest_subnormal, "tiny": 1e-33}
+    value = dtype(named[special] if special in named else special)
+    arrays = dict(zip("qkv", make((37, 200, head_dim, head_dim), dtype), strict=True))
+    arrays[where][..., 3::17, 2::9] = value
+    q, k, v = arrays["q"], arrays["k"], arrays["v"]
+    with np.errstate(all="ignore"):
+        whole = fa.attention(q, k, v)
+        for size in (1, 5, 20):
+            parts = [fa.attention(q[..., i : i + size, :], k, v) for i in range(0, 37, size)]
+            same(np.concatenate(parts, axis=-2), whole)
+        exact = fa.reference.attention(q, k, v)
+    if special == "largest":
+        return  # of float64 the reference itself overflows
+    finite = np.isfinite(exact)
+    np.testing.assert_allclose(whole[finite], exact[finite], rtol=1e-5, atol=1e-5)
+
+
+@each_dtype
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("t", [1, 5, 24, 64, 100, 129])
 def test_causal_prefix(t: int, poison: float, dtype: Any) -> None:

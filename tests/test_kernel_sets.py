@@ -32,12 +32,16 @@ def test_every_case_on_every_set(without_openmp: emulate.Outcome) -> None:
     assert set(without_openmp.digests) == set(_core.available_isas())
 
 
-def test_amx_leaves_float32_and_float64_alone(without_openmp: emulate.Outcome) -> None:
+def test_tiles_compute_what_they_are_for(without_openmp: emulate.Outcome) -> None:
     if "amx" not in without_openmp.digests:
         pytest.skip("this CPU, or its operating system, lacks AMX")
-    amx, avx512 = (without_openmp.digests[name].split("_") for name in ("amx", "avx512"))
-    assert amx[0] == avx512[0]
-    assert amx[1] != avx512[1]  # bfloat16 by tiles
+    avx512, amx, amx_f32 = (
+        without_openmp.digests[name].split("_") for name in ("avx512", "amx", "amx_f32")
+    )
+    float32, float64, bfloat16 = range(3)
+    assert amx[float32] == avx512[float32] != amx_f32[float32]
+    assert amx[float64] == avx512[float64] == amx_f32[float64]
+    assert amx[bfloat16] == amx_f32[bfloat16] != avx512[bfloat16]
 
 
 def test_openmp_leaves_the_bits_alone(without_openmp: emulate.Outcome, tmp_path: Path) -> None:

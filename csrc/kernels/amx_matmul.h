@@ -1,100 +1,98 @@
-/* Both products by tiles.  c has FA_TILE_Q = 16 + 8 rows and a panel of 2 x 16 columns: four tiles of
- * accumulators, two of a and two of b are all eight.  Rows come as 8, 16 or 24; what is computed beyond those
- * asked for is never looked at.
+/* Both products by tiles.  c has TILES_Q = 16 + 16 rows and a panel of 2 x 16 columns: four tiles of
+ * accumulators, two of a and two of b are all eight.  Up to 16 rows take the upper two; what is computed beyond
+ * the rows asked for is never looked at.
  *
  * The order of sums is given by the chunks of 32 that meet in one product, which lie at absolute positions of
  * head_dim and of the keys: a row's bits depend on no neighbour.  A chunk without weights adds zeros, so it
  * may be left out.
  *
- * Cost of 24 rows and a panel per chunk: 48 cycles of products; 32 rows of b and 24 of a are loaded, two a
+ * Cost of 32 rows and a panel per chunk: 64 cycles of products; 32 rows of b and 32 of a are loaded, two a
  * cycle, in the shadow of them.
  */
 #ifndef FA_AMX_MATMUL_H
 #define FA_AMX_MATMUL_H
 
-/* Which tiles a number of rows takes.  `lower`: where the 8-row tiles begin. */
-struct tile_rows {
-    bool upper, lower;
-    size_t lower_row;
-};
-
-static inline struct tile_rows tile_rows_of(size_t rows)
+/* c += a b for the tiles of c: the upper two, or all. */
+FA_INLINE void multiply(const bool lower)
 {
-    return (struct tile_rows){
-        .upper = rows > LOWER_ROWS,
-        .lower = rows <= LOWER_ROWS || rows > UPPER_ROWS,
-        .lower_row = rows > UPPER_ROWS ? UPPER_ROWS : 0,
-    };
-}
-
-/* c += a b for all tiles.  A product takes a cycle per row of a, but 16 where its b is not that of the product
- * before: so those of 8 rows follow those of 16. */
-FA_INLINE void multiply(const bool upper, const bool lower)
-{
-    if (upper) {
-        _tile_dpbf16ps(UPPER_C0, UPPER_A, B0);
-    }
+    _tile_dpbf16ps(UPPER_C0, UPPER_A, B0);
     if (lower) {
         _tile_dpbf16ps(LOWER_C0, LOWER_A, B0);
     }
-    if (upper) {
-        _tile_dpbf16ps(UPPER_C1, UPPER_A, B1);
-    }
+    _tile_dpbf16ps(UPPER_C1, UPPER_A, B1);
     if (lower) {
         _tile_dpbf16ps(LOWER_C1, LOWER_A, B1);
     }
 }
 
-/* c[rows][PANEL] = a[rows][depth] b[depth][PANEL], a and b in pairs. */
-FA_INLINE void score_panel(const bool upper, const bool lower, const struct fa_product *p,
-                           const float *b, float *c, size_t lower_row)
+FA_INLINE void load_b(const float *b)
 {
-    const float *a = p->a, *a_lower = a + lower_row * p->a_stride;
-    const size_t a_bytes = p->a_stride * sizeof *a, c_bytes = p->c_row * sizeof *c;
-    if (upper) {
-        _tile_zero(UPPER_C0);
-        _tile_zero(UPPER_C1);
+    _tile_loadd(B0, b, PANEL * sizeof *b);
+    _tile_loadd(B1, b + TILE_WORDS, PANEL * sizeof *b);
+}
+
+FA_INLINE void load_a(const bool lower, const float *a, size_t a_stride)
+{
+    _tile_loadd(UPPER_A, a, a_stride * sizeof *a);
+    if (lower) {
+        _tile_loadd(LOWER_A, a + UPPER_ROWS * a_stride, a_stride * sizeof *a);
     }
+}
+
+FA_INLINE void clear_sums(const bool lower)
+{
+    _tile_zero(UPPER_C0);
+    _tile_zero(UPPER_C1);
     if (lower) {
         _tile_zero(LOWER_C0);
         _tile_zero(LOWER_C1);
     }
-    for (size_t k = 0; k < p->depth; k += TILE_WORDS) {
-        _tile_loadd(B0, b + k * PANEL, PANEL * sizeof *b);
-        _tile_loadd(B1, b + k * PANEL + TILE_WORDS, PANEL * sizeof *b);
-        if (upper) {
-            _tile_loadd(UPPER_A, a + k, a_bytes);
-        }
-        if (lower) {
-            _tile_loadd(LOWER_A, a_lower + k, a_bytes);
-        }
-        multiply(upper, lower);
-    }
-    if (upper) {
-        _tile_stored(UPPER_C0, c, c_bytes);
-        _tile_stored(UPPER_C1, c + TILE_WORDS, c_bytes);
-    }
+}
+
+FA_INLINE void load_sums(const bool lower, const float *c, size_t c_row)
+{
+    _tile_loadd(UPPER_C0, c, c_row * sizeof *c);
+    _tile_loadd(UPPER_C1, c + TILE_WORDS, c_row * sizeof *c);
     if (lower) {
-        c += lower_row * p->c_row;
-        _tile_stored(LOWER_C0, c, c_bytes);
-        _tile_stored(LOWER_C1, c + TILE_WORDS, c_bytes);
+        _tile_loadd(LOWER_C0, c + UPPER_ROWS * c_row, c_row * sizeof *c);
+        _tile_loadd(LOWER_C1, c + UPPER_ROWS * c_row + TILE_WORDS, c_row * sizeof *c);
     }
+}
+
+FA_INLINE void store_sums(const bool lower, float *c, size_t c_row)
+{
+    _tile_stored(UPPER_C0, c, c_row * sizeof *c);
+    _tile_stored(UPPER_C1, c + TILE_WORDS, c_row * sizeof *c);
+    if (lower) {
+        _tile_stored(LOWER_C0, c + UPPER_ROWS * c_row, c_row * sizeof *c);
+        _tile_stored(LOWER_C1, c + UPPER_ROWS * c_row + TILE_WORDS, c_row * sizeof *c);
+    }
+}
+
+/* c[rows][PANEL] = a[rows][depth] b[depth][PANEL], a and b in pairs. */
+FA_INLINE void score_panel(const bool lower, const struct fa_product *p, const float *b, float *c)
+{
+    const float *a = p->a;
+    clear_sums(lower);
+    for (size_t k = 0; k < p->depth; k += TILE_WORDS) {
+        load_b(b + k * PANEL);
+        load_a(lower, a + k, p->a_stride);
+        multiply(lower);
+    }
+    store_sums(lower, c, p->c_row);
 }
 
 static void matmul_scores_bf16(const struct fa_product *p, struct fa_wanted *wanted)
 {
-    const struct tile_rows rows = tile_rows_of(p->rows);
     finish_stores();
     for (size_t panel = 0; panel < p->panels; panel++) {
         const float *b = (const float *)p->b + panel * p->b_panel;
         float *c = (float *)p->c + panel * PANEL;
         fetch_some(wanted);
-        if (rows.upper && rows.lower) {
-            score_panel(true, true, p, b, c, UPPER_ROWS);
-        } else if (rows.upper) {
-            score_panel(true, false, p, b, c, 0);
+        if (p->rows > UPPER_ROWS) {
+            score_panel(true, p, b, c);
         } else {
-            score_panel(false, true, p, b, c, 0);
+            score_panel(false, p, b, c);
         }
     }
     if (p->factor != 1) {
@@ -103,54 +101,28 @@ static void matmul_scores_bf16(const struct fa_product *p, struct fa_wanted *wan
 }
 
 /* c[rows][PANEL] += a[rows][chunks] b[chunks][PANEL]: a is weights, split in two, b values in pairs. */
-FA_INLINE void value_panel(const bool upper, const bool lower, const struct fa_product *p,
-                           const float *b, float *c, size_t lower_row)
+FA_INLINE void value_panel(const bool lower, const struct fa_product *p, const float *b, float *c)
 {
-    const float *a = p->a, *a_lower = a + lower_row * p->a_stride;
-    const size_t a_bytes = p->a_stride * sizeof *a, c_bytes = p->c_row * sizeof *c;
-    float *c_lower = c + lower_row * p->c_row;
-    if (upper) {
-        _tile_loadd(UPPER_C0, c, c_bytes);
-        _tile_loadd(UPPER_C1, c + TILE_WORDS, c_bytes);
-    }
-    if (lower) {
-        _tile_loadd(LOWER_C0, c_lower, c_bytes);
-        _tile_loadd(LOWER_C1, c_lower + TILE_WORDS, c_bytes);
-    }
+    const float *a = p->a;
+    load_sums(lower, c, p->c_row);
     for (size_t key = 0; key < p->depth; key += TILE_KEYS) {
-        _tile_loadd(B0, b, PANEL * sizeof *b);
-        _tile_loadd(B1, b + TILE_WORDS, PANEL * sizeof *b);
+        load_b(b);
         for (size_t part = 0; part < 2; part++) {
-            if (upper) {
-                _tile_loadd(UPPER_A, a + key + part * TILE_WORDS, a_bytes);
-            }
-            if (lower) {
-                _tile_loadd(LOWER_A, a_lower + key + part * TILE_WORDS, a_bytes);
-            }
-            multiply(upper, lower);
+            load_a(lower, a + key + part * TILE_WORDS, p->a_stride);
+            multiply(lower);
         }
         b += TILE_WORDS * PANEL;
     }
-    if (upper) {
-        _tile_stored(UPPER_C0, c, c_bytes);
-        _tile_stored(UPPER_C1, c + TILE_WORDS, c_bytes);
-    }
-    if (lower) {
-        _tile_stored(LOWER_C0, c_lower, c_bytes);
-        _tile_stored(LOWER_C1, c_lower + TILE_WORDS, c_bytes);
-    }
+    store_sums(lower, c, p->c_row);
 }
 
 static void add_panel(const struct fa_product *p, const float *b, float *c)
 {
-    const struct tile_rows rows = tile_rows_of(p->rows);
     finish_stores();
-    if (rows.upper && rows.lower) {
-        value_panel(true, true, p, b, c, UPPER_ROWS);
-    } else if (rows.upper) {
-        value_panel(true, false, p, b, c, 0);
+    if (p->rows > UPPER_ROWS) {
+        value_panel(true, p, b, c);
     } else {
-        value_panel(false, true, p, b, c, 0);
+        value_panel(false, p, b, c);
     }
 }
 

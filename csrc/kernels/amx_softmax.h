@@ -135,7 +135,7 @@ static void softmax_update_scaled_bf16(void *scores, size_t ld, size_t rows, siz
             weigh_rows_bf16(1, s, ld, n, factor, row_max, row_sum);
         } else {
             multiply_scores(s, ld, 1, n, factor);
-            softmax_update_rows_f32(1, s, ld, n, row_max, row_sum, acc, ldacc);
+            softmax_update_rows_f32(1, s, ld, n, row_max, row_sum, acc, ldacc, idle_f32, NULL);
             split_weights(s, n);
         }
         r += done;

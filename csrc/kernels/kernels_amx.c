@@ -1,5 +1,5 @@
-/* The amx kernel set: float32 and float64 as avx512 has them, bit for bit, and products of bfloat16 by tiles.
- * Exports one symbol. */
+/* The amx kernel set: what avx512 has, bit for bit, but for the forward pass over bfloat16, whose products are by
+ * tiles.  Exports one symbol. */
 #include "vec_amx.h"
 
 #define DT f32
@@ -10,52 +10,7 @@
 #include "ops_template.h"
 #undef DT
 
-#include "amx_pack.h"
-
-#include "amx_softmax.h"
-
-#include "amx_matmul.h"
-
-#include "amx_few.h"
-
-/* For the forward pass over bfloat16: the tiles' own operations, and those of float32 between them. */
-static const struct fa_ops ops_bf16 = {
-    .size = sizeof(float),
-    .mr = FA_TILE_Q,
-    .nr = PANEL,
-    .vl = VL_f32,
-    .parts = 2,
-    .depth_step = TILE_WORDS,
-    .row_step = LOWER_ROWS,
-    .begin_task = begin_tiles,
-    .end_task = end_tiles,
-    .load_rows = load_rows_bf16,
-    .pack_keys = pack_keys_bf16,
-    .pack_values = pack_values_bf16,
-    .few_rows = 1,
-    .few_scores = few_scores_bf16,
-    .few_values = few_values_bf16,
-    .matmul = matmul_scores_bf16,
-    .matmul_values = matmul_values_bf16,
-    .matmul_skip_zeros = matmul_skip_zeros_bf16,
-    .softcap = softcap_f32,
-    .add_bias = add_bias_f32,
-    .add_alibi = add_alibi_f32,
-    .mask_bytes = mask_bytes_f32,
-    .mask_range = mask_range_f32,
-    .softmax_begin = softmax_begin_f32,
-    .softmax_update = softmax_update_bf16,
-    .softmax_update_scaled = softmax_update_scaled_bf16,
-    .softmax_fold = softmax_fold_f32,
-    .softmax_store = softmax_store_f32,
-    .dropout_factors = dropout_factors_f32,
-    .apply_dropout = apply_dropout_bf16,
-    .column_begin = column_begin_f32,
-    .column_update = column_update_f32,
-    .column_finish = column_finish_f32,
-    .column_weights = column_weights_bf16,
-    .store = store_f32,
-};
+#include "amx_bf16.h"
 
 const struct fa_kernels fa_kernels_amx = {
-    .name = "amx", .f32 = &ops_f32, .f64 = &ops_f64, .bf16 = &ops_bf16};
+    .name = "amx", .f32 = &ops_f32, .f64 = &ops_f64, .forward_bf16 = &ops_bf16};

@@ -56,9 +56,13 @@ static void FN(raise_row_max)(VEC block_max, REAL *row_max, REAL *row_sum, REAL 
     }
 }
 
-/* `rows` rows, a constant up to SOFTMAX_ROWS; see softmax_update in kernels.h. */
+/* What is to be done meanwhile, a little for every vector of some rows: nothing. */
+static inline void FN(idle)(void *work) { (void)work; }
+
+/* `rows` rows, a constant up to SOFTMAX_ROWS; see softmax_update in kernels.h.  `meanwhile` is a constant, too. */
 FA_INLINE void FN(softmax_update_rows)(const size_t rows, REAL *s, size_t ld, size_t n,
-                                       REAL *row_max, REAL *row_sum, REAL *acc, size_t ldacc)
+                                       REAL *row_max, REAL *row_sum, REAL *acc, size_t ldacc,
+                                       void (*meanwhile)(void *), void *work)
 {
     VEC block_max[SOFTMAX_ROWS], shift[SOFTMAX_ROWS], sum[SOFTMAX_ROWS];
     int outgrown = 0;
@@ -88,6 +92,7 @@ FA_INLINE void FN(softmax_update_rows)(const size_t rows, REAL *s, size_t ld, si
         }
     }
     for (size_t l = 0; l < n; l += VL) {
+        meanwhile(work);
         FA_UNROLL
         for (size_t r = 0; r < rows; r++) {
             VEC p = FN(exp2)(V(sub)(V(load)(s + r * ld + l), shift[r]));
@@ -108,11 +113,11 @@ static void FN(softmax_update)(void *s, size_t ld, size_t rows, size_t n,
     size_t r = 0;
     for (; r + SOFTMAX_ROWS <= rows; r += SOFTMAX_ROWS) {
         FN(softmax_update_rows)(SOFTMAX_ROWS, (REAL *)s + r * ld, ld, n, row_max + r,
-                                row_sum + r * VL, acc + r * ldacc, ldacc);
+                                row_sum + r * VL, acc + r * ldacc, ldacc, FN(idle), NULL);
     }
     for (; r < rows; r++) {
         FN(softmax_update_rows)(1, (REAL *)s + r * ld, ld, n, row_max + r, row_sum + r * VL,
-                                acc + r * ldacc, ldacc);
+                                acc + r * ldacc, ldacc, FN(idle), NULL);
     }
 }
 

@@ -16,9 +16,10 @@
 #define TILE_WORDS 16 /* pairs of them, or float32 */
 #define PANEL 32 /* columns of b side by side: two tiles */
 
-/* The tile registers: c has 16 + 8 rows, FA_TILE_Q, and 2 x 16 columns. */
+/* The tile registers: c has TILES_Q = 16 + 16 rows and 2 x 16 columns.  A product occupies the unit for 16
+ * cycles and takes 52 to be done: four in turn, each adding to the result of its last, wait for nobody. */
+#define TILES_Q 32
 #define UPPER_ROWS 16
-#define LOWER_ROWS 8
 #define UPPER_C0 0
 #define UPPER_C1 1
 #define LOWER_C0 2
@@ -38,7 +39,7 @@ struct tile_config {
 static const struct tile_config tile_config = {
     .palette = 1,
     .row_bytes = {64, 64, 64, 64, 64, 64, 64, 64},
-    .rows = {UPPER_ROWS, UPPER_ROWS, LOWER_ROWS, LOWER_ROWS, UPPER_ROWS, LOWER_ROWS, 16, 16},
+    .rows = {16, 16, 16, 16, 16, 16, 16, 16},
 };
 
 static inline void begin_tiles(void) { _tile_loadconfig(&tile_config); }
@@ -106,6 +107,40 @@ static inline vec_f32 v_upper_half(vec_f32 x)
 static inline vec_f32 v_round_half(vec_f32 x)
 {
     return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000)));
+}
+/* Lanes that are neither 0 nor in [least, limit) without their sign, 0 <= least < limit; NaN is outside. */
+static inline uint32_t v_outside_f32(vec_f32 x, float least, float limit)
+{
+    const __m512i size = _mm512_castps_si512(_mm512_abs_ps(x));
+    const __m512i low = _mm512_castps_si512(_mm512_set1_ps(least));
+    const __m512i high = _mm512_castps_si512(_mm512_set1_ps(limit));
+    return _mm512_cmpge_epu32_mask(_mm512_sub_epi32(size, low), _mm512_sub_epi32(high, low)) &
+           _mm512_test_epi32_mask(size, size);
+}
+static inline int v_any_nan_f32(vec_f32 x) { return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q) != 0; }
+/* Of each lane the one nearer to 0, with no sign; of a number and a NaN either. */
+static inline vec_f32 v_nearer_f32(vec_f32 x, vec_f32 y) { return _mm512_range_ps(x, y, 0xa); }
+/* y in some lanes, x in the others. */
+static inline vec_f32 v_blend_lanes_f32(vec_f32 x, vec_f32 y, uint32_t lanes)
+{
+    return _mm512_mask_mov_ps(x, (__mmask16)lanes, y);
+}
+/* x in some lanes, 0 in the others. */
+static inline vec_f32 v_only_lanes_f32(vec_f32 x, uint32_t lanes)
+{
+    return _mm512_maskz_mov_ps((__mmask16)lanes, x);
+}
+/* The first `count`, then zeros; touches no other memory. */
+static inline vec_f32 v_load_first_f32(const void *p, size_t count)
+{
+    return _mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), p);
+}
+/* The same, but largest numbers, infinities and NaN become the largest that two bytes hold. */
+static inline vec_f32 v_round_half_finite(vec_f32 x)
+{
+    const __m512i bits = _mm512_castps_si512(v_round_half(x));
+    const __m512i above = _mm512_min_epi32(bits, _mm512_set1_epi32(0x7f7fffff));
+    return _mm512_castsi512_ps(_mm512_min_epu32(above, _mm512_set1_epi32((int)0xff7fffff)));
 }
 /* A NaN without payload for any NaN. */
 static inline vec_f32 v_plain_nan(vec_f32 x)

@@ -144,6 +144,19 @@ static inline simde__m512i fa_maskz_loadu_epi16(simde__mmask32 mask, const void 
 #undef _mm512_maskz_loadu_epi16
 #define _mm512_maskz_loadu_epi16(mask, p) fa_maskz_loadu_epi16(mask, p)
 
+static inline simde__m512 fa_maskz_loadu_ps(simde__mmask16 mask, const void *p)
+{
+    float lanes[16] = {0};
+    for (int i = 0; i < 16; i++) {
+        if (mask >> i & 1) {
+            memcpy(&lanes[i], (const char *)p + 4 * i, sizeof lanes[i]);
+        }
+    }
+    return simde_mm512_loadu_ps(lanes);
+}
+#undef _mm512_maskz_loadu_ps
+#define _mm512_maskz_loadu_ps(mask, p) fa_maskz_loadu_ps(mask, p)
+
 static inline simde__m512 fa_cvtph_ps(simde__m256i halves)
 {
     float lanes[16];

@@ -1,0 +1,147 @@
+/* float32 rows of q, keys and values into the operands of tiles, in three parts (amx_parts.h).
+ *
+ * 32 elements of a row of q are three rows of 16 words, part by part; so are 32 elements of head_dim, or 32
+ * keys of values, of a panel, where each word stands in a row of PANEL columns.  Pairs are elements, or keys, i
+ * and i + 16: what a shift and a blend make of two vectors.
+ *
+ * Cost of 16 keys x 32 elements: 128 shuffles, 16 times 16 operations to split and 4 to look for NaN.
+ */
+#ifndef FA_AMX_PARTS_PACK_H
+#define FA_AMX_PARTS_PACK_H
+
+/* 16 elements, or the first `count` and zeros; a NaN without payload, which no cutting off turns into an infinity. */
+static inline vec_f32 load_floats(const char *p, int64_t col_stride, size_t count)
+{
+    if (col_stride == (int64_t)sizeof(float)) {
+        return v_plain_nan(count >= VL_f32 ? v_load_f32(p) : v_load_first_f32(p, count));
+    }
+    float lanes[VL_f32] = {0};
+    for (size_t i = 0; i < VL_f32 && i < count; i++) {
+        lanes[i] = read_f32(p + (int64_t)i * col_stride);
+    }
+    return v_plain_nan(v_load_f32(lanes));
+}
+
+static inline size_t less_or_zero(size_t a, size_t b) { return a > b ? a - b : 0; }
+
+static void load_rows_parts(void *dst, size_t rows, const char *const *src, int64_t col_stride,
+                            size_t cols, enum fa_dtype dtype, double factor)
+{
+    const vec_f32 f = v_set_f32((float)factor);
+    float *to = dst;
+    (void)dtype;
+    for (size_t r = 0; r < rows; r++) {
+        for (size_t c = 0; c < cols; c += TILE_KEYS, to += PART_WORDS) {
+            const char *from = src[r] + (int64_t)c * col_stride;
+            const char *later = from + TILE_WORDS * col_stride;
+            const size_t left = less_or_zero(cols - c, TILE_WORDS);
+            store_parts(true, to, TILE_WORDS, v_mul_f32(load_floats(from, col_stride, cols - c), f),
+                        v_mul_f32(load_floats(later, col_stride, left), f));
+        }
+    }
+}
+
+/* Elements c .. c + 15 of 16 keys, `keys` of them real, transposed: element u of all of them in square[u]. */
+FA_INLINE void load_key_square(const bool whole, vec_f32 square[VL_f32], const struct fa_keys *from,
+                               size_t key, size_t keys, size_t c, size_t cols)
+{
+    const char *const *row = from->row + key;
+    const int64_t at = (int64_t)c * from->col_stride;
+    if (whole) {
+        load_square_f32(square, row, at);
+        return;
+    }
+    for (size_t i = 0; i < VL_f32; i++) {
+        square[i] = v_zero_f32();
+        if (i < keys && c < cols) {
+            square[i] = load_floats(row[i] + at, from->col_stride, cols - c);
+        }
+    }
+    v_transpose_f32(square);
+}
+
+/* 16 keys from `key` on, `keys` of them real, into one half of a panel's columns. */
+FA_INLINE void pack_key_half_parts(const bool contiguous, float *panel, size_t cols,
+                                   const struct fa_keys *from, size_t key, size_t keys)
+{
+    const size_t ahead = keys_ahead_f32(FA_F32);
+    const bool more = key + ahead + VL_f32 <= from->located;
+    for (size_t c = 0; c < cols; c += TILE_KEYS, panel += PART_WORDS * PANEL) {
+        const int64_t at = (int64_t)c * from->col_stride;
+        vec_f32 first[VL_f32], second[VL_f32];
+        if (more) {
+            fetch_square_f32(from->row + key + ahead, at);
+            fetch_square_f32(from->row + key + ahead, at + TILE_WORDS * from->col_stride);
+        }
+        if (contiguous && c + TILE_KEYS <= cols) {
+            load_key_square(true, first, from, key, keys, c, cols);
+            load_key_square(true, second, from, key, keys, c + TILE_WORDS, cols);
+        } else {
+            load_key_square(false, first, from, key, keys, c, cols);
+            load_key_square(false, second, from, key, keys, c + TILE_WORDS, cols);
+        }
+        FA_UNROLL
+        for (size_t u = 0; u < TILE_WORDS; u++) {
+            store_parts(true, panel + u * PANEL, TILE_WORDS * PANEL, v_plain_nan(first[u]),
+                        v_plain_nan(second[u]));
+        }
+    }
+}
+
+static void pack_keys_parts(void *dst, size_t keys, size_t cols, const struct fa_keys *from)
+{
+    const size_t depth = (cols + TILE_KEYS - 1) / TILE_KEYS * PART_WORDS;
+    const size_t padded = (keys + PANEL - 1) / PANEL * PANEL;
+    const bool contiguous = from->col_stride == (int64_t)sizeof(float);
+    for (size_t key = 0; key < padded; key += VL_f32) {
+        float *panel = (float *)dst + key / PANEL * PANEL * depth + key % PANEL;
+        if (contiguous && key + VL_f32 <= keys) {
+            pack_key_half_parts(true, panel, cols, from, key, VL_f32);
+        } else {
+            pack_key_half_parts(false, panel, cols, from, key, less_or_zero(keys, key));
+        }
+    }
+}
+
+/* 16 columns of a key, `cols` of them real; zeros for a key that is not there. */
+static inline vec_f32 load_value(const struct fa_keys *from, size_t key, size_t keys, int64_t at,
+                                 size_t cols)
+{
+    return key < keys && cols > 0 ? load_floats(from->row[key] + at, from->col_stride, cols)
+                                  : v_zero_f32();
+}
+
+/* Values of keys r and r + 16 of every 32 into rows of pairs, zero beyond `keys` and `cols`.  Returns whether
+ * none is special. */
+static bool pack_values_parts(void *dst, size_t panel_stride, size_t keys, size_t cols,
+                              const struct fa_keys *from)
+{
+    const size_t padded = (keys + TILE_KEYS - 1) / TILE_KEYS * TILE_KEYS;
+    uint32_t special = 0;
+    for (size_t pair = 0; pair < padded / 2; pair++) {
+        const size_t first = pair / TILE_WORDS * TILE_KEYS + pair % TILE_WORDS;
+        const size_t second = first + TILE_WORDS, later = first + keys_ahead_f32(FA_F32);
+        const bool more = later + TILE_WORDS < from->located;
+        float *row =
+            (float *)dst + pair / TILE_WORDS * PART_WORDS * PANEL + pair % TILE_WORDS * PANEL;
+        for (size_t c = 0; c < cols; c += TILE_WORDS) {
+            const int64_t at = (int64_t)c * from->col_stride;
+            if (more) {
+                __builtin_prefetch(from->row[later] + at);
+                __builtin_prefetch(from->row[later + TILE_WORDS] + at);
+            }
+            const vec_f32 x = load_value(from, first, keys, at, cols - c);
+            const vec_f32 y = load_value(from, second, keys, at, cols - c);
+            float *to = row + c / PANEL * panel_stride + c % PANEL;
+            store_parts(true, to, TILE_WORDS * PANEL, x, y);
+            special |= special_values(x) | special_values(y);
+        }
+        if (cols % PANEL != 0 && cols % PANEL <= TILE_WORDS) {
+            float *to = row + cols / PANEL * panel_stride + TILE_WORDS;
+            store_parts(true, to, TILE_WORDS * PANEL, v_zero_f32(), v_zero_f32());
+        }
+    }
+    return special == 0;
+}
+
+#endif
