@@ -15,8 +15,9 @@
  * and the task that finishes last folds all of them, in order.
  *
  * K and V of a block are packed when the first tile needs them: once per block_q rows, which costs
- * 2.5 / block_q + 0.5 / block_q of the products, or three times that by tiles.  Every row's result depends on its own scores and on
- * boundaries of blocks and splits only, so threads, batch and neighbours leave no trace in its bits.
+ * 2.5 / block_q + 0.5 / block_q of the products, or three times that by tiles.  Every row's result depends on
+ * its own scores and on boundaries of blocks and splits only, so threads, batch and neighbours leave no trace in
+ * its bits.
  */
 #include "forward.h"
 
@@ -93,6 +94,7 @@ static void weigh_tile(const struct fa_forward *forward, const struct fa_tile *t
     const int64_t group = fa_tile_group(tile), size = (int64_t)ops->size;
     const size_t ld = (size_t)g->score_stride, ldacc = (size_t)g->block_dv;
     const float factor = fa_softmax_factor(tile->head);
+    FA_ASSERT(beside == NULL || group >= tile->rows); /* once, not once per group */
     for (int64_t r = 0; r < tile->rows; r += group) {
         const struct fa_key_range keys = fa_group_keys(tile, r);
         const struct fa_state state = fa_state_from(g, &ws->part, tile->row_offset + r);

@@ -5,8 +5,8 @@
  * the columns of b: no key is transposed.  Values are columns of b as they lie.  What is split while the tiles
  * multiply the chunk before is what follows in memory.
  *
- * Cost of 16 elements, whatever the number of rows: 8 operations to split, 1 to look for small values, in 5 cycles,
- * in half the time that a core takes to get them from memory; the tiles' 3 to 5 cycles pass beside.
+ * Cost of 16 elements, whatever the number of rows: 11 operations to split keys; 9 to split values and 1 to look for
+ * small ones; and 3 to 5 cycles of the tiles' unit.
  */
 #ifndef FA_AMX_PARTS_FEW_H
 #define FA_AMX_PARTS_FEW_H

@@ -14,7 +14,7 @@
 
 #define WEIGHT_KEYS 128 /* weights of so many keys are split at a time: 24 KiB for 32 rows */
 
-/* The six products of parts of a chunk, by part of a and part of b.  All but the last are small, 2^-7 of it at most:
+/* The six products of parts of a chunk, by part of a and part of b.  All but the last are small, 2^-8 of it at most:
  * they are summed over all chunks before the last is, so that a sum is rounded at its own size only once per
  * chunk, as if the products were whole.  Every small step loads one part of a or of b anew. */
 #define SMALL_STEPS 5

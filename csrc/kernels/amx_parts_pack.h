@@ -4,7 +4,7 @@
  * keys of values, of a panel, where each word stands in a row of PANEL columns.  Pairs are elements, or keys, i
  * and i + 16: what a shift and a blend make of two vectors.
  *
- * Cost of 16 keys x 32 elements: 128 shuffles, 16 times 16 operations to split and 4 to look for NaN.
+ * Cost of 16 keys x 32 elements: 128 shuffles, 16 times 22 operations to split and 4 to make NaN plain.
  */
 #ifndef FA_AMX_PARTS_PACK_H
 #define FA_AMX_PARTS_PACK_H
