@@ -47,11 +47,6 @@ KERNEL_SETS = (
         "-mavx512f", "-mavx512cd", "-mavx512dq", "-mavx512bw", "-mavx512vl",
         "-mamx-tile", "-mamx-bf16",
     ), optional=True),
-    KernelSet("amx_f32", "(x86_64|amd64)$", (
-        "-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2",
-        "-mavx512f", "-mavx512cd", "-mavx512dq", "-mavx512bw", "-mavx512vl",
-        "-mamx-tile", "-mamx-bf16",
-    ), optional=True),
     # Advanced SIMD needs no flag.  GCC 12's scheduler hoists loads above the 24 accumulators of the
     # register tile until some spill; clang has no such pass, and would warn of the flag.
     KernelSet("neon", "(aarch64|arm64)$", (

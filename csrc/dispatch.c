@@ -19,13 +19,6 @@ static const struct entry {
 #else
     {"amx", NULL, NULL},
 #endif
-/* Never chosen unasked: longer prefills are up to 1.7 times as fast, and decoding takes up to 2.3 times as long
- * (docs/performance.md). */
-#ifdef FA_HAVE_AMX_F32
-    {"amx_f32", &fa_kernels_amx_f32, fa_cpu_has_amx},
-#else
-    {"amx_f32", NULL, NULL},
-#endif
 #ifdef FA_HAVE_AVX512
     {"avx512", &fa_kernels_avx512, fa_cpu_has_avx512},
 #else

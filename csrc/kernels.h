@@ -245,7 +245,7 @@ struct fa_kernels {
 
 /* One per kernel file; dispatch.c lists those that are built in. */
 extern const struct fa_kernels fa_kernels_scalar, fa_kernels_avx2, fa_kernels_avx512,
-    fa_kernels_amx, fa_kernels_amx_f32, fa_kernels_neon;
+    fa_kernels_amx, fa_kernels_neon;
 
 /* The operations that compute with elements of a type. */
 static inline const struct fa_ops *fa_ops_for(const struct fa_kernels *kernels, enum fa_dtype dtype)

@@ -42,7 +42,7 @@ EXP2_STEP = 499
 
 LINE = re.compile(r"^(\w+) +\d+ cases, .* digest (\w+)$", re.MULTILINE)
 # What SIMDe stands in for.
-SIMDE_SETS = ("avx512", "amx", "amx_f32")
+SIMDE_SETS = ("avx512", "amx")
 
 CLOSING_LINE = re.compile(r"^(\d+) passed, (\d+) failed$", re.MULTILINE)
 
@@ -123,8 +123,7 @@ def build(
     own_flags = {f"kernels_{name}": own for name, own in sets.items()}
     if simde:
         own_flags["kernels_avx512"] = simde_flags()
-        for name in ("kernels_amx", "kernels_amx_f32"):
-            own_flags[name] = simde_flags("amx_emulated.h")
+        own_flags["kernels_amx"] = simde_flags("amx_emulated.h")
         own_flags["dispatch"] = [
             f"-Dfa_cpu_has_{name}=fa_cpu_has_avx2" for name in ("avx512", "amx")
         ]

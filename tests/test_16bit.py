@@ -126,10 +126,10 @@ def test_bits_of_float32_rounded_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What is computed is float32 attention of the same numbers, rounded at the end."""
-    if kernel_set in ("amx", "amx_f32") and dtype == DTYPES[1]:
+    if kernel_set == "amx" and dtype == DTYPES[1]:
         pytest.skip("products of bfloat16 by tiles: docs/kernels.md")
-    # amx_f32 has tiles for float32 itself, and avx512's float32 operations for float16.
-    set_of_float32 = "avx512" if kernel_set == "amx_f32" else kernel_set
+    # amx has tiles for float32 itself, and avx512's float32 operations for float16.
+    set_of_float32 = "avx512" if kernel_set == "amx" else kernel_set
     for shape in SHAPES:
         seqlen_q, seqlen_k, head_dim, head_dim_v = shape
         q = draw(rng, dtype, 4, seqlen_q, head_dim)

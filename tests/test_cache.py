@@ -1003,8 +1003,8 @@ def attend_alone(q, k, v, dtype, **options):
     """Attention over stored tokens as plain float32 (or float64) arrays."""
     k, v = (stored(x, dtype).astype(q.dtype) for x in (k, v))
     with pytest.MonkeyPatch.context() as patch:
-        # amx_f32 has tiles for float32 itself; narrower storage has the operations of avx512.
-        if config.ISA == "amx_f32" and dtype != q.dtype:
+        # amx has tiles for float32 itself; narrower storage has the operations of avx512.
+        if config.ISA == "amx" and dtype != q.dtype:
             patch.setattr(config, "ISA", "avx512")
         return fa.attention(q, k, v, causal=True, **options)
 

@@ -140,7 +140,7 @@ INSTRUCTION = re.compile(r"^\s*([0-9a-f]+):\s+(.*)$", re.MULTILINE)
 BACKWARD_JUMP = re.compile(r"j\w+\s+([0-9a-f]+)")
 
 # Multiply-adds of one step of depth: MR x NR_VECTORS of csrc/kernels/vec_<isa>.h.
-TILE_FMAS = {"avx2": 12, "avx512": 24, "amx": 24, "amx_f32": 24}
+TILE_FMAS = {"avx2": 12, "avx512": 24, "amx": 24}
 
 
 def _fma_loops(path: Path, function: str) -> list[list[str]]:

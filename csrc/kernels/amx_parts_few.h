@@ -1,12 +1,13 @@
-/* Both products of float32 for up to 16 rows, as in decoding: keys and values are split in passing, a chunk of 32
- * at a time, and never packed.  The sums are those of amx_parts_matmul.h, in the same order.
+/* Both products of float32 for 3 to 16 rows, as in decoding: keys and values are split in passing, a chunk of 32
+ * at a time, and never packed.  The sums are those of amx_parts_matmul.h, in the same order; so are those of
+ * amx_parts_chains.h, for fewer rows.
  *
  * Scores are computed with keys as the rows of a, in the order in which they lie, and the rows of q, turned, as
- * the columns of b: no key is transposed.  Values are columns of b as they lie.  What is split while the tiles
- * multiply the chunk before is what follows in memory.
+ * the columns of b: no key is transposed.  Values are columns of b as they lie.  While the tiles multiply one chunk
+ * the next is split.
  *
- * Cost of 16 elements, whatever the number of rows: 11 operations to split keys; 9 to split values and 1 to look for
- * small ones; and 3 to 5 cycles of the tiles' unit.
+ * Cost of 16 elements, whatever the number of rows: 7 operations to split them, 1 more to look for small values,
+ * and 3 to 5 cycles of the tiles' unit, on the side: less than memory takes to deliver them to a core.
  */
 #ifndef FA_AMX_PARTS_FEW_H
 #define FA_AMX_PARTS_FEW_H
@@ -14,7 +15,6 @@
 #define FEW_TILE_ROWS 16
 #define FEW_KEYS 32 /* keys of a tile of scores: two tiles of 16, whose sums take turns */
 #define FEW_TILES 4 /* tiles of 16 columns of values at a time */
-#define FEW_CHUNKS 8 /* of head_dim: 256 */
 #define TILE_SIZE (TILE_WORDS * TILE_WORDS)
 
 /* The tile registers here: sums 0 to 3, two of a, two of b. */
@@ -23,118 +23,115 @@
 #define FEW_B0 6
 #define FEW_B1 7
 
-/* Keys ahead of those at work that are asked for, into L1: at most fa_keys_ahead.  Asking for
- * later ones into L2 besides took a quarter longer. */
-#define FEW_AHEAD FEW_KEYS
+/* Keys ahead of those at work that are asked for, into L2: 24 KiB at head_dim 128, more than memory delivers to a
+ * core in the time that it takes to answer.  With FEW_KEYS more at most fa_keys_ahead.  Asking for them into L1,
+ * where fewer misses can be in flight, or for others into L1 besides, took a quarter longer. */
+#define FEW_AHEAD 48
 
-/* 128 bytes of a key that comes soon. */
-FA_INLINE void fetch_later(const char *const *row, int64_t at)
+/* 128 bytes of a key that comes later. */
+FA_INLINE void fetch_later(const char *key, int64_t at)
 {
-    fetch_near(row[FEW_AHEAD] + at);
-    fetch_near(row[FEW_AHEAD] + at + FA_LINE);
+    fetch_far(key + at);
+    fetch_far(key + at + FA_LINE);
 }
 
 /* One chunk of the rows of q as columns: b[part][word][row], zero for rows that are not there. */
 static void turn_chunk(size_t rows, const float *q, size_t depth, float *b)
 {
-    for (size_t part = 0; part < PARTS; part++) {
-        vec_f32 square[VL_f32];
-        FA_UNROLL
-        for (size_t r = 0; r < VL_f32; r++) {
-            square[r] = r < rows ? v_load_f32(q + r * depth + part * TILE_WORDS) : v_zero_f32();
+    for (size_t word = 0; word < PART_WORDS; word++) {
+        vec_f32 column = v_zero_f32();
+        for (size_t r = 0; r < rows; r++) {
+            column = v_blend_lanes_f32(column, v_broadcast_f32(q + r * depth + word), 1u << r);
         }
-        v_transpose_f32(square);
-        FA_UNROLL
-        for (size_t u = 0; u < TILE_WORDS; u++) {
-            v_store_f32(b + part * TILE_SIZE + u * TILE_WORDS, square[u]);
-        }
+        v_store_f32(b + word * TILE_WORDS, column);
     }
 }
 
-/* Where the parts of a chunk go: the first are kept for the large products of all chunks. */
-struct few_parts {
-    float *first, *others;
-};
-
-/* Keys to be split. */
+/* Keys to be split: parts[part][key of FEW_KEYS][16]. */
 struct few_keys {
     const struct fa_keys *from;
     size_t keys, cols; /* that are there */
 };
 
-/* Elements from byte `at` on of some keys that are there, side by side; `more`: so are those to be fetched. */
-FA_INLINE void split_whole_keys(const bool more, const char *const *row, size_t count, int64_t at,
-                                struct few_parts to)
+/* Elements from byte `at` on of `count` keys that are there, side by side; later[i]: a key that comes later. */
+FA_INLINE void split_whole_keys(const char *const *row, const char *const *later, size_t count,
+                                int64_t at, float *parts)
 {
     for (size_t i = 0; i < count; i++) {
         const char *from = row[i] + at;
-        if (more) {
-            fetch_later(row + i, at);
-        }
-        store_parts_apart(true, to.first + i * TILE_WORDS, to.others + i * TILE_WORDS,
-                          FEW_KEYS * TILE_WORDS, v_load_f32(from),
-                          v_load_f32(from + VL_f32 * sizeof(float)));
+        fetch_later(later[i], at);
+        store_cut(parts + i * TILE_WORDS, FEW_KEYS * TILE_WORDS, v_load_f32(from),
+                  v_load_f32(from + VL_f32 * sizeof(float)));
     }
 }
 
-/* The same of any keys, from element c on; zeros where there are none, and behind their last element. */
-static void split_other_keys(const struct few_keys *k, size_t key, size_t count, size_t c,
-                             struct few_parts to)
+/* Whether elements c .. c + 31 of FEW_KEYS keys are all there, side by side. */
+static inline bool few_keys_whole(const struct few_keys *k, size_t key, size_t c)
 {
-    const int64_t stride = k->from->col_stride;
-    for (size_t i = 0; i < count; i++) {
+    return key + FEW_KEYS <= k->keys && c + TILE_KEYS <= k->cols &&
+           k->from->col_stride == (int64_t)sizeof(float);
+}
+
+/* The keys that are asked for while those from `key` on are split: they themselves, where there are no later ones. */
+static inline const char *const *few_later(const struct fa_keys *from, size_t key)
+{
+    return from->row + key + (key + FEW_KEYS + FEW_AHEAD <= from->located ? FEW_AHEAD : 0);
+}
+
+/* Elements c .. c + 31 of any keys; zeros where there are none. */
+FA_NOINLINE void split_keys(const struct few_keys *k, size_t key, size_t c, float *parts)
+{
+    const struct fa_keys *from = k->from;
+    const int64_t at = (int64_t)c * from->col_stride;
+    if (few_keys_whole(k, key, c)) {
+        split_whole_keys(from->row + key, few_later(from, key), FEW_KEYS, at, parts);
+        return;
+    }
+    for (size_t i = 0; i < FEW_KEYS; i++) {
         vec_f32 x = v_zero_f32(), y = v_zero_f32();
         if (key + i < k->keys) {
-            const char *from = k->from->row[key + i] + (int64_t)c * stride;
-            x = load_floats(from, stride, k->cols - c);
+            const char *row = from->row[key + i] + at;
+            x = load_floats(row, from->col_stride, k->cols - c);
             if (k->cols - c > VL_f32) {
-                y = load_floats(from + VL_f32 * stride, stride, k->cols - c - VL_f32);
+                y = load_floats(row + VL_f32 * from->col_stride, from->col_stride,
+                                k->cols - c - VL_f32);
             }
         }
-        store_parts_apart(true, to.first + i * TILE_WORDS, to.others + i * TILE_WORDS,
-                          FEW_KEYS * TILE_WORDS, x, y);
+        store_cut(parts + i * TILE_WORDS, FEW_KEYS * TILE_WORDS, x, y);
     }
 }
 
-/* Elements from c on of the keys that go with step i, of the FEW_KEYS from `key` on. */
-FA_NOINLINE void split_keys_beside(const struct few_keys *k, size_t i, size_t key, size_t c,
-                                   struct few_parts to)
+/* sums += the product of one part of FEW_KEYS keys and one of q, turned. */
+FA_INLINE void few_scores_step(const size_t i, const float *keys, const float *q)
 {
-    const size_t first = FEW_KEYS * i / SMALL_STEPS, end = FEW_KEYS * (i + 1) / SMALL_STEPS;
-    const char *const *row = k->from->row + key + first;
-    const int64_t at = (int64_t)(c * sizeof(float));
-    to.first += first * TILE_WORDS;
-    to.others += first * TILE_WORDS;
-    if (key + end > k->keys || c + TILE_KEYS > k->cols ||
-        k->from->col_stride != (int64_t)sizeof(float)) {
-        split_other_keys(k, key + first, end - first, c, to);
-    } else if (key + end + FEW_AHEAD <= k->from->located) {
-        split_whole_keys(true, row, end - first, at, to);
-    } else {
-        split_whole_keys(false, row, end - first, at, to);
+    if (part_step[i].new_b) {
+        const float *part = keys + part_step[i].b * FEW_KEYS * TILE_WORDS;
+        _tile_loadd(FEW_A0, part, TILE_WORDS * sizeof *keys);
+        _tile_loadd(FEW_A1, part + FEW_TILE_ROWS * TILE_WORDS, TILE_WORDS * sizeof *keys);
     }
-}
-
-/* c += the product of one part of FEW_KEYS keys and one of q, turned. */
-FA_INLINE void multiply_few_keys(const bool new_keys, const float *keys, const bool new_q,
-                                 const float *q)
-{
-    if (new_keys) {
-        _tile_loadd(FEW_A0, keys, TILE_WORDS * sizeof *keys);
-        _tile_loadd(FEW_A1, keys + FEW_TILE_ROWS * TILE_WORDS, TILE_WORDS * sizeof *keys);
-    }
-    if (new_q) {
-        _tile_loadd(FEW_B0, q, TILE_WORDS * sizeof *q);
+    if (part_step[i].new_a) {
+        _tile_loadd(FEW_B0, q + part_step[i].a * TILE_SIZE, TILE_WORDS * sizeof *q);
     }
     _tile_dpbf16ps(0, FEW_A0, FEW_B0);
     _tile_dpbf16ps(1, FEW_A1, FEW_B0);
 }
 
-FA_INLINE void few_scores_step(const size_t i, struct few_parts keys, const float *q)
+/* sums += the product of a chunk of FEW_KEYS keys and one of q, turned.  `beside`: while elements from c on of those from
+ * `key` on are split. */
+FA_INLINE void few_scores_chunk(const bool beside, const float *parts, const float *q,
+                                const struct fa_keys *from, size_t key, size_t c, float *next)
 {
-    const float *others = keys.others + (small_step[i].b - 1) * FEW_KEYS * TILE_WORDS;
-    multiply_few_keys(small_step[i].new_b, small_step[i].b == 0 ? keys.first : others,
-                      small_step[i].new_a, q + small_step[i].a * TILE_SIZE);
+    const char *const *row = from->row + key, *const *later = few_later(from, key);
+    finish_stores();
+    FA_UNROLL
+    for (size_t i = 0; i < STEPS; i++) {
+        const size_t first = FEW_KEYS * i / STEPS, end = FEW_KEYS * (i + 1) / STEPS;
+        few_scores_step(i, parts, q);
+        if (beside) {
+            split_whole_keys(row + first, later + first, end - first, (int64_t)(c * sizeof(float)),
+                             next + first * TILE_WORDS);
+        }
+    }
 }
 
 /* One number of a row of q. */
@@ -145,7 +142,7 @@ static inline float join_one(const float *at, bool second)
     for (size_t part = 0; part < PARTS; part++) {
         lanes[part] = read_bf16(from + part * TILE_WORDS * sizeof *at);
     }
-    return lanes[0] + (fabsf(lanes[1]) < INFINITY ? lanes[1] + lanes[2] : lanes[1]);
+    return fabsf(lanes[0]) < INFINITY ? lanes[0] + (lanes[1] + lanes[2]) : lanes[0];
 }
 
 /* What repair_scores does, from caller memory. */
@@ -165,64 +162,67 @@ static void few_repair_scores(const struct few_keys *k, const float *q, float *s
     }
 }
 
-/* s[row][key] of FEW_KEYS keys, from the sums in tiles. */
-static void store_few_scores(size_t rows, float *s, size_t ld)
+/* s[row][key] from sums[key][16 rows]. */
+static void turn_scores(size_t rows, size_t columns, const float *sums, float *s, size_t ld)
 {
-    _Alignas(64) float sums[FEW_KEYS * FEW_TILE_ROWS];
-    _tile_stored(0, sums, FEW_TILE_ROWS * sizeof *sums);
-    _tile_stored(1, sums + FEW_TILE_ROWS * FEW_TILE_ROWS, FEW_TILE_ROWS * sizeof *sums);
-    finish_stores();
-    for (size_t half = 0; half < FEW_KEYS; half += VL_f32) {
-        vec_f32 square[VL_f32];
-        FA_UNROLL
-        for (size_t i = 0; i < VL_f32; i++) {
-            square[i] = v_load_f32(sums + (half + i) * FEW_TILE_ROWS);
-        }
-        v_transpose_f32(square);
-        for (size_t r = 0; r < rows; r++) {
-            v_store_f32(s + r * ld + half, square[r]);
+    for (size_t r = 0; r < rows; r++) {
+        for (size_t key = 0; key < columns; key++) {
+            s[r * ld + key] = sums[key * FEW_TILE_ROWS + r];
         }
     }
+}
+
+/* Scores of keys for more rows of q, which are split. */
+static void few_scores_tiles(size_t rows, size_t cols, size_t keys, size_t columns, const float *q,
+                             const struct fa_keys *from, float *s, size_t ld)
+{
+    _Alignas(64) float turned[FEW_CHUNKS][PARTS * TILE_SIZE];
+    _Alignas(64) float parts[2][PARTS * FEW_KEYS * TILE_WORDS];
+    _Alignas(64) float sums[WEIGHT_KEYS * FEW_TILE_ROWS];
+    const size_t chunks = (cols + TILE_KEYS - 1) / TILE_KEYS, depth = chunks * PART_WORDS;
+    const struct few_keys k = {.from = from, .keys = keys, .cols = cols};
+
+    for (size_t chunk = 0; chunk < chunks; chunk++) {
+        turn_chunk(rows, q + chunk * PART_WORDS, depth, turned[chunk]);
+    }
+    if (chunks > 0) {
+        split_keys(&k, 0, 0, parts[0]);
+    }
+    size_t at = 0;
+    for (size_t key = 0; key < columns; key += FEW_KEYS) {
+        _tile_zero(0);
+        _tile_zero(1);
+        for (size_t chunk = 0; chunk < chunks; chunk++, at = 1 - at) {
+            const bool same = chunk + 1 < chunks;
+            const size_t next_key = same ? key : key + FEW_KEYS;
+            const size_t next = same ? (chunk + 1) * TILE_KEYS : 0;
+            if (few_keys_whole(&k, next_key, next)) {
+                few_scores_chunk(true, parts[at], turned[chunk], from, next_key, next,
+                                 parts[1 - at]);
+                continue;
+            }
+            few_scores_chunk(false, parts[at], turned[chunk], from, 0, 0, NULL);
+            if (next_key < columns) {
+                split_keys(&k, next_key, next, parts[1 - at]);
+            }
+        }
+        _tile_stored(0, sums + key * FEW_TILE_ROWS, FEW_TILE_ROWS * sizeof *sums);
+        _tile_stored(1, sums + (key + FEW_TILE_ROWS) * FEW_TILE_ROWS, FEW_TILE_ROWS * sizeof *sums);
+    }
+    finish_stores();
+    turn_scores(rows, columns, sums, s, ld);
 }
 
 static void few_scores_parts(size_t rows, size_t cols, size_t keys, size_t columns, const void *q,
                              const struct fa_keys *from, void *s, size_t ld, float factor)
 {
-    _Alignas(64) float turned[FEW_CHUNKS][PARTS * TILE_SIZE];
-    _Alignas(64) float first[2][FEW_CHUNKS][FEW_KEYS * TILE_WORDS];
-    _Alignas(64) float others[2][(PARTS - 1) * FEW_KEYS * TILE_WORDS];
-    const size_t chunks = (cols + TILE_KEYS - 1) / TILE_KEYS, depth = chunks * PART_WORDS;
+    const size_t depth = (cols + TILE_KEYS - 1) / TILE_KEYS * PART_WORDS;
     const struct few_keys k = {.from = from, .keys = keys, .cols = cols};
     (void)factor;
-
-    for (size_t chunk = 0; chunk < chunks; chunk++) {
-        turn_chunk(rows, (const float *)q + chunk * PART_WORDS, depth, turned[chunk]);
-    }
-    for (size_t i = 0; chunks > 0 && i < SMALL_STEPS; i++) {
-        split_keys_beside(&k, i, 0, 0, (struct few_parts){first[0][0], others[0]});
-    }
-    size_t at = 0, tile = 0;
-    for (size_t key = 0; key < columns; key += FEW_KEYS, tile = 1 - tile) {
-        _tile_zero(0);
-        _tile_zero(1);
-        for (size_t chunk = 0; chunk < chunks; chunk++, at = 1 - at) {
-            const bool same = chunk + 1 < chunks;
-            const size_t next = same ? chunk + 1 : 0, next_key = same ? key : key + FEW_KEYS;
-            const struct few_parts to = {first[same ? tile : 1 - tile][next], others[1 - at]};
-            const struct few_parts parts = {first[tile][chunk], others[at]};
-            finish_stores();
-            FA_UNROLL
-            for (size_t i = 0; i < SMALL_STEPS; i++) {
-                few_scores_step(i, parts, turned[chunk]);
-                if (next_key < columns) {
-                    split_keys_beside(&k, i, next_key, next * TILE_KEYS, to);
-                }
-            }
-        }
-        for (size_t chunk = 0; chunk < chunks; chunk++) {
-            multiply_few_keys(true, first[tile][chunk], true, turned[chunk]);
-        }
-        store_few_scores(rows, (float *)s + key, ld);
+    if (rows <= CHAIN_ROWS) {
+        few_scores_chains(rows, cols, keys, columns, q, from, s, ld);
+    } else {
+        few_scores_tiles(rows, cols, keys, columns, q, from, s, ld);
     }
     for (size_t r = 0; r < rows; r++) {
         float *row = (float *)s + r * ld;
@@ -232,88 +232,88 @@ static void few_scores_parts(size_t rows, size_t cols, size_t keys, size_t colum
     }
 }
 
-/* Values of `tiles` times 16 columns to be split: parts[tile][part][pair of keys][16]. */
+/* Values to be split: parts[tile][part][pair of keys][16]. */
 struct few_values {
     const struct fa_keys *from;
-    size_t keys, cols; /* cols: that are there, from the first on */
-    int64_t at; /* the first of them, in bytes */
+    size_t keys, cols;
     vec_f32 nearest; /* of each lane so far, to 0 */
 };
 
-/* The pairs of keys that go with step i, of the 16 from `key` on; `whole`: all are there, side by side; `more`: so
- * are those to be fetched. */
-FA_INLINE void split_values_of(const bool whole, const bool more, const size_t tiles,
-                               struct few_values *v, size_t i, size_t key, struct few_parts to)
+/* Pairs [first, end) of the 32 keys from `key` on, of `tiles` times 16 columns from `col` on; `whole`: all are there,
+ * side by side. */
+FA_INLINE void split_values(const bool whole, const size_t tiles, struct few_values *v, size_t key,
+                            size_t col, size_t first, size_t end, float *parts)
 {
+    const char *const *row = v->from->row + key, *const *later = few_later(v->from, key);
     vec_f32 nearest = v->nearest;
-    for (size_t pair = TILE_WORDS * i / SMALL_STEPS; pair < TILE_WORDS * (i + 1) / SMALL_STEPS;
-         pair++) {
-        const size_t one = key + pair, other = one + TILE_WORDS;
+    for (size_t pair = first; pair < end; pair++) {
+        const size_t other = pair + TILE_WORDS;
         FA_UNROLL
         for (size_t t = 0; t < tiles; t++) {
-            const int64_t at = v->at + (int64_t)(t * VL_f32) * v->from->col_stride;
-            const size_t cols = v->cols - t * VL_f32;
-            if (more && t % 2 == 0) {
-                fetch_later(v->from->row + one, at);
-                fetch_later(v->from->row + other, at);
+            const size_t c = col + t * VL_f32, cols = less_or_zero(v->cols, c);
+            const int64_t at = (int64_t)c * v->from->col_stride;
+            if (whole && t % 2 == 0) {
+                fetch_later(later[pair], at);
+                fetch_later(later[other], at);
             }
-            const vec_f32 x = whole ? v_load_f32(v->from->row[one] + at)
-                                    : load_value(v->from, one, v->keys, at, cols);
-            const vec_f32 y = whole ? v_load_f32(v->from->row[other] + at)
-                                    : load_value(v->from, other, v->keys, at, cols);
+            const vec_f32 x = whole ? v_load_f32(row[pair] + at)
+                                    : load_value(v->from, key + pair, v->keys, at, cols);
+            const vec_f32 y = whole ? v_load_f32(row[other] + at)
+                                    : load_value(v->from, key + other, v->keys, at, cols);
             nearest = v_nearer_f32(v_nearer_f32(nearest, x), y);
-            store_parts_apart(false, to.first + t * TILE_SIZE + pair * TILE_WORDS,
-                              to.others + t * (PARTS - 1) * TILE_SIZE + pair * TILE_WORDS,
-                              TILE_SIZE, x, y);
+            store_cut(parts + t * PARTS * TILE_SIZE + pair * TILE_WORDS, TILE_SIZE, x, y);
         }
     }
     v->nearest = nearest;
 }
 
-FA_INLINE void split_values_beside(const size_t tiles, struct few_values *v, size_t i, size_t key,
-                                   struct few_parts to)
+static inline bool few_values_whole(const struct few_values *v, size_t key, size_t end_col)
 {
-    const bool whole = key + TILE_KEYS <= v->keys && v->cols >= tiles * VL_f32 &&
-                       v->from->col_stride == (int64_t)sizeof(float);
-    if (!whole) {
-        split_values_of(false, false, tiles, v, i, key, to);
-    } else if (key + TILE_KEYS + FEW_AHEAD <= v->from->located) {
-        split_values_of(true, true, tiles, v, i, key, to);
+    return key + TILE_KEYS <= v->keys && end_col <= v->cols &&
+           v->from->col_stride == (int64_t)sizeof(float);
+}
+
+FA_INLINE void split_any_values(const size_t tiles, struct few_values *v, size_t key, size_t col,
+                                float *parts)
+{
+    if (few_values_whole(v, key, col + tiles * VL_f32)) {
+        split_values(true, tiles, v, key, col, 0, TILE_WORDS, parts);
     } else {
-        split_values_of(true, false, tiles, v, i, key, to);
+        split_values(false, tiles, v, key, col, 0, TILE_WORDS, parts);
     }
 }
 
-FA_NOINLINE void split_wide(struct few_values *v, size_t i, size_t key, struct few_parts to)
+FA_NOINLINE void split_wide(struct few_values *v, size_t key, size_t col, float *parts)
 {
-    split_values_beside(FEW_TILES, v, i, key, to);
+    split_any_values(FEW_TILES, v, key, col, parts);
 }
 
-FA_NOINLINE void split_narrow(struct few_values *v, size_t i, size_t key, struct few_parts to)
+FA_NOINLINE void split_narrow(struct few_values *v, size_t key, size_t col, float *parts)
 {
-    split_values_beside(1, v, i, key, to);
+    split_any_values(1, v, key, col, parts);
 }
 
 /* Whether a value is so small, and yet not 0. */
-static bool any_tiny(const struct few_values *v, size_t cols)
+static bool any_tiny(const struct fa_keys *from, size_t keys, size_t cols)
 {
     uint32_t special = 0;
-    for (size_t key = 0; key < v->keys; key++) {
+    for (size_t key = 0; key < keys; key++) {
         for (size_t c = 0; c < cols; c += VL_f32) {
-            const int64_t at = (int64_t)c * v->from->col_stride;
-            special |= special_values(load_value(v->from, key, v->keys, at, cols - c));
+            const int64_t at = (int64_t)c * from->col_stride;
+            special |= special_values(load_value(from, key, keys, at, cols - c));
         }
     }
     return special != 0;
 }
 
-/* c += the product of one part of the weights and one of the values, whose tiles are `apart` words apart. */
-FA_INLINE void multiply_few_values(const size_t tiles, const bool new_weights, const float *weights,
-                                   size_t stride, const float *b, size_t apart)
+/* sums += the product of one part of the weights and one of the values. */
+FA_INLINE void few_values_step(const size_t tiles, const size_t i, const float *weights,
+                               size_t stride, const float *values)
 {
-    const size_t bytes = TILE_WORDS * sizeof *b;
-    if (new_weights) {
-        _tile_loadd(FEW_A0, weights, stride * sizeof *weights);
+    const size_t apart = PARTS * TILE_SIZE, bytes = TILE_WORDS * sizeof *values;
+    const float *b = values + part_step[i].b * TILE_SIZE;
+    if (part_step[i].new_a) {
+        _tile_loadd(FEW_A0, weights + part_step[i].a * TILE_WORDS, stride * sizeof *weights);
     }
     _tile_loadd(FEW_B0, b, bytes);
     _tile_dpbf16ps(0, FEW_A0, FEW_B0);
@@ -331,48 +331,25 @@ FA_INLINE void multiply_few_values(const size_t tiles, const bool new_weights, c
     }
 }
 
-FA_INLINE void few_values_step(const size_t tiles, const size_t i, const float *weights,
-                               size_t stride, struct few_parts values)
+/* sums += the product of a chunk of weights and of values.  `beside`: while the values of the 32 keys from `key` on,
+ * from `col` on, are split. */
+FA_INLINE void few_values_chunk(const bool beside, const size_t tiles, const float *weights,
+                                size_t stride, const float *parts, struct few_values *v, size_t key,
+                                size_t col, float *next)
 {
-    const bool of_first = small_step[i].b == 0;
-    const float *others = values.others + (small_step[i].b - 1) * TILE_SIZE;
-    multiply_few_values(tiles, small_step[i].new_a, weights + small_step[i].a * TILE_WORDS, stride,
-                        of_first ? values.first : others,
-                        of_first ? TILE_SIZE : (PARTS - 1) * TILE_SIZE);
-}
-
-/* sums[rows][tiles * 16] = weights values over all keys; `tiles` and `split` are constants. */
-FA_INLINE void
-few_values_tiles(const size_t tiles,
-                 void (*split)(struct few_values *, size_t, size_t, struct few_parts),
-                 struct few_values *v, const struct weights *w, float *sums, size_t ld)
-{
-    _Alignas(64) float first[WEIGHT_KEYS / TILE_KEYS][FEW_TILES * TILE_SIZE];
-    _Alignas(64) float others[2][FEW_TILES * (PARTS - 1) * TILE_SIZE];
-    const size_t chunks = (v->keys + TILE_KEYS - 1) / TILE_KEYS;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (size_t i = 0; i < SMALL_STEPS; i++) {
-        split(v, i, 0, (struct few_parts){first[0], others[0]});
-    }
-    for (size_t chunk = 0; chunk < chunks; chunk++) {
-        const struct few_parts parts = {first[chunk], others[chunk % 2]};
-        finish_stores();
-        FA_UNROLL
-        for (size_t i = 0; i < SMALL_STEPS; i++) {
-            few_values_step(tiles, i, w->parts + chunk * PART_WORDS, w->stride, parts);
-            if (chunk + 1 < chunks) {
-                split(v, i, (chunk + 1) * TILE_KEYS,
-                      (struct few_parts){first[chunk + 1], others[1 - chunk % 2]});
-            }
+    finish_stores();
+    FA_UNROLL
+    for (size_t i = 0; i < STEPS; i++) {
+        few_values_step(tiles, i, weights, stride, parts);
+        if (beside) {
+            split_values(true, tiles, v, key, col, TILE_WORDS * i / STEPS,
+                         TILE_WORDS * (i + 1) / STEPS, next);
         }
     }
-    for (size_t chunk = 0; chunk < chunks; chunk++) {
-        multiply_few_values(tiles, true, w->parts + chunk * PART_WORDS, w->stride, first[chunk],
-                            TILE_SIZE);
-    }
+}
+
+FA_INLINE void store_few_sums(const size_t tiles, float *sums, size_t ld)
+{
     _tile_stored(0, sums, ld * sizeof *sums);
     if (tiles > 1) {
         _tile_stored(1, sums + VL_f32, ld * sizeof *sums);
@@ -385,36 +362,75 @@ few_values_tiles(const size_t tiles,
     }
 }
 
+/* sums = weights values over all keys, for columns [first, end), `tiles` times 16 of them at a time; `tiles` and `split`
+ * are constants. */
+FA_INLINE void few_values_tiles(const size_t tiles,
+                                void (*split)(struct few_values *, size_t, size_t, float *),
+                                struct few_values *v, const struct weights *w, size_t first,
+                                size_t end, float *sums, size_t ld)
+{
+    _Alignas(64) float parts[2][FEW_TILES * PARTS * TILE_SIZE];
+    const size_t chunks = (v->keys + TILE_KEYS - 1) / TILE_KEYS, cols = tiles * VL_f32;
+    size_t at = 0;
+    if (first < end) {
+        split(v, 0, first, parts[0]);
+    }
+    for (size_t col = first; col < end; col += cols) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (size_t chunk = 0; chunk < chunks; chunk++, at = 1 - at) {
+            const float *weights = w->parts + chunk * PART_WORDS;
+            const bool same = chunk + 1 < chunks;
+            const size_t next_key = same ? (chunk + 1) * TILE_KEYS : 0;
+            const size_t next_col = same ? col : col + cols;
+            if (next_col < end && few_values_whole(v, next_key, next_col + cols)) {
+                few_values_chunk(true, tiles, weights, w->stride, parts[at], v, next_key, next_col,
+                                 parts[1 - at]);
+                continue;
+            }
+            few_values_chunk(false, tiles, weights, w->stride, parts[at], v, 0, 0, NULL);
+            if (next_col < end) {
+                split(v, next_key, next_col, parts[1 - at]);
+            }
+        }
+        store_few_sums(tiles, sums + col, ld);
+    }
+}
+
+/* sums[rows][cols] = weights values, for more rows.  Returns the value nearest to 0, in each lane. */
+static vec_f32 few_values_wide(size_t rows, size_t keys, size_t cols, const float *weights,
+                               size_t ldw, const struct fa_keys *from, float *sums, size_t ld)
+{
+    _Alignas(64) float parts[FEW_TILE_ROWS * WEIGHT_KEYS / TILE_KEYS * PART_WORDS];
+    const size_t chunks = (keys + TILE_KEYS - 1) / TILE_KEYS;
+    const size_t wide = cols / (FEW_TILES * VL_f32) * (FEW_TILES * VL_f32);
+    const struct weights w = {weights, rows, ldw, parts, chunks * PART_WORDS};
+    struct few_values v = {.from = from, .keys = keys, .cols = cols, .nearest = v_set_f32(1)};
+    for (size_t chunk = 0; chunk < chunks; chunk++) {
+        split_weights_of(&w, chunk, 0, rows);
+    }
+    few_values_tiles(FEW_TILES, split_wide, &v, &w, 0, wide, sums, ld);
+    few_values_tiles(1, split_narrow, &v, &w, wide, cols, sums, ld);
+    finish_stores();
+    return v.nearest;
+}
+
 /* False where some value is special: matmul_skip_zeros does those. */
 static bool few_values_parts(size_t rows, size_t keys, size_t cols, const void *weights, size_t ldw,
                              const struct fa_keys *from, void *scratch, void *acc, size_t ldacc)
 {
-    _Alignas(64) float parts[FEW_TILE_ROWS * WEIGHT_KEYS / TILE_KEYS * PART_WORDS];
-    const size_t chunks = (keys + TILE_KEYS - 1) / TILE_KEYS, wide = FEW_TILES * VL_f32;
-    const struct weights w = {weights, rows, ldw, parts, chunks * PART_WORDS};
-    struct few_values v = {.from = from, .keys = keys, .nearest = v_set_f32(1)};
     float *sums = scratch;
-    for (size_t chunk = 0; chunk < chunks; chunk++) {
-        split_weights_of(&w, chunk, 0, rows);
-    }
-    for (size_t col = 0; col < cols;) {
-        v.at = (int64_t)col * from->col_stride;
-        v.cols = cols - col;
-        if (v.cols >= wide) {
-            few_values_tiles(FEW_TILES, split_wide, &v, &w, sums + col, ldacc);
-            col += wide;
-        } else {
-            few_values_tiles(1, split_narrow, &v, &w, sums + col, ldacc);
-            col += VL_f32;
-        }
-    }
-    finish_stores();
+    const vec_f32 nearest =
+        rows <= CHAIN_ROWS ? few_values_chains(rows, keys, cols, weights, ldw, from, sums, ldacc)
+                           : few_values_wide(rows, keys, cols, weights, ldw, from, sums, ldacc);
     vec_f32 probe = v_zero_f32();
     for (size_t r = 0; r < rows; r++) {
         probe = v_add_f32(probe, probe_scores(sums + r * ldacc, cols));
     }
     if (v_any_nan_f32(probe) ||
-        (v_any_gt_f32(v_set_f32(VALUE_LEAST), v.nearest) && any_tiny(&v, cols))) {
+        (v_any_gt_f32(v_set_f32(VALUE_LEAST), nearest) && any_tiny(from, keys, cols))) {
         return false;
     }
     for (size_t r = 0; r < rows; r++) {

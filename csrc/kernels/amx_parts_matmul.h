@@ -1,7 +1,7 @@
 /* Both products of float32 by tiles of bfloat16: six products of parts for one of numbers (amx_parts.h), over the
  * tiles of amx_matmul.h.
  *
- * The order of sums is that of amx_matmul.h, with six products for each chunk of 32, the small ones first: a row's
+ * The order of sums is that of amx_matmul.h, with six products for each chunk of 32: a row's
  * bits depend on no neighbour.  Infinities and NaN of q and keys spoil only scores of their own rows and columns,
  * which are computed again; special values are cleared, and added one by one where they weigh anything.
  *
@@ -14,34 +14,26 @@
 
 #define WEIGHT_KEYS 128 /* weights of so many keys are split at a time: 24 KiB for 32 rows */
 
-/* The six products of parts of a chunk, by part of a and part of b.  All but the last are small, 2^-8 of it at most:
- * they are summed over all chunks before the last is, so that a sum is rounded at its own size only once per
- * chunk, as if the products were whole.  Every small step loads one part of a or of b anew. */
-#define SMALL_STEPS 5
+/* The six products of parts of a chunk, by part of a and part of b, in an order that loads only one of both
+ * anew, and b less often: the side of which there are more tiles where rows are few. */
+#define STEPS 6
 static const struct {
     uint8_t a, b;
     bool new_a, new_b;
-} small_step[SMALL_STEPS] = {
-    {2, 0, true, true},  {1, 0, true, false}, {1, 1, false, true},
-    {0, 1, true, false}, {0, 2, false, true},
+} part_step[STEPS] = {
+    {2, 0, true, true},  {0, 0, true, false}, {1, 0, true, false},
+    {1, 1, false, true}, {0, 1, true, false}, {0, 2, false, true},
 };
 
-FA_INLINE void multiply_small(const size_t i, const bool lower, const float *a, size_t a_stride,
-                              const float *b)
+FA_INLINE void multiply_step(const size_t i, const bool lower, const float *a, size_t a_stride,
+                             const float *b)
 {
-    if (small_step[i].new_b) {
-        load_b(b + small_step[i].b * TILE_WORDS * PANEL);
+    if (part_step[i].new_b) {
+        load_b(b + part_step[i].b * TILE_WORDS * PANEL);
     }
-    if (small_step[i].new_a) {
-        load_a(lower, a + small_step[i].a * TILE_WORDS, a_stride);
+    if (part_step[i].new_a) {
+        load_a(lower, a + part_step[i].a * TILE_WORDS, a_stride);
     }
-    multiply(lower);
-}
-
-FA_INLINE void multiply_large(const bool lower, const float *a, size_t a_stride, const float *b)
-{
-    load_b(b);
-    load_a(lower, a, a_stride);
     multiply(lower);
 }
 
@@ -50,7 +42,6 @@ FA_INLINE void multiply_large(const bool lower, const float *a, size_t a_stride,
 struct tile_work {
     const struct fa_product *product;
     size_t chunks, panel, chunk, step;
-    bool large; /* the small steps of all chunks are done */
 };
 
 static inline struct tile_work begin_work(const struct fa_product *p, size_t chunks)
@@ -68,30 +59,30 @@ FA_INLINE void advance_tiles(const bool lower, struct tile_work *work)
     const float *a = (const float *)p->a + work->chunk * PART_WORDS;
     const float *b =
         (const float *)p->b + work->panel * p->b_panel + work->chunk * PART_WORDS * PANEL;
-    switch (work->large ? SMALL_STEPS : work->step) {
+    switch (work->step) {
     case 0:
         if (work->chunk == 0) {
             clear_sums(lower);
         }
-        multiply_small(0, lower, a, p->a_stride, b);
+        multiply_step(0, lower, a, p->a_stride, b);
         break;
     case 1:
-        multiply_small(1, lower, a, p->a_stride, b);
+        multiply_step(1, lower, a, p->a_stride, b);
         break;
     case 2:
-        multiply_small(2, lower, a, p->a_stride, b);
+        multiply_step(2, lower, a, p->a_stride, b);
         break;
     case 3:
-        multiply_small(3, lower, a, p->a_stride, b);
+        multiply_step(3, lower, a, p->a_stride, b);
         break;
     case 4:
-        multiply_small(4, lower, a, p->a_stride, b);
+        multiply_step(4, lower, a, p->a_stride, b);
         break;
     default:
-        multiply_large(lower, a, p->a_stride, b);
+        multiply_step(5, lower, a, p->a_stride, b);
         break;
     }
-    if (!work->large && ++work->step < SMALL_STEPS) {
+    if (++work->step < STEPS) {
         return;
     }
     work->step = 0;
@@ -99,11 +90,8 @@ FA_INLINE void advance_tiles(const bool lower, struct tile_work *work)
         return;
     }
     work->chunk = 0;
-    if (work->large) {
-        store_sums(lower, (float *)p->c + work->panel * PANEL, p->c_row);
-        work->panel++;
-    }
-    work->large = !work->large;
+    store_sums(lower, (float *)p->c + work->panel * PANEL, p->c_row);
+    work->panel++;
 }
 
 /* c[rows][PANEL] = a b over `chunks`. */
@@ -113,13 +101,10 @@ FA_INLINE void multiply_panel(const bool lower, size_t chunks, const float *a, s
     clear_sums(lower);
     for (size_t chunk = 0; chunk < chunks; chunk++) {
         FA_UNROLL
-        for (size_t i = 0; i < SMALL_STEPS; i++) {
-            multiply_small(i, lower, a + chunk * PART_WORDS, a_stride,
-                           b + chunk * PART_WORDS * PANEL);
+        for (size_t i = 0; i < STEPS; i++) {
+            multiply_step(i, lower, a + chunk * PART_WORDS, a_stride,
+                          b + chunk * PART_WORDS * PANEL);
         }
-    }
-    for (size_t chunk = 0; chunk < chunks; chunk++) {
-        multiply_large(lower, a + chunk * PART_WORDS, a_stride, b + chunk * PART_WORDS * PANEL);
     }
     store_sums(lower, c, c_row);
 }
@@ -253,8 +238,9 @@ FA_INLINE void split_weights_of(const struct weights *w, size_t chunk, size_t fi
 {
     for (size_t r = first; r < first + rows && r < w->rows; r++) {
         const float *from = w->from + r * w->from_stride + chunk * TILE_KEYS;
-        store_parts(false, w->parts + r * w->stride + chunk * PART_WORDS, TILE_WORDS,
-                    v_load_f32(from), v_load_f32(from + TILE_WORDS));
+        const vec_f32 x = v_load_f32(from), y = v_load_f32(from + TILE_WORDS);
+        store_parts(w->parts + r * w->stride + chunk * PART_WORDS, TILE_WORDS, x, round_first(x), y,
+                    round_first(y));
     }
 }
 
@@ -262,23 +248,19 @@ FA_INLINE void split_weights_of(const struct weights *w, size_t chunk, size_t fi
 FA_INLINE void multiply_first(const bool lower, size_t chunks, const struct weights *w,
                               const float *b, float *c)
 {
-    const size_t rows = (TILES_Q + SMALL_STEPS - 1) / SMALL_STEPS;
+    const size_t rows = (TILES_Q + STEPS - 1) / STEPS;
     clear_sums(lower);
     split_weights_of(w, 0, 0, w->rows);
     for (size_t chunk = 0; chunk < chunks; chunk++) {
         finish_stores();
         FA_UNROLL
-        for (size_t i = 0; i < SMALL_STEPS; i++) {
-            multiply_small(i, lower, w->parts + chunk * PART_WORDS, w->stride,
-                           b + chunk * PART_WORDS * PANEL);
+        for (size_t i = 0; i < STEPS; i++) {
+            multiply_step(i, lower, w->parts + chunk * PART_WORDS, w->stride,
+                          b + chunk * PART_WORDS * PANEL);
             if (chunk + 1 < chunks) {
                 split_weights_of(w, chunk + 1, i * rows, rows);
             }
         }
-    }
-    for (size_t chunk = 0; chunk < chunks; chunk++) {
-        multiply_large(lower, w->parts + chunk * PART_WORDS, w->stride,
-                       b + chunk * PART_WORDS * PANEL);
     }
     store_sums(lower, c, PANEL);
 }
@@ -336,7 +318,7 @@ static void clear_special_parts(size_t chunks, const float *b, float *plain)
             const vec_f32 y = join_parts(b + col, TILE_WORDS * PANEL, true);
             const vec_f32 plain_x = v_only_lanes_f32(x, ~special_values(x));
             const vec_f32 plain_y = v_only_lanes_f32(y, ~special_values(y));
-            store_parts(false, plain + col, TILE_WORDS * PANEL, plain_x, plain_y);
+            store_cut(plain + col, TILE_WORDS * PANEL, plain_x, plain_y);
         }
     }
     finish_stores();

@@ -1,5 +1,5 @@
-/* The amx kernel set: what avx512 has, bit for bit, but for the forward pass over bfloat16, whose products are by
- * tiles.  Exports one symbol. */
+/* The amx kernel set: what avx512 has, bit for bit, but for the forward pass over bfloat16 and float32, whose products
+ * are by tiles.  Exports one symbol. */
 #include "vec_amx.h"
 
 #define DT f32
@@ -12,5 +12,12 @@
 
 #include "amx_bf16.h"
 
+#include "amx_f32.h"
+
 const struct fa_kernels fa_kernels_amx = {
-    .name = "amx", .f32 = &ops_f32, .f64 = &ops_f64, .forward_bf16 = &ops_bf16};
+    .name = "amx",
+    .f32 = &ops_f32,
+    .f64 = &ops_f64,
+    .forward_f32 = &ops_parts,
+    .forward_bf16 = &ops_bf16,
+};

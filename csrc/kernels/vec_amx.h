@@ -49,6 +49,17 @@ static inline void end_tiles(void) { _tile_release(); }
 /* Compilers do not know that loads of tiles read memory: what was written before must be there. */
 static inline void finish_stores(void) { __asm__ volatile("" ::: "memory"); }
 
+/* The mode in which multiply-adds of float32 do what the tiles do: subnormal numbers count as 0 and become 0,
+ * rounding is to nearest, no exception is reported.  Returns the mode before. */
+#define TILE_MODE 0x9fc0u /* of MXCSR: flush to zero, all exceptions masked, denormals are zeros */
+static inline unsigned flush_subnormals(void)
+{
+    const unsigned mode = _mm_getcsr();
+    _mm_setcsr(TILE_MODE);
+    return mode;
+}
+static inline void restore_mode(unsigned mode) { _mm_setcsr(mode); }
+
 /* 32 elements of 16 bits. */
 typedef __m512i vec_u16;
 
@@ -134,13 +145,6 @@ static inline vec_f32 v_only_lanes_f32(vec_f32 x, uint32_t lanes)
 static inline vec_f32 v_load_first_f32(const void *p, size_t count)
 {
     return _mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), p);
-}
-/* The same, but largest numbers, infinities and NaN become the largest that two bytes hold. */
-static inline vec_f32 v_round_half_finite(vec_f32 x)
-{
-    const __m512i bits = _mm512_castps_si512(v_round_half(x));
-    const __m512i above = _mm512_min_epi32(bits, _mm512_set1_epi32(0x7f7fffff));
-    return _mm512_castsi512_ps(_mm512_min_epu32(above, _mm512_set1_epi32((int)0xff7fffff)));
 }
 /* A NaN without payload for any NaN. */
 static inline vec_f32 v_plain_nan(vec_f32 x)

@@ -9,6 +9,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "names.h"
+
 typedef __m512 vec_f32;
 typedef __m512d vec_f64;
 
@@ -216,13 +218,15 @@ static inline vec_f64 v_iota_f64(void) { return _mm512_setr_pd(0, 1, 2, 3, 4, 5,
 
 /* Transpose VL rows of VL elements in place: pairs, quads, then 128-bit quarters; 64 shuffles for
  * 16 x 16. */
-static inline void v_transpose_f32(vec_f32 r[VL_f32])
+FA_INLINE void v_transpose_f32(vec_f32 r[VL_f32])
 {
     vec_f32 a[16], b[16];
+    FA_UNROLL
     for (int i = 0; i < 16; i += 2) {
         a[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
         a[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
     }
+    FA_UNROLL
     for (int i = 0; i < 16; i += 4) {
         b[i] = _mm512_shuffle_ps(a[i], a[i + 2], 0x44);
         b[i + 1] = _mm512_shuffle_ps(a[i], a[i + 2], 0xee);
@@ -230,6 +234,7 @@ static inline void v_transpose_f32(vec_f32 r[VL_f32])
         b[i + 3] = _mm512_shuffle_ps(a[i + 1], a[i + 3], 0xee);
     }
     /* b[4 g + c] holds, in quarter h, column 4 h + c of rows 4 g .. 4 g + 3. */
+    FA_UNROLL
     for (int c = 0; c < 4; c++) {
         vec_f32 low01 = _mm512_shuffle_f32x4(b[c], b[4 + c], 0x88);
         vec_f32 low23 = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0x88);
@@ -241,14 +246,16 @@ static inline void v_transpose_f32(vec_f32 r[VL_f32])
         r[12 + c] = _mm512_shuffle_f32x4(high01, high23, 0xdd);
     }
 }
-static inline void v_transpose_f64(vec_f64 r[VL_f64])
+FA_INLINE void v_transpose_f64(vec_f64 r[VL_f64])
 {
     vec_f64 a[8];
+    FA_UNROLL
     for (int i = 0; i < 8; i += 2) {
         a[i] = _mm512_unpacklo_pd(r[i], r[i + 1]);
         a[i + 1] = _mm512_unpackhi_pd(r[i], r[i + 1]);
     }
     /* a[2 g + c] holds, in quarter h, column 2 h + c of rows 2 g and 2 g + 1. */
+    FA_UNROLL
     for (int c = 0; c < 2; c++) {
         vec_f64 low01 = _mm512_shuffle_f64x2(a[c], a[2 + c], 0x88);
         vec_f64 low23 = _mm512_shuffle_f64x2(a[4 + c], a[6 + c], 0x88);

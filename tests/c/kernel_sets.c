@@ -1260,10 +1260,10 @@ static void stored_free(struct stored *s)
     }
 }
 
-/* The set whose float32 operations serve narrow storage, bit for bit: amx_f32 has others for float32 alone. */
+/* The set whose float32 operations serve narrow storage, bit for bit: amx has others for float32 alone. */
 static const struct fa_kernels *set_of_narrow(const struct fa_kernels *kernels)
 {
-    return strcmp(fa_kernels_name(kernels), "amx_f32") == 0 ? find_set("avx512") : kernels;
+    return strcmp(fa_kernels_name(kernels), "amx") == 0 ? find_set("avx512") : kernels;
 }
 
 /* Compare with the float32 call in one piece: the same bits from float32 queries, one rounding away from

@@ -1,22 +1,14 @@
-/* The amx_f32 kernel set: what amx has, bit for bit, but for the forward pass over float32, whose products are by
- * tiles, too.  Exports one symbol. */
-#include "vec_amx.h"
-
-#define DT f32
-#include "ops_template.h"
-#undef DT
-
-#define DT f64
-#include "ops_template.h"
-#undef DT
-
-#include "amx_bf16.h"
+/* The forward pass over float32 by tiles: its operations and their table.  Needs ops_template.h for f32. */
+#ifndef FA_AMX_F32_H
+#define FA_AMX_F32_H
 
 #include "amx_parts.h"
 
 #include "amx_parts_pack.h"
 
 #include "amx_parts_matmul.h"
+
+#include "amx_parts_chains.h"
 
 #include "amx_parts_few.h"
 
@@ -58,10 +50,4 @@ static const struct fa_ops ops_parts = {
     .apply_dropout = apply_dropout_f32,
 };
 
-const struct fa_kernels fa_kernels_amx_f32 = {
-    .name = "amx_f32",
-    .f32 = &ops_f32,
-    .f64 = &ops_f64,
-    .forward_f32 = &ops_parts,
-    .forward_bf16 = &ops_bf16,
-};
+#endif
