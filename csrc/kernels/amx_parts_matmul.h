@@ -7,22 +7,23 @@
  *
  * Cost of 32 rows and a panel per chunk: 384 cycles of products, where the same core's multiply-adds of float32
  * take 1024; 256 rows of a and b are loaded, two a cycle, in the shadow of them.  Weights are split on the
- * way: 18 operations for 32.
+ * way: 16 operations for 32.
  */
 #ifndef FA_AMX_PARTS_MATMUL_H
 #define FA_AMX_PARTS_MATMUL_H
 
 #define WEIGHT_KEYS 128 /* weights of so many keys are split at a time: 24 KiB for 32 rows */
 
-/* The six products of parts of a chunk, by part of a and part of b, in an order that loads only one of both
- * anew, and b less often: the side of which there are more tiles where rows are few. */
+/* The six products of parts of a chunk, by part of a and part of b.  The last is the large one, 2^7 times the others
+ * at least: the first chunk's sums of the small ones are rounded at their own size.  From one to the next only one
+ * operand is loaded anew. */
 #define STEPS 6
 static const struct {
     uint8_t a, b;
     bool new_a, new_b;
 } part_step[STEPS] = {
-    {2, 0, true, true},  {0, 0, true, false}, {1, 0, true, false},
-    {1, 1, false, true}, {0, 1, true, false}, {0, 2, false, true},
+    {2, 0, true, true},  {1, 0, true, false}, {1, 1, false, true},
+    {0, 1, true, false}, {0, 2, false, true}, {0, 0, false, true},
 };
 
 FA_INLINE void multiply_step(const size_t i, const bool lower, const float *a, size_t a_stride,
