@@ -400,7 +400,10 @@ enum fa_status fa_attention_backward(const struct fa_backward_params *params,
     struct fa_backward b = {.params = params};
     FA_ASSERT(p->head_dim <= FA_MAX_BACKWARD_DIM && p->head_dim_v <= FA_MAX_BACKWARD_DIM);
     FA_ASSERT(p->kv_dtype == p->dtype && p->page_table.data == NULL);
-    enum fa_status status = fa_geometry_init(&b.geometry, p, fa_ops_for(kernels, p->dtype));
+    /* lse is of the forward pass' scores: others, as accurate, would not be as close to it as they are to each other. */
+    const struct fa_ops *ops = fa_ops_for(kernels, p->dtype);
+    const struct fa_ops *score_ops = p->dtype == FA_F32 ? fa_forward_ops(kernels, p) : ops;
+    enum fa_status status = fa_geometry_init(&b.geometry, p, ops, score_ops);
     if (status != FA_OK) {
         return status;
     }

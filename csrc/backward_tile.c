@@ -141,9 +141,11 @@ struct fa_key_range fa_backward_tile(const struct fa_backward *backward, const s
     const int64_t size = (int64_t)g->ops->size;
     struct fa_key_range of[FA_BACKWARD_ROWS / FA_TILE_Q], all = {g->block_k, 0};
 
-    for (int64_t r = 0; r < rows; r += FA_TILE_Q) {
-        const int64_t count = fa_min(FA_TILE_Q, rows - r), at = r * g->score_stride * size;
-        struct fa_key_range *range = &of[r / FA_TILE_Q];
+    FA_ASSERT(g->tile_q >= FA_TILE_Q);
+    fa_begin_task(g->score_ops);
+    for (int64_t r = 0; r < rows; r += g->tile_q) {
+        const int64_t count = fa_min(g->tile_q, rows - r), at = r * g->score_stride * size;
+        struct fa_key_range *range = &of[r / g->tile_q];
         struct fa_workspace part = ws->tile;
         struct fa_tile tile;
         part.scores = ws->weights + at;
@@ -163,12 +165,13 @@ struct fa_key_range fa_backward_tile(const struct fa_backward *backward, const s
         }
         finish_tile(backward, &tile, &part, ws, head_index, r, weights_only);
     }
+    fa_end_task(g->score_ops);
     if (all.hi <= all.lo) {
         return (struct fa_key_range){0, 0};
     }
-    for (int64_t r = 0; r < rows; r += FA_TILE_Q) {
-        const int64_t count = fa_min(FA_TILE_Q, rows - r);
-        const struct fa_key_range range = of[r / FA_TILE_Q];
+    for (int64_t r = 0; r < rows; r += g->tile_q) {
+        const int64_t count = fa_min(g->tile_q, rows - r);
+        const struct fa_key_range range = of[r / g->tile_q];
         if (range.hi == 0) {
             clear_columns(g, ws, r, count, all.lo, all.hi);
         } else {

@@ -416,7 +416,8 @@ enum fa_status fa_attention(const struct fa_attention_params *params,
                             const struct fa_kernels *kernels)
 {
     struct fa_geometry geometry;
-    enum fa_status status = fa_geometry_init(&geometry, params, fa_forward_ops(kernels, params));
+    const struct fa_ops *ops = fa_forward_ops(kernels, params);
+    enum fa_status status = fa_geometry_init(&geometry, params, ops, ops);
     if (status != FA_OK) {
         return status;
     }

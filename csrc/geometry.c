@@ -101,15 +101,17 @@ static int64_t longest(const struct fa_geometry *g, const int64_t *starts, int64
 }
 
 enum fa_status fa_geometry_init(struct fa_geometry *geometry,
-                                const struct fa_attention_params *params, const struct fa_ops *ops)
+                                const struct fa_attention_params *params, const struct fa_ops *ops,
+                                const struct fa_ops *score_ops)
 {
-    struct fa_geometry g = {.params = params, .ops = ops, .batch = 1};
+    struct fa_geometry g = {.params = params, .ops = ops, .score_ops = score_ops, .batch = 1};
     bool over_keys = params->softmax_axis == FA_SOFTMAX_KEYS;
 
     FA_ASSERT(params->num_heads >= 0 && params->num_kv_heads >= 0);
     FA_ASSERT(params->num_heads == 0 || params->num_heads % params->num_kv_heads == 0);
     FA_ASSERT(params->batch_ndim >= 0 && params->batch_ndim <= FA_MAX_BATCH_DIMS);
     FA_ASSERT(params->num_threads >= 1);
+    FA_ASSERT(score_ops->nr == ops->nr && score_ops->size == ops->size);
 
     g.stacked =
         over_keys && params->num_kv_heads > 0 ? params->num_heads / params->num_kv_heads : 1;
@@ -130,8 +132,8 @@ enum fa_status fa_geometry_init(struct fa_geometry *geometry,
         return FA_OVERFLOW;
     }
     g.rows = longest(&g, params->q_starts, params->seqlen_q) * g.stacked;
-    g.depth = fa_packed(ops, fa_round_up(params->head_dim, (int64_t)ops->depth_step));
-    g.tile_q = (int64_t)ops->tile_q;
+    g.depth = fa_packed(score_ops, fa_round_up(params->head_dim, (int64_t)score_ops->depth_step));
+    g.tile_q = (int64_t)score_ops->tile_q;
     g.block_k = choose_block_k(&g);
     g.score_stride = g.block_k;
     g.block_dv = fa_min(BLOCK_DV, fa_round_up(params->head_dim_v, (int64_t)ops->nr));

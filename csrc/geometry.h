@@ -24,6 +24,8 @@
 struct fa_geometry {
     const struct fa_attention_params *params;
     const struct fa_ops *ops;
+    const struct fa_ops
+        *score_ops; /* of q, packed keys and their product: panels as wide as those of ops */
     int64_t heads;       /* key heads, or query heads for softmax over queries */
     int64_t stacked;     /* query heads stacked in a block of rows */
     int64_t rows; /* of a head: seqlen_q * stacked; the longest's with packed sequences */
@@ -41,7 +43,8 @@ struct fa_geometry {
 
 /* FA_OVERFLOW if the problem cannot be counted in 64 bits. */
 enum fa_status fa_geometry_init(struct fa_geometry *geometry,
-                                const struct fa_attention_params *params, const struct fa_ops *ops);
+                                const struct fa_attention_params *params, const struct fa_ops *ops,
+                                const struct fa_ops *score_ops);
 
 /* One (batch entry, head) of the call: where its arrays start. */
 struct fa_head {

@@ -85,7 +85,7 @@ void fa_locate_keys(const struct fa_head *head, struct fa_workspace *ws, int64_t
 void fa_pack_keys(const struct fa_head *head, struct fa_workspace *ws, int64_t keys)
 {
     const struct fa_geometry *g = head->geometry;
-    g->ops->pack_keys(ws->k, (size_t)keys, (size_t)g->params->head_dim, &ws->keys);
+    g->score_ops->pack_keys(ws->k, (size_t)keys, (size_t)g->params->head_dim, &ws->keys);
 }
 
 bool fa_pack_values(const struct fa_head *head, struct fa_workspace *ws, int64_t keys, int64_t cols)

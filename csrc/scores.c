@@ -156,7 +156,7 @@ bool fa_tile_init(struct fa_tile *tile, const struct fa_head *head, struct fa_wo
 
 int64_t fa_tile_group(const struct fa_tile *tile)
 {
-    return tile->use_range ? (int64_t)tile->head->geometry->ops->mr : tile->rows;
+    return tile->use_range ? (int64_t)tile->head->geometry->score_ops->mr : tile->rows;
 }
 
 struct fa_key_range fa_group_keys(const struct fa_tile *tile, int64_t r)
@@ -205,8 +205,8 @@ void fa_load_rows(const struct fa_head *head, struct fa_workspace *ws, int64_t f
             const int64_t row = first_row + r + i;
             src[i] = head->q + fa_row_member(g, row) * p->q.head + fa_row_token(g, row) * p->q.row;
         }
-        g->ops->load_rows(ws->q + r * g->depth * (int64_t)g->ops->size, (size_t)count, src,
-                          p->q.col, (size_t)p->head_dim, p->dtype, scale);
+        g->score_ops->load_rows(ws->q + r * g->depth * (int64_t)g->ops->size, (size_t)count, src,
+                                p->q.col, (size_t)p->head_dim, p->dtype, scale);
     }
 }
 
@@ -318,11 +318,11 @@ static void group_scores(const struct fa_tile *tile, struct fa_workspace *ws, in
             group_product(tile, ws, fa_tile_score_data(tile, ws), r, rows);
         if (tile->few) {
             const struct fa_keys from = fa_keys_from(&ws->keys, tile->begin + keys.lo);
-            ops->few_scores(product.rows, (size_t)g->params->head_dim, (size_t)(keys.hi - keys.lo),
-                            (size_t)columns, product.a, &from, product.c, product.c_row,
-                            product.factor);
+            g->score_ops->few_scores(product.rows, (size_t)g->params->head_dim,
+                                     (size_t)(keys.hi - keys.lo), (size_t)columns, product.a, &from,
+                                     product.c, product.c_row, product.factor);
         } else {
-            ops->matmul(&product, &ws->wanted);
+            g->score_ops->matmul(&product, &ws->wanted);
         }
     }
     if (ws->keys.scale != NULL) {

@@ -62,7 +62,7 @@ static bool lay_out(const struct fa_geometry *g, struct layout *at)
     int64_t total = 0;
     *at = (struct layout){0};
     bool ok =
-        reserve(&total, &at->q, fa_round_up(g->block_q, (int64_t)g->ops->row_step), g->depth,
+        reserve(&total, &at->q, fa_round_up(g->block_q, (int64_t)g->score_ops->row_step), g->depth,
                 size) &&
         lay_out_state(g, g->block_q, &total, &at->part) &&
         lay_out_state(g, g->params->seqlen_k > g->split_k ? g->block_q : 0, &total, &at->total) &&

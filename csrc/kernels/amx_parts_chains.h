@@ -20,8 +20,8 @@
 FA_INLINE void advance_chains(const size_t rows, vec_f32 chain[CHAIN_ROWS][STEPS], vec_f32 x,
                               const float *factors)
 {
-    const vec_f32 first = cut_first(x), rest = v_sub_f32(x, first), second = cut_first(rest);
-    const vec_f32 part[PARTS] = {first, second, v_sub_f32(rest, second)};
+    vec_f32 part[PARTS];
+    cut_parts(x, part);
     FA_UNROLL
     for (size_t r = 0; r < rows; r++) {
         FA_UNROLL
@@ -78,10 +78,12 @@ static void widen_chunk(const float *words, float *factors)
 /* 16 weights, split as in amx_parts_matmul.h. */
 static void split_weights_apart(const float *weights, float *factors)
 {
-    const vec_f32 x = v_load_f32(weights), first = round_first(x), rest = v_sub_f32(x, first);
-    v_store_f32(factors, first);
-    v_store_f32(factors + TILE_KEYS, cut_first(rest));
-    v_store_f32(factors + 2 * TILE_KEYS, v_sub_f32(rest, cut_first(rest)));
+    vec_f32 part[PARTS];
+    round_parts(v_load_f32(weights), part);
+    FA_UNROLL
+    for (size_t i = 0; i < PARTS; i++) {
+        v_store_f32(factors + i * TILE_KEYS, part[i]);
+    }
 }
 
 /* Keys asked for while those from `key` on, `count` of them, are at work. */

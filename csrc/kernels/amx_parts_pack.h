@@ -37,7 +37,10 @@ static void load_rows_parts(void *dst, size_t rows, const char *const *src, int6
             const size_t left = less_or_zero(cols - c, TILE_WORDS);
             const vec_f32 x = v_mul_f32(load_floats(from, col_stride, cols - c), f);
             const vec_f32 y = v_mul_f32(load_floats(later, col_stride, left), f);
-            store_parts(to, TILE_WORDS, x, round_any_first(x), y, round_any_first(y));
+            vec_f32 of_x[PARTS], of_y[PARTS];
+            round_any_parts(x, of_x);
+            round_any_parts(y, of_y);
+            store_parts(to, TILE_WORDS, of_x, of_y);
         }
     }
 }
