@@ -253,8 +253,7 @@ static inline const struct fa_ops *fa_ops_for(const struct fa_kernels *kernels, 
     return dtype == FA_F64 ? kernels->f64 : kernels->f32;
 }
 
-/* The operations of the forward pass.  float32 by tiles is for softmax over keys: the backward pass, which computes
- * scores without them, repeats weights over queries from sums of the forward pass, and feels the difference. */
+/* The operations of the forward pass.  float32 by tiles has none for softmax over queries. */
 static inline const struct fa_ops *fa_forward_ops(const struct fa_kernels *kernels,
                                                   const struct fa_attention_params *params)
 {

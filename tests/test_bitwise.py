@@ -235,7 +235,7 @@ def test_chunked_prefill(splits: list[int], dtype: Any, window: Any) -> None:
 def test_rows_in_chunks_without_causal(dtype: Any) -> None:
     q, k, v = make((130, 333, 64, 64), dtype)
     whole = fa.attention(q, k, v)
-    for size in (1, 23, 64, 100):
+    for size in (1, 2, 3, 23, 64, 100):
         parts = [fa.attention(q[..., i : i + size, :], k, v) for i in range(0, 130, size)]
         same(np.concatenate(parts, axis=-2), whole)
 
@@ -254,7 +254,7 @@ def test_special_numbers_in_chunks(head_dim: int, special: str, where: str, dtyp
     q, k, v = arrays["q"], arrays["k"], arrays["v"]
     with np.errstate(all="ignore"):
         whole = fa.attention(q, k, v)
-        for size in (1, 5, 20):
+        for size in (1, 2, 5, 20):
             parts = [fa.attention(q[..., i : i + size, :], k, v) for i in range(0, 37, size)]
             same(np.concatenate(parts, axis=-2), whole)
         exact = fa.reference.attention(q, k, v)
