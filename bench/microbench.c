@@ -3,7 +3,7 @@
  *     make microbench
  *
  * A line per kernel set and element type:
- *   q k^T, p v   the two products of a score tile, as shares of the register-only loop
+ *   q k^T, p v   the two products of a score tile, as shares of the register-only loop; by tiles (amx) above 100 %
  *   softmax      softmax_update, the exponentials included, in cycles per 8 scores
  *   pack k, v    in cycles per 8 elements
  * A cycle is the time of 32 float32 or 16 float64 operations of the register-only loop: what a core with
@@ -33,6 +33,7 @@ enum loop { FMA, SCORES, VALUES, SOFTMAX, PACK_KEYS, PACK_VALUES, LOOPS };
 
 struct bench {
     const struct fa_ops *ops;
+    double (*probe_fma)(int64_t, double);
     struct fa_geometry geometry;
     struct fa_workspace ws;
     char *k, *v; /* one block, as a caller's contiguous arrays */
@@ -53,32 +54,34 @@ static void run(const struct bench *b, enum loop loop)
     const struct fa_workspace *ws = &b->ws;
     struct fa_wanted nothing = {0};
     const size_t dim = (size_t)g->params->head_dim, block_k = (size_t)g->block_k;
+    const size_t rows = (size_t)g->tile_q, depth = (size_t)g->depth;
+    const size_t value_panel = (size_t)fa_packed(ops, g->block_k) * ops->nr;
     switch (loop) {
     case SCORES:
         ops->matmul(
             &(struct fa_product){
-                .rows = FA_TILE_Q,
-                .depth = dim,
+                .rows = rows,
+                .depth = depth,
                 .panels = block_k / ops->nr,
                 .a = ws->q,
-                .a_stride = dim,
+                .a_stride = depth,
                 .b = ws->k,
-                .b_panel = dim * ops->nr,
+                .b_panel = depth * ops->nr,
                 .c = ws->scores,
                 .c_row = block_k,
             },
             &nothing);
         break;
     case VALUES:
-        ops->matmul(
+        ops->matmul_values(
             &(struct fa_product){
-                .rows = FA_TILE_Q,
+                .rows = rows,
                 .depth = block_k,
                 .panels = dim / ops->nr,
                 .a = ws->scores,
                 .a_stride = block_k,
                 .b = ws->v,
-                .b_panel = block_k * ops->nr,
+                .b_panel = value_panel,
                 .c = ws->part.acc,
                 .c_row = dim,
                 .accumulate = true,
@@ -86,13 +89,13 @@ static void run(const struct bench *b, enum loop loop)
             &nothing);
         break;
     case SOFTMAX:
-        ops->softmax_update(ws->scores, block_k, FA_TILE_Q, block_k, &ws->part, dim);
+        ops->softmax_update(ws->scores, block_k, rows, block_k, &ws->part, dim);
         break;
     case PACK_KEYS:
         ops->pack_keys(ws->k, block_k, dim, &b->keys);
         break;
     case PACK_VALUES:
-        ops->pack_values(ws->v, block_k * ops->nr, block_k, dim, &b->values);
+        ops->pack_values(ws->v, value_panel, block_k, dim, &b->values);
         break;
     default:
         break;
@@ -112,7 +115,7 @@ static double burst(const struct bench *b, enum loop loop)
 {
     const double start = processor_seconds();
     if (loop == FMA) {
-        volatile double sink = b->ops->probe_fma(FMA_ROUNDS, -2.0);
+        volatile double sink = b->probe_fma(FMA_ROUNDS, -2.0);
         (void)sink;
     } else {
         for (int call = 0; call < CALLS; call++) {
@@ -125,7 +128,7 @@ static double burst(const struct bench *b, enum loop loop)
 static void measure(const struct bench *b, double operations[LOOPS], double *peak)
 {
     static double ratios[LOOPS][TURNS];
-    const double round = b->ops->probe_fma(1, -2.0);
+    const double round = b->probe_fma(1, -2.0);
     double fastest = INFINITY, before = burst(b, FMA);
     for (int turn = 0; turn < TURNS; turn++) {
         for (int i = 0; i < LOOPS; i++) {
@@ -167,9 +170,12 @@ static int report(const struct fa_kernels *kernels, enum fa_dtype dtype, int64_t
         .head_dim_v = head_dim,
         .num_threads = 1,
     };
-    struct bench b = {.ops = fa_ops_for(kernels, dtype)};
+    struct bench b = {
+        .ops = fa_forward_ops(kernels, &params),
+        .probe_fma = fa_ops_for(kernels, dtype)->probe_fma,
+    };
     int64_t bytes;
-    if (fa_geometry_init(&b.geometry, &params, b.ops) != FA_OK ||
+    if (fa_geometry_init(&b.geometry, &params, b.ops, b.ops) != FA_OK ||
         !fa_workspace_bytes(&b.geometry, &bytes)) {
         return 1;
     }
@@ -190,13 +196,18 @@ static int report(const struct fa_kernels *kernels, enum fa_dtype dtype, int64_t
     b.values = (struct fa_keys){.row = b.ws.v_row, .col_stride = size, .dtype = dtype};
     fill(b.k, elements, dtype);
     fill(b.v, elements, dtype);
-    fill(b.ws.q, FA_TILE_Q * head_dim, dtype);
-    b.ops->softmax_begin(FA_TILE_Q, &b.ws.part, (size_t)head_dim);
+    const size_t rows = (size_t)b.geometry.tile_q;
+    b.ops->load_rows(b.ws.q, rows, b.ws.k_row, size, (size_t)head_dim, dtype, 1);
+    b.ops->softmax_begin(rows, &b.ws.part, (size_t)head_dim);
+    fa_begin_task(b.ops);
+    run(&b, PACK_KEYS);
+    run(&b, PACK_VALUES);
 
     double operations[LOOPS], peak;
     measure(&b, operations, &peak);
+    fa_end_task(b.ops);
     const double cycle = dtype == FA_F32 ? 32 : 16;
-    const double scores = FA_TILE_Q * (double)b.geometry.block_k;
+    const double scores = (double)b.geometry.tile_q * (double)b.geometry.block_k;
     const double product = 2 * scores * (double)head_dim;
     printf("%-7s %s  head_dim %3d  %6.1f GFLOP/s  q k^T %5.1f %%  p v %5.1f %%  softmax %5.2f  "
            "pack k %5.2f  pack v %5.2f\n",
