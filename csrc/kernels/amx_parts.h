@@ -84,6 +84,17 @@ static inline vec_f32 join_parts(const float *at, size_t stride, bool second)
     return v_select_lt_f32(v_abs_f32(x[0]), v_set_f32(INFINITY), sum, x[0]);
 }
 
+/* The least size of values so far, and whether it is that of a special one. */
+static inline vec_u32 least_size(vec_u32 least, vec_f32 x)
+{
+    return v_min_u32(least, v_size_f32(x));
+}
+static inline vec_u32 no_size(void) { return v_size_f32(v_zero_f32()); }
+static inline bool is_special_size(vec_u32 least)
+{
+    return v_any_less_u32(least, v_size_f32(v_set_f32(VALUE_LEAST)));
+}
+
 /* Lanes with special values. */
 static inline uint32_t special_values(vec_f32 x) { return v_outside_f32(x, VALUE_LEAST, INFINITY); }
 

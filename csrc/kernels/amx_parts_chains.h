@@ -185,10 +185,10 @@ static void few_scores_chains(size_t rows, size_t cols, size_t keys, size_t colu
 }
 
 /* sums[row] of 16 columns += weights values of 32 keys, or a chunk's first sums; `whole`: all are there. */
-FA_INLINE vec_f32 chain_values_tile(const size_t rows, const bool whole, size_t key, size_t keys,
+FA_INLINE vec_u32 chain_values_tile(const size_t rows, const bool whole, size_t key, size_t keys,
                                     size_t col, size_t cols, const float *factors,
                                     const struct fa_keys *from, struct fa_stretch *wanted,
-                                    float *sums, size_t ld, vec_f32 nearest)
+                                    float *sums, size_t ld, vec_u32 least)
 {
     _Alignas(64) float firsts[CHAIN_ROWS * STEPS * VL_f32];
     const int64_t at = (int64_t)col * from->col_stride;
@@ -202,7 +202,7 @@ FA_INLINE vec_f32 chain_values_tile(const size_t rows, const bool whole, size_t 
             const vec_f32 x = whole ? v_load_f32(from->row[key + u] + at)
                                     : load_value(from, key + u, keys, at, less_or_zero(cols, col));
             fetch_stretch(wanted, sizeof x);
-            nearest = v_nearer_f32(nearest, x);
+            least = least_size(least, x);
             advance_chains(rows, chain, x, factors + u);
         }
     }
@@ -212,40 +212,40 @@ FA_INLINE vec_f32 chain_values_tile(const size_t rows, const bool whole, size_t 
         v_store_f32(to, add_chains(key > 0 ? v_load_f32(to) : v_zero_f32(), chain[r],
                                    firsts + r * STEPS * VL_f32));
     }
-    return nearest;
+    return least;
 }
 
-FA_INLINE vec_f32 chain_values_rows(const size_t rows, size_t keys, size_t cols,
+FA_INLINE vec_u32 chain_values_rows(const size_t rows, size_t keys, size_t cols,
                                     const float *factors, const struct fa_keys *from, float *sums,
                                     size_t ld)
 {
     const bool contiguous = from->col_stride == (int64_t)sizeof(float);
-    vec_f32 nearest = v_set_f32(1);
+    vec_u32 least = no_size();
     for (size_t key = 0; key < keys; key += TILE_KEYS, factors += rows * CHAIN_FACTORS) {
         struct fa_stretch wanted = chain_ahead(from, key, TILE_KEYS, cols);
         for (size_t col = 0; col < cols; col += VL_f32) {
             if (contiguous && key + TILE_KEYS <= keys && col + VL_f32 <= cols) {
-                nearest = chain_values_tile(rows, true, key, keys, col, cols, factors, from,
-                                            &wanted, sums, ld, nearest);
+                least = chain_values_tile(rows, true, key, keys, col, cols, factors, from, &wanted,
+                                          sums, ld, least);
             } else {
-                nearest = chain_values_tile(rows, false, key, keys, col, cols, factors, from,
-                                            &wanted, sums, ld, nearest);
+                least = chain_values_tile(rows, false, key, keys, col, cols, factors, from, &wanted,
+                                          sums, ld, least);
             }
         }
     }
-    return nearest;
+    return least;
 }
 
-/* The value nearest to 0, in each lane. */
-FA_NOINLINE vec_f32 chain_values(size_t rows, size_t keys, size_t cols, const float *factors,
+/* The least size of values. */
+FA_NOINLINE vec_u32 chain_values(size_t rows, size_t keys, size_t cols, const float *factors,
                                  const struct fa_keys *from, float *sums, size_t ld)
 {
     return rows == 1 ? chain_values_rows(1, keys, cols, factors, from, sums, ld)
                      : chain_values_rows(2, keys, cols, factors, from, sums, ld);
 }
 
-/* sums[rows][cols] = weights values, for up to CHAIN_ROWS rows.  Returns the value nearest to 0, in each lane. */
-static vec_f32 few_values_chains(size_t rows, size_t keys, size_t cols, const float *weights,
+/* sums[rows][cols] = weights values, for up to CHAIN_ROWS rows.  Returns the least size of values. */
+static vec_u32 few_values_chains(size_t rows, size_t keys, size_t cols, const float *weights,
                                  size_t ldw, const struct fa_keys *from, float *sums, size_t ld)
 {
     _Alignas(64) float factors[WEIGHT_KEYS / TILE_KEYS * CHAIN_ROWS * CHAIN_FACTORS];
@@ -257,9 +257,9 @@ static vec_f32 few_values_chains(size_t rows, size_t keys, size_t cols, const fl
         }
     }
     const unsigned mode = flush_subnormals();
-    const vec_f32 nearest = chain_values(rows, keys, cols, factors, from, sums, ld);
+    const vec_u32 least = chain_values(rows, keys, cols, factors, from, sums, ld);
     restore_mode(mode);
-    return nearest;
+    return least;
 }
 
 #endif

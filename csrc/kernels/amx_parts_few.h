@@ -236,7 +236,7 @@ static void few_scores_parts(size_t rows, size_t cols, size_t keys, size_t colum
 struct few_values {
     const struct fa_keys *from;
     size_t keys, cols;
-    vec_f32 nearest; /* of each lane so far, to 0 */
+    vec_u32 least; /* size so far */
 };
 
 /* Pairs [first, end) of the 32 keys from `key` on, of `tiles` times 16 columns from `col` on; `whole`: all are there,
@@ -245,7 +245,7 @@ FA_INLINE void split_values(const bool whole, const size_t tiles, struct few_val
                             size_t col, size_t first, size_t end, float *parts)
 {
     const char *const *row = v->from->row + key, *const *later = few_later(v->from, key);
-    vec_f32 nearest = v->nearest;
+    vec_u32 least = v->least;
     for (size_t pair = first; pair < end; pair++) {
         const size_t other = pair + TILE_WORDS;
         FA_UNROLL
@@ -260,11 +260,11 @@ FA_INLINE void split_values(const bool whole, const size_t tiles, struct few_val
                                     : load_value(v->from, key + pair, v->keys, at, cols);
             const vec_f32 y = whole ? v_load_f32(row[other] + at)
                                     : load_value(v->from, key + other, v->keys, at, cols);
-            nearest = v_nearer_f32(v_nearer_f32(nearest, x), y);
+            least = least_size(least_size(least, x), y);
             store_cut(parts + t * PARTS * TILE_SIZE + pair * TILE_WORDS, TILE_SIZE, x, y);
         }
     }
-    v->nearest = nearest;
+    v->least = least;
 }
 
 static inline bool few_values_whole(const struct few_values *v, size_t key, size_t end_col)
@@ -291,19 +291,6 @@ FA_NOINLINE void split_wide(struct few_values *v, size_t key, size_t col, float 
 FA_NOINLINE void split_narrow(struct few_values *v, size_t key, size_t col, float *parts)
 {
     split_any_values(1, v, key, col, parts);
-}
-
-/* Whether a value is so small, and yet not 0. */
-static bool any_tiny(const struct fa_keys *from, size_t keys, size_t cols)
-{
-    uint32_t special = 0;
-    for (size_t key = 0; key < keys; key++) {
-        for (size_t c = 0; c < cols; c += VL_f32) {
-            const int64_t at = (int64_t)c * from->col_stride;
-            special |= special_values(load_value(from, key, keys, at, cols - c));
-        }
-    }
-    return special != 0;
 }
 
 /* sums += the product of one part of the weights and one of the values. */
@@ -399,22 +386,22 @@ FA_INLINE void few_values_tiles(const size_t tiles,
     }
 }
 
-/* sums[rows][cols] = weights values, for more rows.  Returns the value nearest to 0, in each lane. */
-static vec_f32 few_values_wide(size_t rows, size_t keys, size_t cols, const float *weights,
+/* sums[rows][cols] = weights values, for more rows.  Returns the least size of values. */
+static vec_u32 few_values_wide(size_t rows, size_t keys, size_t cols, const float *weights,
                                size_t ldw, const struct fa_keys *from, float *sums, size_t ld)
 {
     _Alignas(64) float parts[FEW_TILE_ROWS * WEIGHT_KEYS / TILE_KEYS * PART_WORDS];
     const size_t chunks = (keys + TILE_KEYS - 1) / TILE_KEYS;
     const size_t wide = cols / (FEW_TILES * VL_f32) * (FEW_TILES * VL_f32);
     const struct weights w = {weights, rows, ldw, parts, chunks * PART_WORDS};
-    struct few_values v = {.from = from, .keys = keys, .cols = cols, .nearest = v_set_f32(1)};
+    struct few_values v = {.from = from, .keys = keys, .cols = cols, .least = no_size()};
     for (size_t chunk = 0; chunk < chunks; chunk++) {
         split_weights_of(&w, chunk, 0, rows);
     }
     few_values_tiles(FEW_TILES, split_wide, &v, &w, 0, wide, sums, ld);
     few_values_tiles(1, split_narrow, &v, &w, wide, cols, sums, ld);
     finish_stores();
-    return v.nearest;
+    return v.least;
 }
 
 /* False where some value is special: matmul_skip_zeros does those. */
@@ -422,15 +409,14 @@ static bool few_values_parts(size_t rows, size_t keys, size_t cols, const void *
                              const struct fa_keys *from, void *scratch, void *acc, size_t ldacc)
 {
     float *sums = scratch;
-    const vec_f32 nearest =
-        rows <= CHAIN_ROWS ? few_values_chains(rows, keys, cols, weights, ldw, from, sums, ldacc)
-                           : few_values_wide(rows, keys, cols, weights, ldw, from, sums, ldacc);
+    const vec_u32 least = rows <= CHAIN_ROWS
+                              ? few_values_chains(rows, keys, cols, weights, ldw, from, sums, ldacc)
+                              : few_values_wide(rows, keys, cols, weights, ldw, from, sums, ldacc);
     vec_f32 probe = v_zero_f32();
     for (size_t r = 0; r < rows; r++) {
         probe = v_add_f32(probe, probe_scores(sums + r * ldacc, cols));
     }
-    if (v_any_nan_f32(probe) ||
-        (v_any_gt_f32(v_set_f32(VALUE_LEAST), nearest) && any_tiny(from, keys, cols))) {
+    if (v_any_nan_f32(probe) || is_special_size(least)) {
         return false;
     }
     for (size_t r = 0; r < rows; r++) {

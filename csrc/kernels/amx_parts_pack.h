@@ -115,37 +115,50 @@ static inline vec_f32 load_value(const struct fa_keys *from, size_t key, size_t 
                                   : v_zero_f32();
 }
 
-/* Values of keys r and r + 16 of every 32 into rows of pairs, zero beyond `keys` and `cols`.  Returns whether
- * none is special. */
+/* Values of keys r and r + 16 of every 32 into rows of pairs, zero beyond `keys` and `cols`.  `whole`: chunks and
+ * panels are whole, and values side by side; NaN are then not made plain.  Returns whether no value is special. */
+FA_INLINE bool pack_values_of(const bool whole, float *dst, size_t panel_stride, size_t keys,
+                              size_t cols, const struct fa_keys *from)
+{
+    const size_t ahead = keys_ahead_f32(FA_F32);
+    vec_u32 least = no_size();
+    vec_f32 probe = v_zero_f32();
+    for (size_t key = 0; key < keys; key += TILE_KEYS, dst += PART_WORDS * PANEL) {
+        const char *const *row = from->row + key;
+        const bool more = key + TILE_KEYS + ahead <= from->located;
+        for (size_t pair = 0; pair < TILE_WORDS; pair++) {
+            const size_t other = pair + TILE_WORDS;
+            float *to = dst + pair * PANEL;
+            for (size_t c = 0; c < cols; c += TILE_WORDS) {
+                const int64_t at = (int64_t)c * from->col_stride;
+                if (more) {
+                    fetch_near(row[ahead + pair] + at);
+                    fetch_near(row[ahead + other] + at);
+                }
+                const vec_f32 x = whole ? v_load_f32(row[pair] + at)
+                                        : load_value(from, key + pair, keys, at, cols - c);
+                const vec_f32 y = whole ? v_load_f32(row[other] + at)
+                                        : load_value(from, key + other, keys, at, cols - c);
+                least = least_size(least_size(least, x), y);
+                probe = v_fma_f32(x, v_zero_f32(), v_fma_f32(y, v_zero_f32(), probe));
+                store_cut(to + c / PANEL * panel_stride + c % PANEL, TILE_WORDS * PANEL, x, y);
+            }
+            if (cols % PANEL != 0 && cols % PANEL <= TILE_WORDS) {
+                store_cut(to + cols / PANEL * panel_stride + TILE_WORDS, TILE_WORDS * PANEL,
+                          v_zero_f32(), v_zero_f32());
+            }
+        }
+    }
+    return !v_any_nan_f32(probe) && !is_special_size(least);
+}
+
 static bool pack_values_parts(void *dst, size_t panel_stride, size_t keys, size_t cols,
                               const struct fa_keys *from)
 {
-    const size_t padded = (keys + TILE_KEYS - 1) / TILE_KEYS * TILE_KEYS;
-    uint32_t special = 0;
-    for (size_t pair = 0; pair < padded / 2; pair++) {
-        const size_t first = pair / TILE_WORDS * TILE_KEYS + pair % TILE_WORDS;
-        const size_t second = first + TILE_WORDS, later = first + keys_ahead_f32(FA_F32);
-        const bool more = later + TILE_WORDS < from->located;
-        float *row =
-            (float *)dst + pair / TILE_WORDS * PART_WORDS * PANEL + pair % TILE_WORDS * PANEL;
-        for (size_t c = 0; c < cols; c += TILE_WORDS) {
-            const int64_t at = (int64_t)c * from->col_stride;
-            if (more) {
-                __builtin_prefetch(from->row[later] + at);
-                __builtin_prefetch(from->row[later + TILE_WORDS] + at);
-            }
-            const vec_f32 x = load_value(from, first, keys, at, cols - c);
-            const vec_f32 y = load_value(from, second, keys, at, cols - c);
-            float *to = row + c / PANEL * panel_stride + c % PANEL;
-            store_cut(to, TILE_WORDS * PANEL, x, y);
-            special |= special_values(x) | special_values(y);
-        }
-        if (cols % PANEL != 0 && cols % PANEL <= TILE_WORDS) {
-            float *to = row + cols / PANEL * panel_stride + TILE_WORDS;
-            store_cut(to, TILE_WORDS * PANEL, v_zero_f32(), v_zero_f32());
-        }
-    }
-    return special == 0;
+    const bool whole =
+        keys % TILE_KEYS == 0 && cols % PANEL == 0 && from->col_stride == (int64_t)sizeof(float);
+    return (whole && pack_values_of(true, dst, panel_stride, keys, cols, from)) ||
+           pack_values_of(false, dst, panel_stride, keys, cols, from);
 }
 
 #endif

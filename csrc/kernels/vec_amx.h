@@ -129,8 +129,18 @@ static inline uint32_t v_outside_f32(vec_f32 x, float least, float limit)
            _mm512_test_epi32_mask(size, size);
 }
 static inline int v_any_nan_f32(vec_f32 x) { return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q) != 0; }
-/* Of each lane the one nearer to 0, with no sign; of a number and a NaN either. */
-static inline vec_f32 v_nearer_f32(vec_f32 x, vec_f32 y) { return _mm512_range_ps(x, y, 0xa); }
+/* Numbers by size, as integers: |x| < |y| where that of x is less; 0 has the greatest of all. */
+typedef __m512i vec_u32;
+static inline vec_u32 v_size_f32(vec_f32 x)
+{
+    const __m512i bits = _mm512_castps_si512(x);
+    return _mm512_sub_epi32(_mm512_add_epi32(bits, bits), _mm512_set1_epi32(1));
+}
+static inline vec_u32 v_min_u32(vec_u32 x, vec_u32 y) { return _mm512_min_epu32(x, y); }
+static inline int v_any_less_u32(vec_u32 x, vec_u32 y)
+{
+    return _mm512_cmplt_epu32_mask(x, y) != 0;
+}
 /* y in some lanes, x in the others. */
 static inline vec_f32 v_blend_lanes_f32(vec_f32 x, vec_f32 y, uint32_t lanes)
 {
