@@ -139,7 +139,7 @@ static inline vec_u32 v_size_f32(vec_f32 x)
 static inline vec_u32 v_min_u32(vec_u32 x, vec_u32 y) { return _mm512_min_epu32(x, y); }
 static inline int v_any_less_u32(vec_u32 x, vec_u32 y)
 {
-    return (__mmask16)~_mm512_cmpge_epu32_mask(x, y) != 0;
+    return _mm512_cmpge_epu32_mask(x, y) != 0xffff;
 }
 /* y in some lanes, x in the others. */
 static inline vec_f32 v_blend_lanes_f32(vec_f32 x, vec_f32 y, uint32_t lanes)
