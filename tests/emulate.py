@@ -40,10 +40,10 @@ PACKAGES = {
 # One vector of neighbours in this many goes through exp2: 2 million of 1.1e9 numbers.
 EXP2_STEP = 499
 
-LINE = re.compile(r"^(\w+) +\d+ cases, .* digest (\w+)$", re.MULTILINE)
 # What SIMDe stands in for.
 SIMDE_SETS = ("avx512", "amx")
 
+LINE = re.compile(r"^(\w+) +\d+ cases, .* digest (\w+)$", re.MULTILINE)
 CLOSING_LINE = re.compile(r"^(\d+) passed, (\d+) failed$", re.MULTILINE)
 
 
@@ -124,9 +124,7 @@ def build(
     if simde:
         own_flags["kernels_avx512"] = simde_flags()
         own_flags["kernels_amx"] = simde_flags("amx_emulated.h")
-        own_flags["dispatch"] = [
-            f"-Dfa_cpu_has_{name}=fa_cpu_has_avx2" for name in ("avx512", "amx")
-        ]
+        own_flags["dispatch"] = [f"-Dfa_cpu_has_{name}=fa_cpu_has_avx2" for name in SIMDE_SETS]
     sources = [*(ROOT / "csrc").glob("*.c"), ROOT / "tests" / "c" / "kernel_sets.c"]
     sources += [ROOT / "csrc" / "kernels" / f"kernels_{name}.c" for name in sets]
 

@@ -6,9 +6,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from narrow import operations_of_narrow_types
 
 import fastattn as fa
-from fastattn import config
 from fastattn._rounding import round_once
 
 DTYPES = [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
@@ -119,17 +119,11 @@ def test_every_option(rng: np.random.Generator, shape: Any, dtype: Any, axis: st
 @each_dtype
 @each_axis
 def test_bits_of_float32_rounded_once(
-    rng: np.random.Generator,
-    dtype: Any,
-    axis: str,
-    kernel_set: str,
-    monkeypatch: pytest.MonkeyPatch,
+    rng: np.random.Generator, dtype: Any, axis: str, kernel_set: str
 ) -> None:
     """What is computed is float32 attention of the same numbers, rounded at the end."""
     if kernel_set == "amx" and dtype == DTYPES[1]:
         pytest.skip("products of bfloat16 by tiles: docs/kernels.md")
-    # amx has tiles for float32 itself, and avx512's float32 operations for float16.
-    set_of_float32 = "avx512" if kernel_set == "amx" else kernel_set
     for shape in SHAPES:
         seqlen_q, seqlen_k, head_dim, head_dim_v = shape
         q = draw(rng, dtype, 4, seqlen_q, head_dim)
@@ -139,8 +133,7 @@ def test_bits_of_float32_rounded_once(
         options: dict[str, Any] = {"softmax_axis": axis, "causal": True, "return_lse": True}
         out, lse = fa.attention(q, k, v, residual=residual, **options)
         wide = [x.astype(np.float32) for x in (q, k, v, residual)]
-        with monkeypatch.context() as patch:
-            patch.setattr(config, "ISA", set_of_float32)
+        with operations_of_narrow_types():
             wide_out, wide_lse = fa.attention(*wide[:3], residual=wide[3], **options)
         assert round_once(wide_out, dtype).tobytes() == out.tobytes()
         assert wide_lse.tobytes() == lse.tobytes()

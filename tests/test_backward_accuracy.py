@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from gauge import MAX_GRADIENT_GAUGES, gradient_gauges, naive_gradients
 from gradients import described, gradients_of, random_call
+from narrow import operations_of_narrow_types
 
 import fastattn as fa
-from fastattn import config
 
 NUM_CALLS = 120
 CALLS_PER_TEST = 20
@@ -118,9 +118,7 @@ def test_16_bit_is_rounded_once(dtype: Any) -> None:
 
 
 @each_half
-def test_16_bit_sums_over_shared_heads_in_float32(
-    dtype: Any, kernel_set: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_16_bit_sums_over_shared_heads_in_float32(dtype: Any) -> None:
     """Gradients of a shared key head are added before they are rounded."""
     rng = np.random.default_rng(0)
     grad_out, q = rng.standard_normal((2, 8, 100, 32)).astype(dtype)
@@ -128,9 +126,7 @@ def test_16_bit_sums_over_shared_heads_in_float32(
     wide = [x.astype(np.float32) for x in (grad_out, q, k, v)]
     out, lse = fa.attention(q, k, v, return_lse=True)
     grads = fa.attention_backward(grad_out, q, k, v, out, lse)
-    with monkeypatch.context() as patch:
-        if kernel_set == "amx":  # has tiles for float32 itself, and avx512's operations for 16 bits
-            patch.setattr(config, "ISA", "avx512")
+    with operations_of_narrow_types():
         expected = fa.attention_backward(*wide, out.astype(np.float32), lse)
     for name in "qkv":
         assert np.array_equal(getattr(grads, name), getattr(expected, name).astype(dtype)), name

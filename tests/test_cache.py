@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from fractions import Fraction
 
 import ml_dtypes
@@ -21,9 +22,10 @@ from hypothesis.stateful import (
     multiple,
     rule,
 )
+from narrow import operations_of_narrow_types
 
 import fastattn as fa
-from fastattn import _storage, config
+from fastattn import _storage
 from fastattn._rounding import round_once
 
 FLOAT_DTYPES = [np.dtype(t) for t in (np.float32, np.float64, np.float16, ml_dtypes.bfloat16)]
@@ -1002,10 +1004,7 @@ def stored(x, dtype):
 def attend_alone(q, k, v, dtype, **options):
     """Attention over stored tokens as plain float32 (or float64) arrays."""
     k, v = (stored(x, dtype).astype(q.dtype) for x in (k, v))
-    with pytest.MonkeyPatch.context() as patch:
-        # amx has tiles for float32 itself; narrower storage has the operations of avx512.
-        if config.ISA == "amx" and dtype != q.dtype:
-            patch.setattr(config, "ISA", "avx512")
+    with operations_of_narrow_types() if dtype != q.dtype else nullcontext():
         return fa.attention(q, k, v, causal=True, **options)
 
 

@@ -173,20 +173,19 @@ static void turn_scores(size_t rows, size_t columns, const float *sums, float *s
 }
 
 /* Scores of keys for more rows of q, which are split. */
-static void few_scores_tiles(size_t rows, size_t cols, size_t keys, size_t columns, const float *q,
-                             const struct fa_keys *from, float *s, size_t ld)
+static void few_scores_tiles(size_t rows, size_t columns, const float *q, const struct few_keys *k,
+                             float *s, size_t ld)
 {
     _Alignas(64) float turned[FEW_CHUNKS][PARTS * TILE_SIZE];
     _Alignas(64) float parts[2][PARTS * FEW_KEYS * TILE_WORDS];
     _Alignas(64) float sums[WEIGHT_KEYS * FEW_TILE_ROWS];
-    const size_t chunks = (cols + TILE_KEYS - 1) / TILE_KEYS, depth = chunks * PART_WORDS;
-    const struct few_keys k = {.from = from, .keys = keys, .cols = cols};
+    const size_t chunks = (k->cols + TILE_KEYS - 1) / TILE_KEYS, depth = chunks * PART_WORDS;
 
     for (size_t chunk = 0; chunk < chunks; chunk++) {
         turn_chunk(rows, q + chunk * PART_WORDS, depth, turned[chunk]);
     }
     if (chunks > 0) {
-        split_keys(&k, 0, 0, parts[0]);
+        split_keys(k, 0, 0, parts[0]);
     }
     size_t at = 0;
     for (size_t key = 0; key < columns; key += FEW_KEYS) {
@@ -196,14 +195,14 @@ static void few_scores_tiles(size_t rows, size_t cols, size_t keys, size_t colum
             const bool same = chunk + 1 < chunks;
             const size_t next_key = same ? key : key + FEW_KEYS;
             const size_t next = same ? (chunk + 1) * TILE_KEYS : 0;
-            if (few_keys_whole(&k, next_key, next)) {
-                few_scores_chunk(true, parts[at], turned[chunk], from, next_key, next,
+            if (few_keys_whole(k, next_key, next)) {
+                few_scores_chunk(true, parts[at], turned[chunk], k->from, next_key, next,
                                  parts[1 - at]);
                 continue;
             }
-            few_scores_chunk(false, parts[at], turned[chunk], from, 0, 0, NULL);
+            few_scores_chunk(false, parts[at], turned[chunk], k->from, 0, 0, NULL);
             if (next_key < columns) {
-                split_keys(&k, next_key, next, parts[1 - at]);
+                split_keys(k, next_key, next, parts[1 - at]);
             }
         }
         _tile_stored(0, sums + key * FEW_TILE_ROWS, FEW_TILE_ROWS * sizeof *sums);
@@ -222,7 +221,7 @@ static void few_scores_parts(size_t rows, size_t cols, size_t keys, size_t colum
     if (rows <= CHAIN_ROWS) {
         few_scores_chains(rows, cols, keys, columns, q, from, s, ld);
     } else {
-        few_scores_tiles(rows, cols, keys, columns, q, from, s, ld);
+        few_scores_tiles(rows, columns, q, &k, s, ld);
     }
     for (size_t r = 0; r < rows; r++) {
         float *row = (float *)s + r * ld;
