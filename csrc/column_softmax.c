@@ -11,12 +11,55 @@
  * the same scores bit for bit.  Three matrix products in all, and two numbers per key of memory.
  */
 #include "forward.h"
+
+#include <math.h>
+#include <string.h>
+
 #include "keys.h"
 #include "scores.h"
 
+/* A column whose statistics left the range of float32, or lost what tells its scores apart, is given back. */
+static void give_back_columns(struct fa_forward *forward, const struct fa_head *head,
+                              int64_t head_index, const float *col_max, float *col_inverse,
+                              int64_t keys)
+{
+    const struct fa_doubt doubt = fa_head_doubt(head, 0);
+    for (int64_t j = 0; j < keys; j++) {
+        const float size = fabsf(col_max[j]);
+        const bool doubtful = col_inverse[j] != 0 && size > doubt.from && size < doubt.to;
+        if (doubtful || !isfinite(col_inverse[j]) || !isfinite(col_max[j])) {
+            col_inverse[j] = NAN;
+            atomic_store_explicit(forward->head_given_back + head_index, true,
+                                  memory_order_relaxed);
+            atomic_store_explicit(&forward->any_given_back, true, memory_order_relaxed);
+        }
+    }
+}
+
+/* lse of the columns that were given back, from statistics of float64. */
+static void store_lse_again(const struct fa_forward *forward, int64_t head_index,
+                            int64_t block_key, int64_t keys, char *lse)
+{
+    const struct fa_geometry *g = forward->geometry, *before = forward->first->geometry;
+    if (lse == NULL || before->ops->size != sizeof(float)) {
+        return;
+    }
+    const char *base = forward->first->col_inverse + fa_column_offset(before, head_index, 0);
+    const float *given = (const float *)(const void *)base + block_key;
+    const int64_t at = fa_column_offset(g, head_index, block_key / g->block_k);
+    const double *col_max = (const double *)(const void *)(forward->col_max + at);
+    const double *inverse = (const double *)(const void *)(forward->col_inverse + at);
+    for (int64_t j = 0; j < keys; j++) {
+        if (isnan(given[j])) {
+            const float x = (float)((col_max[j] - log2(inverse[j])) * FA_LN_2);
+            memcpy(lse + j * g->params->lse.row, &x, sizeof x);
+        }
+    }
+}
+
 static void run_column_task(struct fa_job *job, int64_t index, int thread)
 {
-    const struct fa_forward *forward = job->context;
+    struct fa_forward *forward = job->context;
     const struct fa_geometry *g = forward->geometry;
     const struct fa_ops *ops = g->ops;
     const int64_t size = (int64_t)ops->size;
@@ -29,6 +72,9 @@ static void run_column_task(struct fa_job *job, int64_t index, int thread)
     struct fa_head head;
     bool packed = false;
 
+    if (forward->first != NULL && !forward->first->head_given_back[head_index]) {
+        return;
+    }
     fa_head_init(&head, g, head_index);
     fa_begin_task(ops);
     ops->column_begin(col_max, col_sum, (size_t)g->block_k);
@@ -57,8 +103,16 @@ static void run_column_task(struct fa_job *job, int64_t index, int thread)
     }
     fa_end_task(ops);
     const struct fa_output *lse = &g->params->lse;
+    char *block_lse = head.lse == NULL ? NULL : head.lse + block_key * lse->row;
+    const enum fa_dtype lse_dtype = g->params->dtype == FA_F64 ? FA_F64 : FA_F32;
     ops->column_finish(col_max, col_sum, (size_t)keys, (size_t)g->block_k,
-                       head.lse == NULL ? NULL : head.lse + block_key * lse->row, lse->row);
+                       forward->first == NULL ? block_lse : NULL, lse->row, lse_dtype);
+    if (forward->first != NULL) {
+        store_lse_again(forward, head_index, block_key, keys, block_lse);
+    } else if (forward->given_back != NULL && ops->size == sizeof(float)) {
+        give_back_columns(forward, &head, head_index, (float *)(void *)col_max,
+                          (float *)(void *)col_sum, keys);
+    }
 }
 
 enum fa_status fa_column_softmax(struct fa_forward *forward, struct fa_job *job)

@@ -32,7 +32,7 @@ enum fa_status fa_attention_describe(const struct fa_attention_params *params,
     struct fa_geometry g;
     struct fa_plan tasks;
     int64_t per_thread, total, part = 0;
-    const struct fa_ops *ops = fa_forward_ops(kernels, params);
+    const struct fa_ops *ops = fa_attention_ops(params, kernels);
     enum fa_status status = fa_geometry_init(&g, params, ops, ops);
     if (status == FA_OK) {
         status = fa_plan_init(&tasks, &g);

@@ -14,6 +14,10 @@
  * Where rows are few and keys are many, as in decoding, a task is one split: its state stays in memory,
  * and the task that finishes last folds all of them, in order.
  *
+ * A row whose scores or sums left the range of float32 is given back instead of stored, and a second pass computes it
+ * with the operations of float64.  A row of float64 has its values scaled down there, so that an average of finite
+ * numbers is finite.  Only what a row attends to decides that.
+ *
  * K and V of a block are packed when the first tile needs them: once per block_q rows, which costs
  * 2.5 / block_q + 0.5 / block_q of the products, or three times that by tiles.  Every row's result depends on
  * its own scores and on boundaries of blocks and splits only, so threads, batch and neighbours leave no trace in
@@ -59,6 +63,7 @@ static void add_weighted_values(const struct fa_tile *tile, struct fa_workspace 
             .c_row = (size_t)g->block_dv,
             .accumulate = true,
         };
+        ws->look_at_acc |= block->few || !block->finite;
         if (block->few) {
             const struct fa_keys from = fa_keys_from(&ws->values, tile->begin + keys.lo);
             if (ops->few_values(product.rows, product.depth, (size_t)cols, product.a,
@@ -111,11 +116,12 @@ static void weigh_tile(const struct fa_forward *forward, const struct fa_tile *t
     }
 }
 
-/* Scales of integer values join the weights, once row_sum has them without. */
+/* Scales of integer values, and of values computed again, join the weights, once row_sum has them without. */
 static void scale_weights(const struct fa_tile *tile, struct fa_workspace *ws)
 {
     const struct fa_geometry *g = tile->head->geometry;
     if (ws->values.scale != NULL) {
+        ws->look_at_acc = true;
         g->ops->scale_weights(fa_tile_score_data(tile, ws), (size_t)g->score_stride,
                               (size_t)tile->rows, (size_t)tile->columns,
                               ws->values.scale + tile->begin);
@@ -183,7 +189,7 @@ static void attend_block(const struct fa_forward *forward, const struct fa_task 
     int64_t r = 0;
     bool ready = false, more = find_tile(&tile, task, ws, block_key, &r);
 
-    block.few = task->rows <= (int64_t)ops->few_rows &&
+    block.few = task->rows <= (int64_t)ops->few_rows && !forward->geometry->widened &&
                 (size_t)forward->geometry->params->head_dim <= ops->few_cols;
     while (more) {
         int64_t next_r = r + tile_q;
@@ -235,8 +241,26 @@ static bool attend_keys(struct fa_job *job, int thread, const struct fa_task *ta
     return true;
 }
 
-static void store_rows(const struct fa_forward *forward, const struct fa_task *task,
-                       const struct fa_state *state)
+/* The rows of the task that were given back, in the place of the task that stores them. */
+static uint8_t *given_back_of(const struct fa_forward *forward, const struct fa_task *task)
+{
+    const int64_t block_q = forward->geometry->block_q;
+    return forward->given_back + task->first_in_group * block_q + task->first_row % block_q;
+}
+
+static void give_back(struct fa_forward *forward, const struct fa_task *task, int64_t r)
+{
+    given_back_of(forward, task)[r] = 1;
+    atomic_store_explicit(&forward->any_given_back, true, memory_order_relaxed);
+    if (forward->head_given_back != NULL) {
+        atomic_store_explicit(forward->head_given_back + task->head_index, true,
+                              memory_order_relaxed);
+    }
+}
+
+/* look_at_acc: sums of values may have left the range of their type. */
+static void store_rows(struct fa_forward *forward, const struct fa_task *task,
+                       const struct fa_state *state, bool look_at_acc)
 {
     const struct fa_geometry *g = forward->geometry;
     const struct fa_attention_params *p = g->params;
@@ -244,11 +268,22 @@ static void store_rows(const struct fa_forward *forward, const struct fa_task *t
     for (int64_t r = 0; r < task->rows; r++) {
         const int64_t row = task->first_row + r;
         const int64_t token = fa_row_token(g, row), member = fa_row_member(g, row);
+        if (forward->first != NULL && !given_back_of(forward->first, task)[r]) {
+            continue;
+        }
+        const struct fa_doubt doubt = fa_head_doubt(head, member);
         struct fa_row_result result = {
             .row = (size_t)r,
             .cols = (size_t)task->cols,
             .dtype = p->dtype,
+            .lse_dtype = p->dtype == FA_F64 ? FA_F64 : FA_F32,
             .sink = -INFINITY,
+            .factor = 1 / (double)g->value_scale,
+            .final = forward->given_back == NULL,
+            .look_at_acc = look_at_acc,
+            .averages = p->softmax_axis == FA_SOFTMAX_KEYS && p->dropout_p == 0,
+            .doubtful_from = doubt.from,
+            .doubtful_to = doubt.to,
             .out = head->out + member * p->out.head + token * p->out.row +
                    task->first_col * p->out.col,
             .out_stride = p->out.col,
@@ -259,7 +294,9 @@ static void store_rows(const struct fa_forward *forward, const struct fa_task *t
             result.residual_stride = p->residual.col;
         }
         if (forward->col_max != NULL) {
-            g->ops->store(fa_state_from(g, state, r).acc, &result);
+            if (!g->ops->store(fa_state_from(g, state, r).acc, &result)) {
+                give_back(forward, task, r);
+            }
             continue;
         }
         if (head->sinks != NULL) {
@@ -269,7 +306,9 @@ static void store_rows(const struct fa_forward *forward, const struct fa_task *t
         if (head->lse != NULL && task->first_col == 0) {
             result.lse = head->lse + member * p->lse.head + token * p->lse.row;
         }
-        g->ops->softmax_store(state, (size_t)g->block_dv, &result);
+        if (!g->ops->softmax_store(state, (size_t)g->block_dv, &result)) {
+            give_back(forward, task, r);
+        }
     }
 }
 
@@ -277,7 +316,7 @@ static void store_rows(const struct fa_forward *forward, const struct fa_task *t
 static void run_whole(struct fa_job *job, const struct fa_task *task, struct fa_workspace *ws,
                       int thread)
 {
-    const struct fa_forward *forward = job->context;
+    struct fa_forward *forward = job->context;
     const struct fa_geometry *g = forward->geometry;
     const struct fa_key_range keys =
         fa_rows_keys(&task->head, task->first_row, task->first_row + task->rows - 1);
@@ -286,7 +325,7 @@ static void run_whole(struct fa_job *job, const struct fa_task *task, struct fa_
                      keys.lo / g->split_k == (keys.hi - 1) / g->split_k;
     if (one) {
         if (attend_keys(job, thread, task, ws, keys.lo, keys.hi)) {
-            store_rows(forward, task, &ws->part);
+            store_rows(forward, task, &ws->part, ws->look_at_acc);
         }
         return;
     }
@@ -302,14 +341,14 @@ static void run_whole(struct fa_job *job, const struct fa_task *task, struct fa_
             g->ops->softmax_fold(rows, &ws->total, &ws->part, ldacc);
         }
     }
-    store_rows(forward, task, &ws->total);
+    store_rows(forward, task, &ws->total, ws->look_at_acc);
 }
 
 /* One split; whoever is last of the group folds them in order into the first and stores the rows. */
 static void run_split(struct fa_job *job, int64_t index, const struct fa_task *task,
                       struct fa_workspace *ws, int thread)
 {
-    const struct fa_forward *forward = job->context;
+    struct fa_forward *forward = job->context;
     const struct fa_geometry *g = forward->geometry;
     const int64_t lo = task->first_split * g->split_k, first = task->first_in_group;
     char *parts = forward->parts + first * forward->part_bytes;
@@ -327,14 +366,34 @@ static void run_split(struct fa_job *job, int64_t index, const struct fa_task *t
         const struct fa_state part = fa_state_at(g, g->block_q, parts + i * forward->part_bytes);
         g->ops->softmax_fold((size_t)task->rows, &total, &part, (size_t)g->block_dv);
     }
-    store_rows(forward, task, &total);
+    store_rows(forward, task, &total, true);
+}
+
+/* Cut a task down to the rows from the first to the last that was given back.  False: there is none. */
+static bool keep_given_back(const struct fa_forward *first, struct fa_task *task)
+{
+    const uint8_t *given = given_back_of(first, task);
+    int64_t lo = 0, hi = task->rows;
+    while (lo < hi && given[lo] == 0) {
+        lo++;
+    }
+    while (lo < hi && given[hi - 1] == 0) {
+        hi--;
+    }
+    task->first_row += lo;
+    task->rows = hi - lo;
+    return lo < hi;
 }
 
 static void run_task(struct fa_job *job, int64_t index, int thread)
 {
-    const struct fa_forward *forward = job->context;
-    const struct fa_task task = fa_plan_task(&forward->plan, index);
+    struct fa_forward *forward = job->context;
+    struct fa_task task = fa_plan_task(&forward->plan, index);
     struct fa_workspace ws = fa_workspace_of(forward->geometry, forward->workspaces, thread);
+    if (forward->first != NULL && !keep_given_back(forward->first, &task)) {
+        return;
+    }
+    ws.look_at_acc = forward->col_max != NULL || forward->geometry->params->dropout_p > 0;
     fa_begin_task(forward->geometry->ops);
     fa_load_rows(&task.head, &ws, task.first_row, task.rows);
     if (forward->plan.by_splits) {
@@ -366,6 +425,39 @@ static enum fa_status allocate_parts(struct fa_forward *forward)
     return FA_OK;
 }
 
+/* Room for the rows that a run may give back: all that float32 computes, and float64 whose values are as they are. */
+static enum fa_status allocate_given_back(struct fa_forward *forward)
+{
+    const struct fa_geometry *g = forward->geometry;
+    int64_t rows, bytes = 0;
+    if (forward->first != NULL || g->widened) {
+        return FA_OK;
+    }
+    if (!fa_multiply(forward->plan.num_tasks, g->block_q, &rows) || !fa_add_bytes(&bytes, rows, 1)) {
+        return FA_OVERFLOW;
+    }
+    forward->given_back = fa_allocate(bytes);
+    if (forward->given_back == NULL) {
+        return FA_NO_MEMORY;
+    }
+    memset(forward->given_back, 0, (size_t)rows);
+    if (g->params->softmax_axis == FA_SOFTMAX_QUERIES) {
+        const int64_t heads = g->batch * g->heads;
+        bytes = 0;
+        if (!fa_add_bytes(&bytes, heads, (int64_t)sizeof *forward->head_given_back)) {
+            return FA_OVERFLOW;
+        }
+        forward->head_given_back = fa_allocate(bytes);
+        if (forward->head_given_back == NULL) {
+            return FA_NO_MEMORY;
+        }
+        for (int64_t i = 0; i < heads; i++) {
+            atomic_init(forward->head_given_back + i, false);
+        }
+    }
+    return FA_OK;
+}
+
 static enum fa_status allocate(struct fa_forward *forward)
 {
     const struct fa_geometry *g = forward->geometry;
@@ -388,7 +480,8 @@ static enum fa_status allocate(struct fa_forward *forward)
     if (forward->workspaces == NULL) {
         return FA_NO_MEMORY;
     }
-    return forward->plan.by_splits ? allocate_parts(forward) : FA_OK;
+    enum fa_status status = allocate_given_back(forward);
+    return status == FA_OK && forward->plan.by_splits ? allocate_parts(forward) : status;
 }
 
 static enum fa_status run_passes(struct fa_forward *forward)
@@ -412,11 +505,58 @@ static enum fa_status run_passes(struct fa_forward *forward)
     return fa_job_run(&job);
 }
 
+static void release(struct fa_forward *forward)
+{
+    fa_release(forward->workspaces);
+    fa_release(forward->col_max);
+    fa_release(forward->col_inverse);
+    fa_release(forward->parts);
+    fa_release(forward->arrived);
+    fa_release(forward->given_back);
+    fa_release(forward->head_given_back);
+}
+
+static enum fa_status run(struct fa_forward *forward)
+{
+    enum fa_status status = allocate(forward);
+    return status == FA_OK ? run_passes(forward) : status;
+}
+
+/* What the values of float64 are multiplied by, where their sums leave its range: 2^64 keys of weight 1 then do not,
+ * and values lose bits only where they are 2^-958 or less, beside one of 2^960 or more. */
+#define AGAIN_VALUE_SCALE 0x1p-64f
+
+/* The rows that `first` gave back, by the same tasks. */
+static enum fa_status run_again(const struct fa_forward *first, const struct fa_kernels *kernels)
+{
+    const struct fa_geometry *g = first->geometry;
+    struct fa_geometry geometry;
+    enum fa_status status = fa_geometry_init(&geometry, g->params, kernels->f64, kernels->f64);
+    if (status != FA_OK) {
+        return status;
+    }
+    geometry.block_q = g->block_q;
+    geometry.num_threads = g->num_threads;
+    geometry.value_scale = g->params->dtype == FA_F64 ? AGAIN_VALUE_SCALE : 1;
+    FA_ASSERT(geometry.dv_blocks == g->dv_blocks && geometry.split_k == g->split_k);
+    struct fa_forward forward = {.geometry = &geometry, .plan = first->plan, .first = first};
+    forward.plan.geometry = &geometry;
+    status = run(&forward);
+    release(&forward);
+    return status;
+}
+
+const struct fa_ops *fa_attention_ops(const struct fa_attention_params *params,
+                                      const struct fa_kernels *kernels)
+{
+    return fa_has_narrow_options(params) ? fa_forward_ops(kernels, params) : kernels->f64;
+}
+
 enum fa_status fa_attention(const struct fa_attention_params *params,
                             const struct fa_kernels *kernels)
 {
     struct fa_geometry geometry;
-    const struct fa_ops *ops = fa_forward_ops(kernels, params);
+    const struct fa_ops *ops = fa_attention_ops(params, kernels);
     enum fa_status status = fa_geometry_init(&geometry, params, ops, ops);
     if (status != FA_OK) {
         return status;
@@ -424,16 +564,12 @@ enum fa_status fa_attention(const struct fa_attention_params *params,
     struct fa_forward forward = {.geometry = &geometry};
     status = fa_plan_init(&forward.plan, &geometry);
     if (status == FA_OK) {
-        status = allocate(&forward);
+        status = run(&forward);
     }
-    if (status == FA_OK) {
-        status = run_passes(&forward);
+    if (status == FA_OK && atomic_load(&forward.any_given_back)) {
+        status = run_again(&forward, kernels);
     }
     fa_plan_release(&forward.plan);
-    fa_release(forward.workspaces);
-    fa_release(forward.col_max);
-    fa_release(forward.col_inverse);
-    fa_release(forward.parts);
-    fa_release(forward.arrived);
+    release(&forward);
     return status;
 }

@@ -22,6 +22,15 @@ struct fa_forward {
     char *parts;
     int64_t part_bytes;
     atomic_int *arrived;
+    /* Rows that were given back: [num_tasks][block_q] bytes, of the tasks that store them, and whether there is any;
+     * NULL if none may be. */
+    uint8_t *given_back;
+    atomic_bool any_given_back;
+    /* With given_back and softmax over queries, else NULL: [batch * heads], whether rows or columns of a head were
+     * given back.  A column that was has a reciprocal sum of NaN, which gives back the rows that it takes part in. */
+    atomic_bool *head_given_back;
+    /* NULL, or the call's first run, of which this one computes what was given back and nothing else. */
+    const struct fa_forward *first;
 };
 
 /* Column statistics of every key: the first pass of softmax over queries. */
@@ -33,5 +42,9 @@ static inline int64_t fa_column_offset(const struct fa_geometry *g, int64_t head
 {
     return (head_index * g->key_blocks + key_block) * g->block_k * (int64_t)g->ops->size;
 }
+
+/* The operations of a call's first run: of float64 where its options leave no choice. */
+const struct fa_ops *fa_attention_ops(const struct fa_attention_params *params,
+                                      const struct fa_kernels *kernels);
 
 #endif

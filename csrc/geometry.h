@@ -39,9 +39,11 @@ struct fa_geometry {
     int64_t block_dv;    /* columns of v per task */
     int64_t key_blocks, dv_blocks;
     int num_threads;     /* that will work */
+    bool widened; /* float64 computes for narrower arrays, which it reads and writes element by element */
+    float value_scale; /* of every value, a power of two: 1, unless their sums left the range of float64 */
 };
 
-/* FA_OVERFLOW if the problem cannot be counted in 64 bits. */
+/* FA_OVERFLOW if the problem cannot be counted in 64 bits.  `ops` may be of float64 whatever the arrays are. */
 enum fa_status fa_geometry_init(struct fa_geometry *geometry,
                                 const struct fa_attention_params *params, const struct fa_ops *ops,
                                 const struct fa_ops *score_ops);

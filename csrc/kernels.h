@@ -64,6 +64,19 @@ struct fa_product {
     float factor; /* c is multiplied by it, where load_rows did not do that to a */
 };
 
+/* Elements of queries, scaled or not, and of keys that are below 2^FA_ORDINARY_EXPONENT are ordinary: no sum of
+ * FA_ORDINARY_DIM products of two of them leaves float32, in whatever order it is taken, nor does that times
+ * FA_ORDINARY_FACTOR: 53 + 53 + 13 + 8 < 128. */
+#define FA_ORDINARY_EXPONENT 53
+#define FA_ORDINARY_DIM 8192
+#define FA_ORDINARY_FACTOR 256
+
+/* Values below 2^FA_VALUE_EXPONENT_F32 (_F64) have a finite sum over this many keys under weights of at most 2^8
+ * (softmax_template.h): 96 + 8 + 23 < 128. */
+#define FA_VALUE_EXPONENT_F32 96
+#define FA_VALUE_EXPONENT_F64 960
+#define FA_MOST_KEYS (1 << 23)
+
 /* Rows of online softmax over the keys seen so far. */
 struct fa_state {
     void *row_max; /* real [rows] */
@@ -81,7 +94,14 @@ struct fa_row_result {
     int64_t out_stride;
     const void *residual; /* nullable; may be `out` */
     int64_t residual_stride;
-    void *lse; /* nullable; one element, natural logarithm */
+    void *lse; /* nullable; one element, natural logarithm, of lse_dtype */
+    enum fa_dtype lse_dtype; /* FA_F32 or FA_F64 */
+    double factor; /* of the result, residual aside: a power of two; 1 unless the values were scaled */
+    /* A row that left the range of its element type is given back instead of stored: its sum is not finite; or,
+     * with look_at_acc, an element of acc is not; or its row_max lies between these two sizes.  With
+     * `final` every row is stored, and one whose elements are averages of finite values is finite. */
+    bool final, look_at_acc, averages;
+    double doubtful_from, doubtful_to;
 };
 
 /* Where a row of weights stands, and what is drawn against its random words. */
@@ -120,16 +140,17 @@ struct fa_ops {
     void (*end_task)(void);
 
     /* dst[r][0..cols) = factor * src[r][...], zero up to a whole depth_step; without the factor where that
-     * would round, and matmul multiplies instead. */
-    void (*load_rows)(void *dst, size_t rows, const char *const *src, int64_t col_stride,
+     * would round, and matmul multiplies instead.  Returns whether every element is ordinary. */
+    bool (*load_rows)(void *dst, size_t rows, const char *const *src, int64_t col_stride,
                       size_t cols, enum fa_dtype dtype, double factor);
 
-    /* Transpose keys into panels dst[key / nr][col][key % nr], zero beyond `keys` up to whole panels. */
-    void (*pack_keys)(void *dst, size_t keys, size_t cols, const struct fa_keys *from);
+    /* Transpose keys into panels dst[key / nr][col][key % nr], zero beyond `keys` up to whole panels.  Returns
+     * whether every element is ordinary. */
+    bool (*pack_keys)(void *dst, size_t keys, size_t cols, const struct fa_keys *from);
 
     /* Copy values into panels dst[col / nr][key][col % nr], panel_stride elements apart, zero beyond
-     * `cols` up to a whole panel.  Returns whether matmul_values may have them: every value is finite, or what
-     * the set says besides. */
+     * `cols` up to a whole panel.  Returns whether matmul_values may have them: every value is so small that
+     * FA_MOST_KEYS of them have a finite sum under the largest weights, or what the set says besides. */
     bool (*pack_values)(void *dst, size_t panel_stride, size_t keys, size_t cols,
                         const struct fa_keys *from);
 
@@ -166,6 +187,8 @@ struct fa_ops {
     /* s[l] -= slope2 * |distance - l| */
     void (*add_alibi)(void *s, size_t n, double slope2, int64_t distance);
     void (*mask_bytes)(void *s, size_t n, const uint8_t *mask); /* zero byte: s = -inf */
+    /* Infinite scores become NaN: a sum of products may have passed the range of `real` on its way to anywhere. */
+    void (*mark_overflow)(void *s, size_t ld, size_t rows, size_t n);
     /* s = -inf outside [lo, hi); 0 <= lo <= hi <= n */
     void (*mask_range)(void *s, size_t n, size_t lo, size_t hi);
 
@@ -185,8 +208,9 @@ struct fa_ops {
     /* total = total and part together: the same rows over other keys. */
     void (*softmax_fold)(size_t rows, const struct fa_state *total, const struct fa_state *part,
                          size_t ldacc);
-    /* out = acc / sum (+ residual), and lse.  A row that saw no key stores 0 (+ residual), lse -inf. */
-    void (*softmax_store)(const struct fa_state *state, size_t ldacc,
+    /* out = acc / sum (+ residual), and lse.  A row that saw no key stores 0 (+ residual), lse -inf.  False: the
+     * row left the range of `real`, and nothing was stored (struct fa_row_result). */
+    bool (*softmax_store)(const struct fa_state *state, size_t ldacc,
                           const struct fa_row_result *result);
 
     /* Dropout: n factors for the keys from `key` on, 0 or kept; and n weights times theirs, n a multiple of
@@ -224,12 +248,12 @@ struct fa_ops {
     /* Turn col_sum into reciprocals, and store n natural-log sums.  Where no query takes part, and in
      * columns [n, padded), maximum and reciprocal become 0. */
     void (*column_finish)(void *col_max, void *col_sum, size_t n, size_t padded, void *lse,
-                          int64_t lse_stride);
+                          int64_t lse_stride, enum fa_dtype lse_dtype);
     /* s = exp2(s - col_max) * col_inverse */
     void (*column_weights)(void *s, size_t ld, size_t rows, size_t n, const void *col_max,
                            const void *col_inverse);
-    /* out = acc (+ residual): softmax over queries has nothing left to divide by. */
-    void (*store)(const void *acc, const struct fa_row_result *result);
+    /* out = acc (+ residual): softmax over queries has nothing left to divide by.  False as in softmax_store. */
+    bool (*store)(const void *acc, const struct fa_row_result *result);
 
     /* For benchmarks: `rounds` times the same number of multiply-adds x = x * factor + x on registers
      * only.  Returns how many operations one round is. */

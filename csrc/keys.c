@@ -1,5 +1,6 @@
 #include "keys.h"
 
+#include <math.h>
 #include <string.h>
 
 static int64_t read_page(const char *p)
@@ -57,6 +58,26 @@ static const float *read_scales(const struct fa_head *head, const char *data,
     return scale;
 }
 
+/* Whether keys that are ordinary integers stay so under their scales, which multiply whole scores. */
+static bool are_scales_ordinary(const struct fa_keys *keys, int64_t count)
+{
+    bool ordinary = true;
+    for (int64_t j = 0; keys->scale != NULL && j < count; j++) {
+        ordinary &= fabsf(keys->scale[j]) < (float)((int64_t)1 << FA_ORDINARY_EXPONENT);
+    }
+    return ordinary;
+}
+
+/* The factor of every value of a call that is computed again with smaller ones. */
+static const float *scale_values(const struct fa_geometry *g, int64_t keys, float *scale)
+{
+    const int64_t padded = fa_round_up(keys, (int64_t)g->ops->nr);
+    for (int64_t j = 0; j < padded; j++) {
+        scale[j] = g->value_scale;
+    }
+    return scale;
+}
+
 void fa_locate_keys(const struct fa_head *head, struct fa_workspace *ws, int64_t block_key,
                     int64_t keys, int64_t first_col)
 {
@@ -78,6 +99,12 @@ void fa_locate_keys(const struct fa_head *head, struct fa_workspace *ws, int64_t
         .scale =
             read_scales(head, head->v_scale, &p->v_scale, block_key, keys, ws->v_row, ws->v_scale),
     };
+    if (head->geometry->value_scale != 1) {
+        ws->values.scale = scale_values(head->geometry, keys, ws->v_scale);
+    }
+    /* Of keys that are not packed nothing is known but their type. */
+    ws->keys_ordinary = (p->kv_dtype == FA_F16 || p->kv_dtype == FA_I8) &&
+                        are_scales_ordinary(&ws->keys, keys);
     locate_rows(head, head->k, &p->k, block_key, located, ws->k_row);
     locate_rows(head, head->v + first_col * p->v.col, &p->v, block_key, located, ws->v_row);
 }
@@ -85,7 +112,9 @@ void fa_locate_keys(const struct fa_head *head, struct fa_workspace *ws, int64_t
 void fa_pack_keys(const struct fa_head *head, struct fa_workspace *ws, int64_t keys)
 {
     const struct fa_geometry *g = head->geometry;
-    g->score_ops->pack_keys(ws->k, (size_t)keys, (size_t)g->params->head_dim, &ws->keys);
+    const bool ordinary =
+        g->score_ops->pack_keys(ws->k, (size_t)keys, (size_t)g->params->head_dim, &ws->keys);
+    ws->keys_ordinary = ordinary && are_scales_ordinary(&ws->keys, keys);
 }
 
 bool fa_pack_values(const struct fa_head *head, struct fa_workspace *ws, int64_t keys, int64_t cols)

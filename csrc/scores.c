@@ -1,6 +1,7 @@
 #include "scores.h"
 
 #include <float.h>
+#include <math.h>
 #include <string.h>
 
 /* Mask bytes of one row as 0 or 1. */
@@ -174,10 +175,50 @@ struct fa_key_range fa_group_keys(const struct fa_tile *tile, int64_t r)
     return keys;
 }
 
+static double read_double(const char *p)
+{
+    double x;
+    memcpy(&x, p, sizeof x);
+    return x;
+}
+
 /* From <q, k> to what softcap or the softmax takes. */
 static double score_factor(const struct fa_attention_params *p)
 {
     return p->softcap > 0 ? p->scale / p->softcap : p->scale * FA_LOG2_E;
+}
+
+/* Powers of 2 that float32 holds with as many bits, its own products with ordinary numbers included. */
+static bool is_narrow(double x) { return x == 0 || (fabs(x) > 0x1p-100 && fabs(x) < 0x1p100); }
+
+bool fa_has_narrow_options(const struct fa_attention_params *params)
+{
+    const double factor = score_factor(params);
+    return !isfinite(params->scale) ||
+           (is_narrow(factor) && is_narrow(params->softcap) && (factor != 0 || params->scale == 0));
+}
+
+/* Beside a bias, or a distance, of more than 2^16 the rest of a score has less than 7 bits left in float32 behind
+ * the point, by which keys are told apart.  Narrow biases beyond 2^80 leave none of it in float64 either: that is how
+ * models mask, with the lowest number of a type, and such rows are the average of their keys in both. */
+#define DOUBTFUL_FROM 0x1p16
+#define DOUBTFUL_TO 0x1p80
+
+struct fa_doubt fa_head_doubt(const struct fa_head *head, int64_t member)
+{
+    const struct fa_attention_params *p = head->geometry->params;
+    double slope = 0;
+    if (head->alibi_slopes != NULL) {
+        slope = read_double(head->alibi_slopes + member * p->alibi_slopes.head);
+    }
+    if (head->geometry->ops->size == sizeof(double) || (head->bias == NULL && slope == 0)) {
+        return (struct fa_doubt){.from = INFINITY, .to = INFINITY};
+    }
+    if (!is_narrow(slope)) {
+        return (struct fa_doubt){.from = -1, .to = INFINITY};
+    }
+    const bool wide = head->bias != NULL && p->bias_dtype == FA_F64;
+    return (struct fa_doubt){.from = DOUBTFUL_FROM, .to = wide ? INFINITY : DOUBTFUL_TO};
 }
 
 float fa_softmax_factor(const struct fa_head *head)
@@ -199,22 +240,17 @@ void fa_load_rows(const struct fa_head *head, struct fa_workspace *ws, int64_t f
     const double scale = score_factor(p);
     const char *src[FA_MAX_TILE_Q];
 
+    ws->rows_ordinary = fabs(scale) <= FA_ORDINARY_FACTOR && p->head_dim <= FA_ORDINARY_DIM;
     for (int64_t r = 0; r < rows; r += FA_MAX_TILE_Q) {
         const int64_t count = fa_min(FA_MAX_TILE_Q, rows - r);
         for (int64_t i = 0; i < count; i++) {
             const int64_t row = first_row + r + i;
             src[i] = head->q + fa_row_member(g, row) * p->q.head + fa_row_token(g, row) * p->q.row;
         }
-        g->score_ops->load_rows(ws->q + r * g->depth * (int64_t)g->ops->size, (size_t)count, src,
-                                p->q.col, (size_t)p->head_dim, p->dtype, scale);
+        ws->rows_ordinary &=
+            g->score_ops->load_rows(ws->q + r * g->depth * (int64_t)g->ops->size, (size_t)count,
+                                    src, p->q.col, (size_t)p->head_dim, p->dtype, scale);
     }
-}
-
-static double read_double(const char *p)
-{
-    double x;
-    memcpy(&x, p, sizeof x);
-    return x;
 }
 
 /* The options that look at one row at a time, on the columns [first, first + columns) of the tile, whose
@@ -328,6 +364,11 @@ static void group_scores(const struct fa_tile *tile, struct fa_workspace *ws, in
     if (ws->keys.scale != NULL) {
         ops->scale_scores(scores, (size_t)g->score_stride, (size_t)rows, (size_t)columns,
                           ws->keys.scale + tile->begin + keys.lo);
+    }
+    /* Before the options, so that keys which take no part are masked after all.  float64 has no wider type to go
+     * to: an infinite score is what the reference has, too. */
+    if (ops->size < sizeof(double) && !(ws->rows_ordinary && ws->keys_ordinary)) {
+        ops->mark_overflow(scores, (size_t)g->score_stride, (size_t)rows, (size_t)columns);
     }
     if (g->params->softcap > 0) {
         const double cap2 = g->params->softcap * FA_LOG2_E;

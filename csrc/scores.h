@@ -32,7 +32,7 @@ int64_t fa_tile_group(const struct fa_tile *tile);
 /* Keys of the tile, from its first on, that its rows [r, r + group) may see; lo is a whole panel. */
 struct fa_key_range fa_group_keys(const struct fa_tile *tile, int64_t r);
 
-/* Scale rows [first_row, first_row + rows) of q into ws->q. */
+/* Scale rows [first_row, first_row + rows) of q into ws->q, and see whether they are ordinary (kernels.h). */
 void fa_load_rows(const struct fa_head *head, struct fa_workspace *ws, int64_t first_row,
                   int64_t rows);
 
@@ -53,6 +53,16 @@ struct fa_product fa_tile_product_ahead(const struct fa_tile *tile, const struct
 /* What ops->softmax_update_scaled is to multiply a head's scores by, because nothing before it needs them
  * multiplied; 0: they are. */
 float fa_softmax_factor(const struct fa_head *head);
+
+/* Whether a call's scale and softcap, as the scores take them, are numbers of float32 with room on both sides. */
+bool fa_has_narrow_options(const struct fa_attention_params *params);
+
+/* Sizes of row_max between which rows of a head are better computed in float64 (struct fa_row_result). */
+struct fa_doubt {
+    double from, to;
+};
+
+struct fa_doubt fa_head_doubt(const struct fa_head *head, int64_t member);
 
 /* Draw the factors of dropout for the tile, into ws->factors; multiply the tile's part of `rows`, which are
  * score_stride elements apart, by them.  Neither does anything without dropout. */

@@ -36,6 +36,7 @@ static const struct fa_ops ops_bf16 = {
     .add_bias = add_bias_f32,
     .add_alibi = add_alibi_f32,
     .mask_bytes = mask_bytes_f32,
+    .mark_overflow = mark_overflow_f32,
     .mask_range = mask_range_f32,
     .softmax_begin = softmax_begin_f32,
     .softmax_update = softmax_update_bf16,

@@ -9,6 +9,11 @@
 #ifndef FA_AMX_PACK_H
 #define FA_AMX_PACK_H
 
+/* The upper half of the least float32 that is not ordinary (kernels.h). */
+#define ORDINARY_BF16 ((127 + FA_ORDINARY_EXPONENT) << 7)
+/* And of the least value that is too large. */
+#define LARGE_BF16 ((127 + FA_VALUE_EXPONENT_F32) << 7)
+
 /* Up to 32 elements, then zeros. */
 static inline vec_u16 load_elements(const char *p, int64_t col_stride, size_t count)
 {
@@ -22,25 +27,31 @@ static inline vec_u16 load_elements(const char *p, int64_t col_stride, size_t co
     return v_load_u16(lanes);
 }
 
-static void load_rows_bf16(void *dst, size_t rows, const char *const *src, int64_t col_stride,
+static bool load_rows_bf16(void *dst, size_t rows, const char *const *src, int64_t col_stride,
                            size_t cols, enum fa_dtype dtype, double factor)
 {
     const size_t depth = (cols + TILE_KEYS - 1) / TILE_KEYS * TILE_WORDS;
+    uint32_t large = 0;
     (void)dtype;
     (void)factor;
     for (size_t r = 0; r < rows; r++) {
         float *row = (float *)dst + r * depth;
         for (size_t c = 0; c < cols; c += TILE_KEYS) {
-            v_store_u16(row + c / 2,
-                        load_elements(src[r] + (int64_t)c * col_stride, col_stride, cols - c));
+            const vec_u16 x =
+                load_elements(src[r] + (int64_t)c * col_stride, col_stride, cols - c);
+            large |= v_large_u16(x, ORDINARY_BF16);
+            v_store_u16(row + c / 2, x);
         }
     }
+    return large == 0;
 }
 
-/* 16 keys from `key` on, `keys` of them real, into one half of a panel's columns. */
-FA_INLINE void pack_key_half(const bool whole, float *panel, size_t cols,
-                             const struct fa_keys *from, size_t key, size_t keys)
+/* 16 keys from `key` on, `keys` of them real, into one half of a panel's columns.  Returns which lanes held an
+ * element that is not ordinary. */
+FA_INLINE uint32_t pack_key_half(const bool whole, float *panel, size_t cols,
+                                 const struct fa_keys *from, size_t key, size_t keys)
 {
+    uint32_t large = 0;
     const char *const *row = from->row + key;
     const size_t ahead = keys_ahead_f32(FA_BF16);
     const bool more = key + ahead + VL_f32 <= from->located;
@@ -63,22 +74,25 @@ FA_INLINE void pack_key_half(const bool whole, float *panel, size_t cols,
         }
         FA_UNROLL
         for (size_t u = 0; u < VL_f32; u++) {
+            large |= v_large_u16(v_load_u16(square + u), ORDINARY_BF16);
             v_store_f32(panel + (c / 2 + u) * PANEL, square[u]);
         }
     }
+    return large;
 }
 
-static void pack_keys_bf16(void *dst, size_t keys, size_t cols, const struct fa_keys *from)
+static bool pack_keys_bf16(void *dst, size_t keys, size_t cols, const struct fa_keys *from)
 {
     const size_t depth = (cols + TILE_KEYS - 1) / TILE_KEYS * TILE_WORDS;
     const bool contiguous = from->col_stride == (int64_t)sizeof(uint16_t);
+    uint32_t large = 0;
     for (size_t key = 0; key < keys; key += VL_f32) {
         float *panel = (float *)dst + key / PANEL * PANEL * depth + key % PANEL;
         const size_t live = keys - key;
         if (contiguous && live >= VL_f32) {
-            pack_key_half(true, panel, cols, from, key, live);
+            large |= pack_key_half(true, panel, cols, from, key, live);
         } else {
-            pack_key_half(false, panel, cols, from, key, live);
+            large |= pack_key_half(false, panel, cols, from, key, live);
         }
     }
     if (keys % PANEL != 0 && keys % PANEL <= VL_f32) {
@@ -87,10 +101,11 @@ static void pack_keys_bf16(void *dst, size_t keys, size_t cols, const struct fa_
             v_store_f32(panel + word * PANEL, v_zero_f32());
         }
     }
+    return large == 0;
 }
 
 /* Values of keys r and r + 16 of every 32 into one row of pairs, zero beyond `keys` and `cols`.  Returns whether
- * none is special (v_special_u16). */
+ * none is special (v_special_u16) or too large. */
 static bool pack_values_bf16(void *dst, size_t panel_stride, size_t keys, size_t cols,
                              const struct fa_keys *from)
 {
@@ -115,7 +130,8 @@ static bool pack_values_bf16(void *dst, size_t panel_stride, size_t keys, size_t
             if (second < keys) {
                 y = load_elements(from->row[second] + at, from->col_stride, cols - c);
             }
-            special |= v_special_u16(x) | v_special_u16(y);
+            special |= v_special_u16(x) | v_special_u16(y) | v_large_u16(x, LARGE_BF16) |
+                       v_large_u16(y, LARGE_BF16);
             v_store_u16(to, v_pair_low_u16(x, y));
             v_store_u16(to + TILE_WORDS, v_pair_high_u16(x, y));
             to += panel_stride;

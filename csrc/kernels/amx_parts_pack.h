@@ -24,10 +24,12 @@ static inline vec_f32 load_floats(const char *p, int64_t col_stride, size_t coun
 
 static inline size_t less_or_zero(size_t a, size_t b) { return a > b ? a - b : 0; }
 
-static void load_rows_parts(void *dst, size_t rows, const char *const *src, int64_t col_stride,
+static bool load_rows_parts(void *dst, size_t rows, const char *const *src, int64_t col_stride,
                             size_t cols, enum fa_dtype dtype, double factor)
 {
     const vec_f32 f = v_set_f32((float)factor);
+    const vec_f32 ordinary = v_set_f32(ORDINARY_PROBE_f32);
+    vec_f32 probe = v_zero_f32();
     float *to = dst;
     (void)dtype;
     for (size_t r = 0; r < rows; r++) {
@@ -40,9 +42,11 @@ static void load_rows_parts(void *dst, size_t rows, const char *const *src, int6
             vec_f32 of_x[PARTS], of_y[PARTS];
             round_any_parts(x, of_x);
             round_any_parts(y, of_y);
+            probe = v_fma_f32(x, ordinary, v_fma_f32(y, ordinary, probe));
             store_parts(to, TILE_WORDS, of_x, of_y);
         }
     }
+    return is_finite_f32(probe);
 }
 
 /* Elements c .. c + 15 of 16 keys, `keys` of them real, transposed: element u of all of them in square[u]. */
@@ -64,10 +68,13 @@ FA_INLINE void load_key_square(const bool whole, vec_f32 square[VL_f32], const s
     v_transpose_f32(square);
 }
 
-/* 16 keys from `key` on, `keys` of them real, into one half of a panel's columns. */
-FA_INLINE void pack_key_half_parts(const bool contiguous, float *panel, size_t cols,
-                                   const struct fa_keys *from, size_t key, size_t keys)
+/* 16 keys from `key` on, `keys` of them real, into one half of a panel's columns.  Returns the sum of probe and
+ * their probes. */
+FA_INLINE vec_f32 pack_key_half_parts(const bool contiguous, float *panel, size_t cols,
+                                      const struct fa_keys *from, size_t key, size_t keys,
+                                      vec_f32 probe)
 {
+    const vec_f32 ordinary = v_set_f32(ORDINARY_PROBE_f32);
     const size_t ahead = keys_ahead_f32(FA_F32);
     const bool more = key + ahead + VL_f32 <= from->located;
     for (size_t c = 0; c < cols; c += TILE_KEYS, panel += PART_WORDS * PANEL) {
@@ -86,25 +93,30 @@ FA_INLINE void pack_key_half_parts(const bool contiguous, float *panel, size_t c
         }
         FA_UNROLL
         for (size_t u = 0; u < TILE_WORDS; u++) {
+            probe = v_fma_f32(first[u], ordinary, v_fma_f32(second[u], ordinary, probe));
             store_cut(panel + u * PANEL, TILE_WORDS * PANEL, v_plain_nan(first[u]),
                       v_plain_nan(second[u]));
         }
     }
+    return probe;
 }
 
-static void pack_keys_parts(void *dst, size_t keys, size_t cols, const struct fa_keys *from)
+static bool pack_keys_parts(void *dst, size_t keys, size_t cols, const struct fa_keys *from)
 {
     const size_t depth = (cols + TILE_KEYS - 1) / TILE_KEYS * PART_WORDS;
     const size_t padded = (keys + PANEL - 1) / PANEL * PANEL;
     const bool contiguous = from->col_stride == (int64_t)sizeof(float);
+    vec_f32 probe = v_zero_f32();
     for (size_t key = 0; key < padded; key += VL_f32) {
         float *panel = (float *)dst + key / PANEL * PANEL * depth + key % PANEL;
         if (contiguous && key + VL_f32 <= keys) {
-            pack_key_half_parts(true, panel, cols, from, key, VL_f32);
+            probe = pack_key_half_parts(true, panel, cols, from, key, VL_f32, probe);
         } else {
-            pack_key_half_parts(false, panel, cols, from, key, less_or_zero(keys, key));
+            const size_t live = less_or_zero(keys, key);
+            probe = pack_key_half_parts(false, panel, cols, from, key, live, probe);
         }
     }
+    return is_finite_f32(probe);
 }
 
 /* 16 columns of a key, `cols` of them real; zeros for a key that is not there. */
@@ -121,6 +133,7 @@ FA_INLINE bool pack_values_of(const bool whole, float *dst, size_t panel_stride,
                               size_t cols, const struct fa_keys *from)
 {
     const size_t ahead = keys_ahead_f32(FA_F32);
+    const vec_f32 large = v_set_f32(VALUE_PROBE_f32);
     vec_u32 least = no_size();
     vec_f32 probe = v_zero_f32();
     for (size_t key = 0; key < keys; key += TILE_KEYS, dst += PART_WORDS * PANEL) {
@@ -140,7 +153,7 @@ FA_INLINE bool pack_values_of(const bool whole, float *dst, size_t panel_stride,
                 const vec_f32 y = whole ? v_load_f32(row[other] + at)
                                         : load_value(from, key + other, keys, at, cols - c);
                 least = least_size(least_size(least, x), y);
-                probe = v_fma_f32(x, v_zero_f32(), v_fma_f32(y, v_zero_f32(), probe));
+                probe = v_fma_f32(x, large, v_fma_f32(y, large, probe));
                 store_cut(to + c / PANEL * panel_stride + c % PANEL, TILE_WORDS * PANEL, x, y);
             }
             if (cols % PANEL != 0 && cols % PANEL <= TILE_WORDS) {
@@ -149,7 +162,7 @@ FA_INLINE bool pack_values_of(const bool whole, float *dst, size_t panel_stride,
             }
         }
     }
-    return !v_any_nan_f32(probe) && !is_special_size(least);
+    return is_finite_f32(probe) && !is_special_size(least);
 }
 
 static bool pack_values_parts(void *dst, size_t panel_stride, size_t keys, size_t cols,

@@ -40,7 +40,7 @@ static void FN(column_update)(const void *s, size_t ld, size_t rows, size_t n, v
 }
 
 static void FN(column_finish)(void *col_max, void *col_sum, size_t n, size_t padded, void *lse,
-                              int64_t lse_stride)
+                              int64_t lse_stride, enum fa_dtype lse_dtype)
 {
     REAL *max = col_max, *sum = col_sum;
     memset(max + n, 0, (padded - n) * sizeof(REAL));
@@ -54,7 +54,7 @@ static void FN(column_finish)(void *col_max, void *col_sum, size_t n, size_t pad
             max[l] = 0;
         }
         if (lse != NULL) {
-            FN(write)((char *)lse + (int64_t)l * lse_stride, (REAL)log_sum);
+            FN(write_as)((char *)lse + (int64_t)l * lse_stride, (REAL)log_sum, lse_dtype);
         }
     }
 }
@@ -74,7 +74,11 @@ static void FN(column_weights)(void *s, size_t ld, size_t rows, size_t n, const 
     }
 }
 
-static void FN(store)(const void *acc, const struct fa_row_result *result)
+static bool FN(store)(const void *acc, const struct fa_row_result *result)
 {
+    if (!result->final && result->look_at_acc && !FN(is_row_finite)(acc, result->cols)) {
+        return false;
+    }
     FN(store_row)((const REAL *)acc, 1, result);
+    return true;
 }

@@ -4,6 +4,8 @@
 #ifndef FA_NAMES_H
 #define FA_NAMES_H
 
+#include "kernels.h"
+
 #define FA_PASTE_(a, b) a##b
 #define FA_PASTE(a, b) FA_PASTE_(a, b)
 
@@ -36,6 +38,18 @@ typedef double real_f64;
 #define MAX_f32 3.402823466e+38f
 #define MAX_f64 1.7976931348623157e+308
 #define REAL_MAX FN(MAX)
+
+/* What makes an element that is not ordinary infinite, and a value that is too large (kernels.h).  For float64
+ * every element that is finite is ordinary: the reference has no wider type either. */
+#define ORDINARY_PROBE_f32 0x1p75f
+#define ORDINARY_PROBE_f64 0.0
+#define ORDINARY_PROBE FN(ORDINARY_PROBE)
+#define VALUE_PROBE_f32 0x1p32f
+#define VALUE_PROBE_f64 0x1p64
+#define VALUE_PROBE FN(VALUE_PROBE)
+_Static_assert(75 + FA_ORDINARY_EXPONENT == 128, "ORDINARY_PROBE_f32");
+_Static_assert(32 + FA_VALUE_EXPONENT_F32 == 128, "VALUE_PROBE_f32");
+_Static_assert(64 + FA_VALUE_EXPONENT_F64 == 1024, "VALUE_PROBE_f64");
 
 /* Whether narrower types are computed in the element type. */
 #define WIDENS_f32 1

@@ -60,6 +60,7 @@ static const struct fa_ops FN(ops) = {
     .add_bias = FN(add_bias),
     .add_alibi = FN(add_alibi),
     .mask_bytes = FN(mask_bytes),
+    .mark_overflow = FN(mark_overflow),
     .mask_range = FN(mask_range),
     .softmax_begin = FN(softmax_begin),
     .softmax_update = FN(softmax_update),

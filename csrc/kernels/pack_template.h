@@ -5,35 +5,54 @@
  * vectors are read only where every lane is an element of the array: guard-page tests hold it to that.
  */
 
-static void FN(load_rows)(void *dst, size_t rows, const char *const *src, int64_t col_stride,
+/* Whether the sum of probes of elements is finite, and so every element small enough. */
+static inline bool FN(is_finite)(VEC probe)
+{
+    REAL lanes[VL], sum = 0;
+    V(store)(lanes, probe);
+    for (size_t i = 0; i < VL; i++) {
+        sum += lanes[i];
+    }
+    return sum - sum == 0;
+}
+
+static bool FN(load_rows)(void *dst, size_t rows, const char *const *src, int64_t col_stride,
                           size_t cols, enum fa_dtype dtype, double factor)
 {
     const REAL f = (REAL)factor;
     const int64_t size = fa_dtype_size(dtype);
-    const size_t whole = col_stride == size ? cols - cols % VL : 0;
+    const size_t whole = col_stride == size && FN(knows)(dtype) ? cols - cols % VL : 0;
+    const VEC ordinary = V(set)(ORDINARY_PROBE);
+    VEC probe = V(zero)();
+    REAL rest = 0;
     for (size_t r = 0; r < rows; r++) {
         REAL *row = (REAL *)dst + r * cols;
         size_t c = 0;
         for (; c < whole; c += VL) {
-            V(store)(row + c, V(mul)(FN(widen)(src[r] + (int64_t)c * size, dtype), V(set)(f)));
+            const VEC x = V(mul)(FN(widen)(src[r] + (int64_t)c * size, dtype), V(set)(f));
+            V(store)(row + c, x);
+            probe = V(fma)(x, ordinary, probe);
         }
         for (; c < cols; c++) {
             row[c] = FN(read_as)(src[r] + (int64_t)c * col_stride, dtype) * f;
+            rest += row[c] * ORDINARY_PROBE;
         }
     }
+    return FN(is_finite)(probe) && rest - rest == 0;
 }
 
 /* VL keys from `key` on, `keys` of them real, into one column of vectors of a panel.  Whole squares go
- * through registers, the edges element by element. */
-FA_INLINE void FN(pack_key_vector)(REAL *panel, size_t cols, const struct fa_keys *from, size_t key,
-                                   size_t keys, enum fa_dtype dtype)
+ * through registers, the edges element by element.  Returns the sum of probe and their probes. */
+FA_INLINE VEC FN(pack_key_vector)(REAL *panel, size_t cols, const struct fa_keys *from, size_t key,
+                                  size_t keys, enum fa_dtype dtype, VEC probe)
 {
     const int64_t size = fa_dtype_size(dtype);
     const size_t parts = FN(parts)(dtype), step = VL * parts;
     const char *const *row = from->row + key;
-    const bool whole = from->col_stride == size && keys >= VL;
+    const bool whole = from->col_stride == size && keys >= VL && FN(knows)(dtype);
     const size_t ahead = FN(keys_ahead)(dtype);
     const bool more = key + ahead + VL <= from->located;
+    const VEC ordinary = V(set)(ORDINARY_PROBE);
     size_t c = 0;
     for (; whole && c + step <= cols; c += step) {
         VEC square[VL];
@@ -46,60 +65,65 @@ FA_INLINE void FN(pack_key_vector)(REAL *panel, size_t cols, const struct fa_key
             for (size_t part = 0; part < parts; part++) {
                 VEC x = FN(part)(square[u], (int)part, dtype);
                 V(store)(panel + (c + u * parts + part) * NR, x);
+                probe = V(fma)(x, ordinary, probe);
             }
         }
     }
     for (; c < cols; c++) {
-        V(store)(panel + c * NR, FN(load_column)(row, keys, (int64_t)c * from->col_stride, dtype));
+        VEC x = FN(load_column)(row, keys, (int64_t)c * from->col_stride, dtype);
+        V(store)(panel + c * NR, x);
+        probe = V(fma)(x, ordinary, probe);
     }
+    return probe;
 }
 
-FA_INLINE void FN(pack_keys_of)(REAL *dst, size_t keys, size_t cols, const struct fa_keys *from,
+FA_INLINE bool FN(pack_keys_of)(REAL *dst, size_t keys, size_t cols, const struct fa_keys *from,
                                 enum fa_dtype dtype)
 {
+    VEC probe = V(zero)();
     for (size_t key = 0; key < keys; key += NR) {
         for (size_t first = 0; first < NR; first += VL) {
             const size_t at = key + first, live = at < keys ? keys - at : 0;
-            FN(pack_key_vector)(dst + key * cols + first, cols, from, at, live, dtype);
+            probe = FN(pack_key_vector)(dst + key * cols + first, cols, from, at, live, dtype,
+                                        probe);
         }
     }
+    return FN(is_finite)(probe);
 }
 
-static void FN(pack_keys)(void *dst, size_t keys, size_t cols, const struct fa_keys *from)
+static bool FN(pack_keys)(void *dst, size_t keys, size_t cols, const struct fa_keys *from)
 {
     switch (from->dtype) {
 #if WIDENS
     case FA_F16:
-        FN(pack_keys_of)(dst, keys, cols, from, FA_F16);
-        break;
+        return FN(pack_keys_of)(dst, keys, cols, from, FA_F16);
     case FA_BF16:
-        FN(pack_keys_of)(dst, keys, cols, from, FA_BF16);
-        break;
+        return FN(pack_keys_of)(dst, keys, cols, from, FA_BF16);
     case FA_I8:
-        FN(pack_keys_of)(dst, keys, cols, from, FA_I8);
-        break;
+        return FN(pack_keys_of)(dst, keys, cols, from, FA_I8);
     default:
-        FN(pack_keys_of)(dst, keys, cols, from, FA_F32);
-        break;
+        return FN(pack_keys_of)(dst, keys, cols, from, FA_F32);
 #else
-    default:
-        FN(pack_keys_of)(dst, keys, cols, from, FA_F64);
-        break;
+    case FA_F64:
+        return FN(pack_keys_of)(dst, keys, cols, from, FA_F64);
+    default: /* rows that float32 had no range for: element by element */
+        return FN(pack_keys_of)(dst, keys, cols, from, from->dtype);
 #endif
     }
 }
 
-/* NR columns of one key, the first `cols` of them real.  Returns x * 0 summed: NaN where a value is
- * not finite. */
+/* NR columns of one key, the first `cols` of them real.  Returns their probes summed: not finite where a value
+ * is too large. */
 static inline VEC FN(pack_value_row)(REAL *dst, size_t cols, const char *src, int64_t col_stride,
                                      enum fa_dtype dtype)
 {
     const int64_t size = fa_dtype_size(dtype);
+    const VEC large = V(set)(VALUE_PROBE);
     VEC probe = V(zero)();
-    if (cols >= NR && col_stride == size) {
+    if (cols >= NR && col_stride == size && FN(knows)(dtype)) {
         for (size_t j = 0; j < NR; j += VL) {
             VEC x = FN(widen)(src + (int64_t)j * size, dtype);
-            probe = V(fma)(x, V(zero)(), probe);
+            probe = V(fma)(x, large, probe);
             V(store)(dst + j, x);
         }
         return probe;
@@ -108,7 +132,7 @@ static inline VEC FN(pack_value_row)(REAL *dst, size_t cols, const char *src, in
         dst[c] = c < cols ? FN(read_as)(src + (int64_t)c * col_stride, dtype) : 0;
     }
     for (size_t j = 0; j < NR; j += VL) {
-        probe = V(fma)(V(load)(dst + j), V(zero)(), probe);
+        probe = V(fma)(V(load)(dst + j), large, probe);
     }
     return probe;
 }
@@ -133,12 +157,23 @@ static bool FN(pack_values)(void *dst, size_t panel_stride, size_t keys, size_t 
             row += panel_bytes;
         }
     }
-    REAL lanes[VL], sum = 0;
-    V(store)(lanes, probe);
-    for (size_t i = 0; i < VL; i++) {
-        sum += lanes[i];
+    return FN(is_finite)(probe);
+}
+
+/* Whether a row of sums stayed within the range of the element type. */
+static bool FN(is_row_finite)(const REAL *acc, size_t cols)
+{
+    REAL probe = 0;
+    for (size_t c = 0; c < cols; c++) {
+        probe += acc[c] * 0;
     }
-    return sum == 0;
+    return probe == 0;
+}
+
+/* What an average of finite values that was rounded past them is. */
+static inline REAL FN(clamp)(REAL x)
+{
+    return x > REAL_MAX ? REAL_MAX : x < -REAL_MAX ? -REAL_MAX : x;
 }
 
 /* Store one row of results, acc * factor + 0 (+ residual).  Adding 0 turns the -0 that an underflow
@@ -149,7 +184,9 @@ static void FN(store_row)(const REAL *acc, REAL factor, const struct fa_row_resu
     const enum fa_dtype dtype = result->dtype;
     const int64_t size = fa_dtype_size(dtype);
     const bool contiguous =
-        result->out_stride == size && (result->residual == NULL || result->residual_stride == size);
+        result->out_stride == size &&
+        (result->residual == NULL || result->residual_stride == size) && FN(knows)(dtype) &&
+        result->factor == 1;
     const size_t whole = contiguous ? result->cols - result->cols % VL : 0;
     char *out = result->out;
     const char *residual = result->residual;
@@ -163,6 +200,10 @@ static void FN(store_row)(const REAL *acc, REAL factor, const struct fa_row_resu
     }
     for (; c < result->cols; c++) {
         REAL x = acc[c] * factor + (REAL)0;
+        if (result->factor != 1) {
+            x = x * (REAL)result->factor;
+            x = result->averages && acc[c] - acc[c] == 0 ? FN(clamp)(x) : x;
+        }
         if (residual != NULL) {
             x += FN(read_as)(residual + (int64_t)c * result->residual_stride, dtype);
         }

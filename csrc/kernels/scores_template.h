@@ -88,6 +88,24 @@ static void FN(mask_bytes)(void *s, size_t n, const uint8_t *mask)
     }
 }
 
+/* A tile is looked at whole first: hardly any holds an infinity. */
+static void FN(mark_overflow)(void *s, size_t ld, size_t rows, size_t n)
+{
+    VEC probe = V(zero)();
+    for (size_t r = 0; r < rows; r++) {
+        for (size_t l = 0; l < n; l += VL) {
+            probe = V(fma)(V(load)((const REAL *)s + r * ld + l), V(zero)(), probe);
+        }
+    }
+    for (size_t r = 0; !FN(is_finite)(probe) && r < rows; r++) {
+        for (size_t l = 0; l < n; l += VL) {
+            REAL *at = (REAL *)s + r * ld + l;
+            const VEC x = V(load)(at);
+            V(store)(at, V(add)(x, V(sub)(x, x)));
+        }
+    }
+}
+
 static void FN(mask_range)(void *s, size_t n, size_t lo, size_t hi)
 {
     REAL *row = s;

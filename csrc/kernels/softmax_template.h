@@ -160,13 +160,20 @@ static inline double FN(sum_lanes)(const REAL *row_sum)
 }
 
 /* Once per row: in double, so that the divisor adds no error of its own. */
-static void FN(softmax_store)(const struct fa_state *state, size_t ldacc,
+static bool FN(softmax_store)(const struct fa_state *state, size_t ldacc,
                               const struct fa_row_result *result)
 {
     const size_t row = result->row;
     double top = (double)((const REAL *)state->row_max)[row];
     double total = FN(sum_lanes)((const REAL *)state->row_sum + row * VL), weight = 1;
     const bool empty = total == 0; /* no key takes part, nor a NaN */
+    const REAL *acc = (const REAL *)state->acc + row * ldacc;
+    const bool doubtful = fabs(top) > result->doubtful_from && fabs(top) < result->doubtful_to;
+    if (!result->final && !empty &&
+        (!(total <= REAL_MAX) || doubtful ||
+         (result->look_at_acc && !FN(is_row_finite)(acc, result->cols)))) {
+        return false;
+    }
     if (result->sink != -INFINITY) {
         const double max = top;
         top = result->sink > max ? result->sink : max;
@@ -174,8 +181,10 @@ static void FN(softmax_store)(const struct fa_state *state, size_t ldacc,
         total = total * weight + exp2(result->sink - top);
     }
     const REAL factor = empty ? 0 : (REAL)(weight / total);
-    FN(store_row)((const REAL *)state->acc + row * ldacc, factor, result);
+    FN(store_row)(acc, factor, result);
     if (result->lse != NULL) {
-        FN(write)(result->lse, empty ? (REAL)-INFINITY : (REAL)((top + log2(total)) * FA_LN_2));
+        FN(write_as)(result->lse, empty ? (REAL)-INFINITY : (REAL)((top + log2(total)) * FA_LN_2),
+                     result->lse_dtype);
     }
+    return true;
 }

@@ -39,6 +39,13 @@ static inline void FN(narrow)(char *p, VEC x, enum fa_dtype dtype)
     }
 }
 
+/* Rounded, but a finite number stays finite. */
+static inline REAL FN(saturate)(double x)
+{
+    const double limit = x < 0 ? -(double)REAL_MAX : (double)REAL_MAX;
+    return (REAL)(fabs(x) > (double)REAL_MAX && fabs(x) < INFINITY ? limit : x);
+}
+
 /* One element of any type, rounded to DT. */
 static inline REAL FN(read_as)(const char *p, enum fa_dtype dtype)
 {
@@ -52,23 +59,37 @@ static inline REAL FN(read_as)(const char *p, enum fa_dtype dtype)
     case FA_F32:
         return (REAL)read_f32(p);
     default:
-        return (REAL)read_f64(p);
+        return FN(saturate)(read_f64(p));
     }
 }
 
+/* To float32 with an odd last bit where that is not exact: a second rounding, to 16 bits, is then as if there had
+ * been no first. */
+static inline float FN(to_odd)(REAL x)
+{
+    const float near = (float)x;
+    if ((REAL)near == x || near != near) {
+        return near;
+    }
+    const bool away = near > 0 ? (REAL)near > x : (REAL)near < x;
+    return float_from_bits((bits_from_float(near) - away) | 1);
+}
+
+/* One element of any type, rounded once. */
 static inline void FN(write_as)(char *p, REAL x, enum fa_dtype dtype)
 {
     switch (dtype) {
-#if WIDENS
     case FA_F16:
-        write_f16(p, x);
+        write_f16(p, FN(to_odd)(x));
         break;
     case FA_BF16:
-        write_bf16(p, x);
+        write_bf16(p, FN(to_odd)(x));
         break;
-#endif
+    case FA_F32:
+        write_f32(p, (float)x);
+        break;
     default:
-        FN(write)(p, x);
+        write_f64(p, (double)x);
         break;
     }
 }

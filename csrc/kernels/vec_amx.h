@@ -82,6 +82,12 @@ static inline uint32_t v_special_u16(vec_u16 x)
     return _mm512_cmpgt_epi16_mask(_mm512_set1_epi16(-0x7e00), less) &
            _mm512_test_epi16_mask(shifted, shifted);
 }
+/* Lanes with a bfloat16 whose bits without their sign are at least these. */
+static inline uint32_t v_large_u16(vec_u16 x, int least)
+{
+    const vec_u16 size = _mm512_and_si512(x, _mm512_set1_epi16(0x7fff));
+    return _mm512_cmpgt_epi16_mask(size, _mm512_set1_epi16((short)(least - 1)));
+}
 static inline vec_u16 v_clear_u16(vec_u16 x, uint32_t lanes)
 {
     return _mm512_maskz_mov_epi16((__mmask32)~lanes, x);
