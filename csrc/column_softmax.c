@@ -37,8 +37,8 @@ static void give_back_columns(struct fa_forward *forward, const struct fa_head *
 }
 
 /* lse of the columns that were given back, from statistics of float64. */
-static void store_lse_again(const struct fa_forward *forward, int64_t head_index,
-                            int64_t block_key, int64_t keys, char *lse)
+static void store_lse_again(const struct fa_forward *forward, int64_t head_index, int64_t block_key,
+                            int64_t keys, char *lse)
 {
     const struct fa_geometry *g = forward->geometry, *before = forward->first->geometry;
     if (lse == NULL || before->ops->size != sizeof(float)) {

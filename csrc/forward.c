@@ -248,14 +248,50 @@ static uint8_t *given_back_of(const struct fa_forward *forward, const struct fa_
     return forward->given_back + task->first_in_group * block_q + task->first_row % block_q;
 }
 
-static void give_back(struct fa_forward *forward, const struct fa_task *task, int64_t r)
+static void give_back(struct fa_forward *forward, const struct fa_task *task, int64_t r,
+                      enum fa_stored why)
 {
-    given_back_of(forward, task)[r] = 1;
+    given_back_of(forward, task)[r] = (uint8_t)why;
     atomic_store_explicit(&forward->any_given_back, true, memory_order_relaxed);
     if (forward->head_given_back != NULL) {
         atomic_store_explicit(forward->head_given_back + task->head_index, true,
                               memory_order_relaxed);
     }
+}
+
+/* The bits of a row of the task whose sums left; NULL: there is no memory for them. */
+static uint8_t *columns_of(struct fa_forward *forward, const struct fa_task *task, int64_t r)
+{
+    const struct fa_geometry *g = forward->geometry;
+    uint8_t *columns = atomic_load(&forward->columns), *none = NULL;
+    if (columns == NULL) {
+        int64_t rows, bytes = 0;
+        if (fa_multiply(forward->plan.num_tasks, g->block_q, &rows) &&
+            fa_add_bytes(&bytes, rows, forward->column_bytes)) {
+            columns = fa_allocate(bytes);
+        }
+        if (columns == NULL) {
+            atomic_store(&forward->no_memory, true);
+            return NULL;
+        }
+        memset(columns, 0, (size_t)bytes);
+        if (!atomic_compare_exchange_strong(&forward->columns, &none, columns)) {
+            fa_release(columns);
+            columns = none; /* another task was first */
+        }
+    }
+    const int64_t row = task->first_in_group * g->block_q + task->first_row % g->block_q + r;
+    return columns + row * forward->column_bytes;
+}
+
+static enum fa_stored store_row(const struct fa_forward *forward, const struct fa_state *state,
+                                const struct fa_row_result *result)
+{
+    const struct fa_geometry *g = forward->geometry;
+    if (forward->col_max != NULL) {
+        return g->ops->store(fa_state_from(g, state, (int64_t)result->row).acc, result);
+    }
+    return g->ops->softmax_store(state, (size_t)g->block_dv, result);
 }
 
 /* look_at_acc: sums of values may have left the range of their type. */
@@ -268,7 +304,9 @@ static void store_rows(struct fa_forward *forward, const struct fa_task *task,
     for (int64_t r = 0; r < task->rows; r++) {
         const int64_t row = task->first_row + r;
         const int64_t token = fa_row_token(g, row), member = fa_row_member(g, row);
-        if (forward->first != NULL && !given_back_of(forward->first, task)[r]) {
+        struct fa_forward *first = forward->first;
+        const enum fa_stored before = first == NULL ? FA_STORED : given_back_of(first, task)[r];
+        if (first != NULL && before == FA_STORED) {
             continue;
         }
         const struct fa_doubt doubt = fa_head_doubt(head, member);
@@ -284,6 +322,7 @@ static void store_rows(struct fa_forward *forward, const struct fa_task *task,
             .averages = p->softmax_axis == FA_SOFTMAX_KEYS && p->dropout_p == 0,
             .doubtful_from = doubt.from,
             .doubtful_to = doubt.to,
+            .columns = before == FA_SUMS_LEFT ? columns_of(first, task, r) : NULL,
             .out = head->out + member * p->out.head + token * p->out.row +
                    task->first_col * p->out.col,
             .out_stride = p->out.col,
@@ -293,21 +332,24 @@ static void store_rows(struct fa_forward *forward, const struct fa_task *task,
                               task->first_col * p->residual.col;
             result.residual_stride = p->residual.col;
         }
-        if (forward->col_max != NULL) {
-            if (!g->ops->store(fa_state_from(g, state, r).acc, &result)) {
-                give_back(forward, task, r);
-            }
-            continue;
-        }
         if (head->sinks != NULL) {
             memcpy(&result.sink, head->sinks + member * p->sinks.head, sizeof result.sink);
             result.sink *= FA_LOG2_E;
         }
-        if (head->lse != NULL && task->first_col == 0) {
+        if (head->lse != NULL && task->first_col == 0 && forward->col_max == NULL &&
+            before != FA_SUMS_LEFT) {
             result.lse = head->lse + member * p->lse.head + token * p->lse.row;
         }
-        if (!g->ops->softmax_store(state, (size_t)g->block_dv, &result)) {
-            give_back(forward, task, r);
+        const enum fa_stored stored = store_row(forward, state, &result);
+        if (stored != FA_STORED) {
+            give_back(forward, task, r, stored);
+        }
+        if (stored == FA_SUMS_LEFT) {
+            result.columns = columns_of(forward, task, r);
+            result.choose = true;
+            if (result.columns != NULL) {
+                store_row(forward, state, &result);
+            }
         }
     }
 }
@@ -433,9 +475,11 @@ static enum fa_status allocate_given_back(struct fa_forward *forward)
     if (forward->first != NULL || g->widened) {
         return FA_OK;
     }
-    if (!fa_multiply(forward->plan.num_tasks, g->block_q, &rows) || !fa_add_bytes(&bytes, rows, 1)) {
+    if (!fa_multiply(forward->plan.num_tasks, g->block_q, &rows) ||
+        !fa_add_bytes(&bytes, rows, 1)) {
         return FA_OVERFLOW;
     }
+    forward->column_bytes = fa_ceil_div(g->block_dv, 8);
     forward->given_back = fa_allocate(bytes);
     if (forward->given_back == NULL) {
         return FA_NO_MEMORY;
@@ -513,13 +557,17 @@ static void release(struct fa_forward *forward)
     fa_release(forward->parts);
     fa_release(forward->arrived);
     fa_release(forward->given_back);
+    fa_release(forward->columns);
     fa_release(forward->head_given_back);
 }
 
 static enum fa_status run(struct fa_forward *forward)
 {
     enum fa_status status = allocate(forward);
-    return status == FA_OK ? run_passes(forward) : status;
+    if (status == FA_OK) {
+        status = run_passes(forward);
+    }
+    return status == FA_OK && atomic_load(&forward->no_memory) ? FA_NO_MEMORY : status;
 }
 
 /* What the values of float64 are multiplied by, where their sums leave its range: 2^64 keys of weight 1 then do not,
@@ -527,7 +575,7 @@ static enum fa_status run(struct fa_forward *forward)
 #define AGAIN_VALUE_SCALE 0x1p-64f
 
 /* The rows that `first` gave back, by the same tasks. */
-static enum fa_status run_again(const struct fa_forward *first, const struct fa_kernels *kernels)
+static enum fa_status run_again(struct fa_forward *first, const struct fa_kernels *kernels)
 {
     const struct fa_geometry *g = first->geometry;
     struct fa_geometry geometry;

@@ -22,15 +22,20 @@ struct fa_forward {
     char *parts;
     int64_t part_bytes;
     atomic_int *arrived;
-    /* Rows that were given back: [num_tasks][block_q] bytes, of the tasks that store them, and whether there is any;
-     * NULL if none may be. */
+    /* Rows that were given back (enum fa_stored): [num_tasks][block_q], of the tasks that store them, and whether there
+     * is any; NULL if none may be. */
     uint8_t *given_back;
     atomic_bool any_given_back;
+    /* Elements of those whose sums left, a bit each: [num_tasks][block_q][column_bytes].  Made by the task that first
+     * has such a row; where it cannot be, no_memory is set. */
+    _Atomic(uint8_t *) columns;
+    int64_t column_bytes;
+    atomic_bool no_memory;
     /* With given_back and softmax over queries, else NULL: [batch * heads], whether rows or columns of a head were
      * given back.  A column that was has a reciprocal sum of NaN, which gives back the rows that it takes part in. */
     atomic_bool *head_given_back;
     /* NULL, or the call's first run, of which this one computes what was given back and nothing else. */
-    const struct fa_forward *first;
+    struct fa_forward *first;
 };
 
 /* Column statistics of every key: the first pass of softmax over queries. */

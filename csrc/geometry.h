@@ -39,8 +39,10 @@ struct fa_geometry {
     int64_t block_dv;    /* columns of v per task */
     int64_t key_blocks, dv_blocks;
     int num_threads;     /* that will work */
-    bool widened; /* float64 computes for narrower arrays, which it reads and writes element by element */
-    float value_scale; /* of every value, a power of two: 1, unless their sums left the range of float64 */
+    bool
+        widened; /* float64 computes for narrower arrays, which it reads and writes element by element */
+    float
+        value_scale; /* of every value, a power of two: 1, unless their sums left the range of float64 */
 };
 
 /* FA_OVERFLOW if the problem cannot be counted in 64 bits.  `ops` may be of float64 whatever the arrays are. */
@@ -55,9 +57,9 @@ struct fa_head {
     const char *q, *k, *v, *bias, *mask, *residual, *alibi_slopes, *sinks;
     const char *q_segment_ids, *k_segment_ids, *k_scale, *v_scale, *page_table;
     char *out, *lse;
-    int64_t rows;      /* queries times stacked heads */
+    int64_t rows; /* queries times stacked heads */
     int64_t kv_length; /* keys [0, kv_length) are valid */
-    int64_t q_offset;  /* position of token 0 on the key axis */
+    int64_t q_offset; /* position of token 0 on the key axis */
 };
 
 /* 0 <= index < batch * heads */

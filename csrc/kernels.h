@@ -96,12 +96,23 @@ struct fa_row_result {
     int64_t residual_stride;
     void *lse; /* nullable; one element, natural logarithm, of lse_dtype */
     enum fa_dtype lse_dtype; /* FA_F32 or FA_F64 */
-    double factor; /* of the result, residual aside: a power of two; 1 unless the values were scaled */
-    /* A row that left the range of its element type is given back instead of stored: its sum is not finite; or,
-     * with look_at_acc, an element of acc is not; or its row_max lies between these two sizes.  With
-     * `final` every row is stored, and one whose elements are averages of finite values is finite. */
-    bool final, look_at_acc, averages;
+    double
+        factor; /* of the result, residual aside: a power of two; 1 unless the values were scaled */
+    bool averages; /* of values: finite where acc is, whatever the factor */
+    /* What is not stored, see enum fa_stored: `final` stores everything. */
+    bool final, look_at_acc;
     double doubtful_from, doubtful_to;
+    /* Nullable: a bit for each element.  With `choose` the finite ones of acc are stored, and the bits of the others
+     * are set; else elements are stored whose bit is set. */
+    uint8_t *columns;
+    bool choose;
+};
+
+/* A row that left the range of its element type is given back instead of stored. */
+enum fa_stored {
+    FA_STORED,
+    FA_ROW_LEFT, /* its sum is not finite, or its row_max between doubtful_from and doubtful_to in size */
+    FA_SUMS_LEFT, /* with look_at_acc and without columns: elements of acc are not finite */
 };
 
 /* Where a row of weights stands, and what is drawn against its random words. */
@@ -208,10 +219,10 @@ struct fa_ops {
     /* total = total and part together: the same rows over other keys. */
     void (*softmax_fold)(size_t rows, const struct fa_state *total, const struct fa_state *part,
                          size_t ldacc);
-    /* out = acc / sum (+ residual), and lse.  A row that saw no key stores 0 (+ residual), lse -inf.  False: the
-     * row left the range of `real`, and nothing was stored (struct fa_row_result). */
-    bool (*softmax_store)(const struct fa_state *state, size_t ldacc,
-                          const struct fa_row_result *result);
+    /* out = acc / sum (+ residual), and lse.  A row that saw no key stores 0 (+ residual), lse -inf.   Stores nothing that it
+     * gives back. */
+    enum fa_stored (*softmax_store)(const struct fa_state *state, size_t ldacc,
+                                    const struct fa_row_result *result);
 
     /* Dropout: n factors for the keys from `key` on, 0 or kept; and n weights times theirs, n a multiple of
      * vl. */
@@ -252,8 +263,8 @@ struct fa_ops {
     /* s = exp2(s - col_max) * col_inverse */
     void (*column_weights)(void *s, size_t ld, size_t rows, size_t n, const void *col_max,
                            const void *col_inverse);
-    /* out = acc (+ residual): softmax over queries has nothing left to divide by.  False as in softmax_store. */
-    bool (*store)(const void *acc, const struct fa_row_result *result);
+    /* out = acc (+ residual): softmax over queries has nothing left to divide by. */
+    enum fa_stored (*store)(const void *acc, const struct fa_row_result *result);
 
     /* For benchmarks: `rounds` times the same number of multiply-adds x = x * factor + x on registers
      * only.  Returns how many operations one round is. */

@@ -103,8 +103,8 @@ void fa_locate_keys(const struct fa_head *head, struct fa_workspace *ws, int64_t
         ws->values.scale = scale_values(head->geometry, keys, ws->v_scale);
     }
     /* Of keys that are not packed nothing is known but their type. */
-    ws->keys_ordinary = (p->kv_dtype == FA_F16 || p->kv_dtype == FA_I8) &&
-                        are_scales_ordinary(&ws->keys, keys);
+    ws->keys_ordinary =
+        (p->kv_dtype == FA_F16 || p->kv_dtype == FA_I8) && are_scales_ordinary(&ws->keys, keys);
     locate_rows(head, head->k, &p->k, block_key, located, ws->k_row);
     locate_rows(head, head->v + first_col * p->v.col, &p->v, block_key, located, ws->v_row);
 }

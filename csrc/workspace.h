@@ -37,7 +37,8 @@ struct fa_workspace {
     char *factors; /* real [tile_q][block_k]: of dropout */
     struct fa_keys keys, values; /* of a block, in caller memory */
     struct fa_wanted wanted; /* what the products fetch meanwhile */
-    bool rows_ordinary, keys_ordinary; /* no score of these rows, or keys, passes the range of float32 */
+    bool rows_ordinary,
+        keys_ordinary; /* no score of these rows, or keys, passes the range of float32 */
     bool look_at_acc; /* a sum of values may have passed the range of `real` */
 };
 

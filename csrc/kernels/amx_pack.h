@@ -37,8 +37,7 @@ static bool load_rows_bf16(void *dst, size_t rows, const char *const *src, int64
     for (size_t r = 0; r < rows; r++) {
         float *row = (float *)dst + r * depth;
         for (size_t c = 0; c < cols; c += TILE_KEYS) {
-            const vec_u16 x =
-                load_elements(src[r] + (int64_t)c * col_stride, col_stride, cols - c);
+            const vec_u16 x = load_elements(src[r] + (int64_t)c * col_stride, col_stride, cols - c);
             large |= v_large_u16(x, ORDINARY_BF16);
             v_store_u16(row + c / 2, x);
         }

@@ -74,11 +74,11 @@ static void FN(column_weights)(void *s, size_t ld, size_t rows, size_t n, const 
     }
 }
 
-static bool FN(store)(const void *acc, const struct fa_row_result *result)
+static enum fa_stored FN(store)(const void *acc, const struct fa_row_result *result)
 {
-    if (!result->final && result->look_at_acc && !FN(is_row_finite)(acc, result->cols)) {
-        return false;
+    if (FN(have_sums_left)(acc, result)) {
+        return FA_SUMS_LEFT;
     }
     FN(store_row)((const REAL *)acc, 1, result);
-    return true;
+    return FA_STORED;
 }

@@ -84,8 +84,8 @@ FA_INLINE bool FN(pack_keys_of)(REAL *dst, size_t keys, size_t cols, const struc
     for (size_t key = 0; key < keys; key += NR) {
         for (size_t first = 0; first < NR; first += VL) {
             const size_t at = key + first, live = at < keys ? keys - at : 0;
-            probe = FN(pack_key_vector)(dst + key * cols + first, cols, from, at, live, dtype,
-                                        probe);
+            probe =
+                FN(pack_key_vector)(dst + key * cols + first, cols, from, at, live, dtype, probe);
         }
     }
     return FN(is_finite)(probe);
@@ -160,14 +160,31 @@ static bool FN(pack_values)(void *dst, size_t panel_stride, size_t keys, size_t 
     return FN(is_finite)(probe);
 }
 
-/* Whether a row of sums stayed within the range of the element type. */
-static bool FN(is_row_finite)(const REAL *acc, size_t cols)
+/* Whether a row is to be given back because some of its sums are not finite. */
+static bool FN(have_sums_left)(const REAL *acc, const struct fa_row_result *result)
 {
     REAL probe = 0;
-    for (size_t c = 0; c < cols; c++) {
+    if (result->final || !result->look_at_acc || result->columns != NULL) {
+        return false;
+    }
+    for (size_t c = 0; c < result->cols; c++) {
         probe += acc[c] * 0;
     }
-    return probe == 0;
+    return probe != 0;
+}
+
+/* Whether an element of a row is stored, where that is asked for each; see struct fa_row_result. */
+static bool FN(is_wanted)(const struct fa_row_result *result, size_t c, REAL acc)
+{
+    const uint8_t bit = (uint8_t)(1u << c % 8);
+    if (!result->choose) {
+        return result->columns[c / 8] & bit;
+    }
+    if (acc - acc == 0) {
+        return true;
+    }
+    result->columns[c / 8] |= bit;
+    return false;
 }
 
 /* What an average of finite values that was rounded past them is. */
@@ -183,10 +200,9 @@ static void FN(store_row)(const REAL *acc, REAL factor, const struct fa_row_resu
 {
     const enum fa_dtype dtype = result->dtype;
     const int64_t size = fa_dtype_size(dtype);
-    const bool contiguous =
-        result->out_stride == size &&
-        (result->residual == NULL || result->residual_stride == size) && FN(knows)(dtype) &&
-        result->factor == 1;
+    const bool contiguous = result->out_stride == size &&
+                            (result->residual == NULL || result->residual_stride == size) &&
+                            FN(knows)(dtype) && result->factor == 1 && result->columns == NULL;
     const size_t whole = contiguous ? result->cols - result->cols % VL : 0;
     char *out = result->out;
     const char *residual = result->residual;
@@ -200,8 +216,11 @@ static void FN(store_row)(const REAL *acc, REAL factor, const struct fa_row_resu
     }
     for (; c < result->cols; c++) {
         REAL x = acc[c] * factor + (REAL)0;
+        if (result->columns != NULL && !FN(is_wanted)(result, c, acc[c])) {
+            continue;
+        }
         if (result->factor != 1) {
-            x = x * (REAL)result->factor;
+            x *= (REAL)result->factor;
             x = result->averages && acc[c] - acc[c] == 0 ? FN(clamp)(x) : x;
         }
         if (residual != NULL) {

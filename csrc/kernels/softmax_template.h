@@ -160,8 +160,8 @@ static inline double FN(sum_lanes)(const REAL *row_sum)
 }
 
 /* Once per row: in double, so that the divisor adds no error of its own. */
-static bool FN(softmax_store)(const struct fa_state *state, size_t ldacc,
-                              const struct fa_row_result *result)
+static enum fa_stored FN(softmax_store)(const struct fa_state *state, size_t ldacc,
+                                        const struct fa_row_result *result)
 {
     const size_t row = result->row;
     double top = (double)((const REAL *)state->row_max)[row];
@@ -169,10 +169,11 @@ static bool FN(softmax_store)(const struct fa_state *state, size_t ldacc,
     const bool empty = total == 0; /* no key takes part, nor a NaN */
     const REAL *acc = (const REAL *)state->acc + row * ldacc;
     const bool doubtful = fabs(top) > result->doubtful_from && fabs(top) < result->doubtful_to;
-    if (!result->final && !empty &&
-        (!(total <= REAL_MAX) || doubtful ||
-         (result->look_at_acc && !FN(is_row_finite)(acc, result->cols)))) {
-        return false;
+    if (!result->final && !empty && (!(total <= REAL_MAX) || doubtful)) {
+        return FA_ROW_LEFT;
+    }
+    if (FN(have_sums_left)(acc, result)) {
+        return FA_SUMS_LEFT;
     }
     if (result->sink != -INFINITY) {
         const double max = top;
@@ -186,5 +187,5 @@ static bool FN(softmax_store)(const struct fa_state *state, size_t ldacc,
         FN(write_as)(result->lse, empty ? (REAL)-INFINITY : (REAL)((top + log2(total)) * FA_LN_2),
                      result->lse_dtype);
     }
-    return true;
+    return FA_STORED;
 }
