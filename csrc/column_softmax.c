@@ -18,41 +18,72 @@
 #include "keys.h"
 #include "scores.h"
 
-/* A column whose statistics left the range of float32, or lost what tells its scores apart, is given back. */
-static void give_back_columns(struct fa_forward *forward, const struct fa_head *head,
-                              int64_t head_index, const float *col_max, float *col_inverse,
-                              int64_t keys)
+static double read_real(const char *p, size_t size)
 {
-    const struct fa_doubt doubt = fa_head_doubt(head, 0);
-    for (int64_t j = 0; j < keys; j++) {
-        const float size = fabsf(col_max[j]);
-        const bool doubtful = col_inverse[j] != 0 && size > doubt.from && size < doubt.to;
-        if (doubtful || !isfinite(col_inverse[j]) || !isfinite(col_max[j])) {
-            col_inverse[j] = NAN;
-            atomic_store_explicit(forward->head_given_back + head_index, true,
-                                  memory_order_relaxed);
-            atomic_store_explicit(&forward->any_given_back, true, memory_order_relaxed);
-        }
+    float narrow;
+    double wide;
+    if (size == sizeof narrow) {
+        memcpy(&narrow, p, sizeof narrow);
+        return narrow;
+    }
+    memcpy(&wide, p, sizeof wide);
+    return wide;
+}
+
+/* Give back the column at these statistics, if they left the range of their type or lost what tells scores apart. */
+static void give_back_column(struct fa_forward *forward, struct fa_doubt doubt, int64_t head_index,
+                             const char *col_max, char *col_inverse)
+{
+    const size_t size = forward->geometry->ops->size;
+    const double max = read_real(col_max, size), inverse = read_real(col_inverse, size);
+    const bool doubtful = inverse != 0 && fabs(max) > doubt.from && fabs(max) < doubt.to;
+    if (!doubtful && isfinite(inverse) && isfinite(max)) {
+        return;
+    }
+    memset(col_inverse, -1, size); /* a NaN, of either type */
+    atomic_store_explicit(forward->head_given_back + head_index, true, memory_order_relaxed);
+    atomic_store_explicit(&forward->any_given_back, true, memory_order_relaxed);
+}
+
+/* lse of a column that was given back, from its statistics in float64. */
+static void store_lse_again(char *lse, enum fa_dtype dtype, double col_max, double col_inverse)
+{
+    const double wide = (col_max - log2(col_inverse)) * FA_LN_2;
+    const float narrow = (float)wide;
+    if (dtype == FA_F64) {
+        memcpy(lse, &wide, sizeof wide);
+    } else {
+        memcpy(lse, &narrow, sizeof narrow);
     }
 }
 
-/* lse of the columns that were given back, from statistics of float64. */
-static void store_lse_again(const struct fa_forward *forward, int64_t head_index, int64_t block_key,
-                            int64_t keys, char *lse)
+/* After a run over columns: those that are given back, or lse of those that were. */
+static void settle_columns(struct fa_forward *forward, const struct fa_head *head,
+                           int64_t head_index, int64_t block_key, int64_t keys)
 {
-    const struct fa_geometry *g = forward->geometry, *before = forward->first->geometry;
-    if (lse == NULL || before->ops->size != sizeof(float)) {
+    const struct fa_geometry *g = forward->geometry;
+    const struct fa_forward *first = forward->first;
+    const int64_t size = (int64_t)g->ops->size, stride = g->params->lse.row;
+    const struct fa_doubt doubt = fa_head_doubt(head, 0);
+    const int64_t at = fa_column_offset(g, head_index, block_key / g->block_k);
+    const char *given = NULL;
+    if (first != NULL) {
+        given = first->col_inverse + fa_column_offset(first->geometry, head_index, 0) +
+                block_key * (int64_t)first->geometry->ops->size;
+    } else if (forward->given_back == NULL) {
         return;
     }
-    const char *base = forward->first->col_inverse + fa_column_offset(before, head_index, 0);
-    const float *given = (const float *)(const void *)base + block_key;
-    const int64_t at = fa_column_offset(g, head_index, block_key / g->block_k);
-    const double *col_max = (const double *)(const void *)(forward->col_max + at);
-    const double *inverse = (const double *)(const void *)(forward->col_inverse + at);
     for (int64_t j = 0; j < keys; j++) {
-        if (isnan(given[j])) {
-            const float x = (float)((col_max[j] - log2(inverse[j])) * FA_LN_2);
-            memcpy(lse + j * g->params->lse.row, &x, sizeof x);
+        const char *max = forward->col_max + at + j * size;
+        char *inverse = forward->col_inverse + at + j * size;
+        if (first == NULL) {
+            give_back_column(forward, doubt, head_index, max, inverse);
+        } else if (head->lse != NULL) {
+            const size_t given_size = first->geometry->ops->size;
+            if (isnan(read_real(given + j * (int64_t)given_size, given_size))) {
+                store_lse_again(head->lse + (block_key + j) * stride, fa_lse_dtype(g->params),
+                                read_real(max, sizeof(double)), read_real(inverse, sizeof(double)));
+            }
         }
     }
 }
@@ -103,16 +134,11 @@ static void run_column_task(struct fa_job *job, int64_t index, int thread)
     }
     fa_end_task(ops);
     const struct fa_output *lse = &g->params->lse;
-    char *block_lse = head.lse == NULL ? NULL : head.lse + block_key * lse->row;
-    const enum fa_dtype lse_dtype = g->params->dtype == FA_F64 ? FA_F64 : FA_F32;
+    const bool stores = head.lse != NULL && forward->first == NULL;
     ops->column_finish(col_max, col_sum, (size_t)keys, (size_t)g->block_k,
-                       forward->first == NULL ? block_lse : NULL, lse->row, lse_dtype);
-    if (forward->first != NULL) {
-        store_lse_again(forward, head_index, block_key, keys, block_lse);
-    } else if (forward->given_back != NULL && ops->size == sizeof(float)) {
-        give_back_columns(forward, &head, head_index, (float *)(void *)col_max,
-                          (float *)(void *)col_sum, keys);
-    }
+                       stores ? head.lse + block_key * lse->row : NULL, lse->row,
+                       fa_lse_dtype(g->params));
+    settle_columns(forward, &head, head_index, block_key, keys);
 }
 
 enum fa_status fa_column_softmax(struct fa_forward *forward, struct fa_job *job)

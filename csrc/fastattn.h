@@ -136,6 +136,11 @@ struct fa_attention_params {
     void *poll_arg;
 };
 
+static inline enum fa_dtype fa_lse_dtype(const struct fa_attention_params *params)
+{
+    return params->dtype == FA_F64 ? FA_F64 : FA_F32;
+}
+
 /* Gradients of one call of attention.  The forward's arguments are `attention`, with
  * head_dim and head_dim_v at most FA_MAX_BACKWARD_DIM, no page_table, no bias with packed sequences, kv_dtype ==
  * dtype; its `out` and `lse` are not used.  Nothing overlaps, but that rows of grad_bias may share memory. */

@@ -314,7 +314,7 @@ static void store_rows(struct fa_forward *forward, const struct fa_task *task,
             .row = (size_t)r,
             .cols = (size_t)task->cols,
             .dtype = p->dtype,
-            .lse_dtype = p->dtype == FA_F64 ? FA_F64 : FA_F32,
+            .lse_dtype = fa_lse_dtype(p),
             .sink = -INFINITY,
             .factor = 1 / (double)g->value_scale,
             .final = forward->given_back == NULL,
@@ -585,7 +585,10 @@ static enum fa_status run_again(struct fa_forward *first, const struct fa_kernel
     }
     geometry.block_q = g->block_q;
     geometry.num_threads = g->num_threads;
-    geometry.value_scale = g->params->dtype == FA_F64 ? AGAIN_VALUE_SCALE : 1;
+    if (g->params->dtype == FA_F64) {
+        geometry.scales_scores = true;
+        geometry.value_scale = AGAIN_VALUE_SCALE;
+    }
     FA_ASSERT(geometry.dv_blocks == g->dv_blocks && geometry.split_k == g->split_k);
     struct fa_forward forward = {.geometry = &geometry, .plan = first->plan, .first = first};
     forward.plan.geometry = &geometry;

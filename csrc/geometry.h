@@ -39,10 +39,11 @@ struct fa_geometry {
     int64_t block_dv;    /* columns of v per task */
     int64_t key_blocks, dv_blocks;
     int num_threads;     /* that will work */
-    bool
-        widened; /* float64 computes for narrower arrays, which it reads and writes element by element */
-    float
-        value_scale; /* of every value, a power of two: 1, unless their sums left the range of float64 */
+    bool widened; /* float64 computes for narrower arrays, which it reads and writes one by one */
+    /* A second run of float64: scores are multiplied by the scale after their sum, as in the reference, and every
+     * value by value_scale, a power of two.  A first run multiplies q; its value_scale is 1. */
+    bool scales_scores;
+    float value_scale;
 };
 
 /* FA_OVERFLOW if the problem cannot be counted in 64 bits.  `ops` may be of float64 whatever the arrays are. */

@@ -237,7 +237,7 @@ void fa_load_rows(const struct fa_head *head, struct fa_workspace *ws, int64_t f
 {
     const struct fa_geometry *g = head->geometry;
     const struct fa_attention_params *p = g->params;
-    const double scale = score_factor(p);
+    const double scale = g->scales_scores ? 1 : score_factor(p);
     const char *src[FA_MAX_TILE_Q];
 
     ws->rows_ordinary = fabs(scale) <= FA_ORDINARY_FACTOR && p->head_dim <= FA_ORDINARY_DIM;
@@ -336,6 +336,16 @@ struct fa_product fa_tile_product_ahead(const struct fa_tile *tile, const struct
     return group_product(tile, ws, fa_tile_scores_in(tile, ws->scores_ahead), 0, tile->rows);
 }
 
+static void multiply_scores(double *scores, int64_t stride, int64_t rows, int64_t columns,
+                            double factor)
+{
+    for (int64_t r = 0; r < rows; r++) {
+        for (int64_t j = 0; j < columns; j++) {
+            scores[r * stride + j] *= factor;
+        }
+    }
+}
+
 /* Scores of the tile's rows [r, r + rows); the product may be there already. */
 static void group_scores(const struct fa_tile *tile, struct fa_workspace *ws, int64_t r,
                          int64_t rows, bool ready)
@@ -364,6 +374,10 @@ static void group_scores(const struct fa_tile *tile, struct fa_workspace *ws, in
     if (ws->keys.scale != NULL) {
         ops->scale_scores(scores, (size_t)g->score_stride, (size_t)rows, (size_t)columns,
                           ws->keys.scale + tile->begin + keys.lo);
+    }
+    if (g->scales_scores) {
+        multiply_scores((double *)(void *)scores, g->score_stride, rows, columns,
+                        score_factor(g->params));
     }
     /* Before the options, so that keys which take no part are masked after all.  float64 has no wider type to go
      * to: an infinite score is what the reference has, too. */

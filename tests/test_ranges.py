@@ -1,0 +1,275 @@
+"""Values, scores, options and biases over the whole range of their types (design, sections 1, 4)."""
+
+import os
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from gauge import MAX_GAUGE, UNIT_ROUNDOFF, WEIGHT_FLOOR, naive_attention
+
+import fastattn as fa
+
+# Naive float64 measures up to 5.1 itself (test_accuracy.py).
+MAX_GAUGE_FLOAT64 = 8.0
+
+# `make fuzz` draws 2000 on every kernel set.
+NUM_DRAWS = int(os.environ.get("FASTATTN_FUZZ_DRAWS", "120"))
+DRAWS_PER_TEST = 20
+
+F32 = np.float32
+MAX32, MIN64 = float(np.finfo(np.float32).max), float(np.finfo(np.float64).min)
+each_dtype = pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["float32", "float64"])
+
+
+def column(*numbers: float, dtype: Any = F32) -> np.ndarray:
+    """One head of single features."""
+    return np.array(numbers, dtype)[:, None]
+
+
+# --- sums of values ---------------------------------------------------------------------------
+
+
+@each_dtype
+@pytest.mark.parametrize("seqlen_q", [1, 40])
+@pytest.mark.parametrize("seqlen_k", [2, 300, 5000])
+def test_average_of_the_largest_number(dtype: Any, seqlen_q: int, seqlen_k: int) -> None:
+    """Packed keys and those that are read where they lie, one split and several."""
+    largest = np.finfo(dtype).max
+    v = np.full((seqlen_k, 3), largest)
+    v[:, 1] = -largest
+    v[:, 2] = np.where(np.arange(seqlen_k) % 2, largest, -largest)
+    zeros = np.zeros((max(seqlen_q, seqlen_k), 8), dtype)
+    out = fa.attention(zeros[:seqlen_q], zeros[:seqlen_k], v)
+    expected = np.broadcast_to([largest, -largest, 0], out.shape)
+    np.testing.assert_allclose(out, expected, rtol=1e-6, atol=largest * 1e-7)
+
+
+@each_dtype
+def test_large_values_leave_other_features_alone(dtype: Any) -> None:
+    """Only sums that left the range are computed again: the others keep their bits."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, n, 16)).astype(dtype) for n in (50, 200, 200))
+    clean = fa.attention(q, k, v)
+    v[:, :, 5] = np.finfo(dtype).max * 0.9
+    out = fa.attention(q, k, v, residual=clean)
+    twice = clean + clean
+    others = np.arange(16) != 5
+    assert out[..., others].tobytes() == twice[..., others].tobytes()
+    np.testing.assert_allclose(out[..., 5], v[:, :50, 5], rtol=1e-5)
+
+
+def test_large_values_with_the_residual_in_place() -> None:
+    q = np.zeros((30, 4), F32)
+    v = np.zeros((100, 6), F32)
+    v[:, 2] = 3e38
+    x = np.ones((30, 6), F32)
+    assert fa.attention(q, np.zeros((100, 4), F32), v, residual=x, out=x) is x
+    expected = np.ones(6)
+    expected[2] = 3e38
+    np.testing.assert_allclose(x, np.broadcast_to(expected, x.shape), rtol=1e-6)
+
+
+@pytest.mark.parametrize("axis", ["keys", "queries"])
+def test_unseen_large_values_change_nothing(axis: str) -> None:
+    """Values and keys of any size that no row attends to leave every bit as it is."""
+    rng = np.random.default_rng(1)
+    q, k, v = rng.standard_normal((3, 2, 150, 32), dtype=F32)
+    clean = fa.attention(q, k, v, causal=True, softmax_axis=axis, return_lse=True)
+    for value in (MAX32, 1e30, np.inf, np.nan):
+        k[:, 70:], v[:, 70:] = value, value
+        out, lse = fa.attention(q, k, v, causal=True, softmax_axis=axis, return_lse=True)
+        assert out[:, :70].tobytes() == clean[0][:, :70].tobytes()
+        assert lse[:, :70].tobytes() == clean[1][:, :70].tobytes()
+
+
+# --- scores -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 40])
+def test_scores_beyond_the_range_of_float32(seqlen_q: int) -> None:
+    """The key with the largest product wins, though all products are infinite in float32."""
+    k = column(*(-3e38 if j % 7 == 0 else -2e38 for j in range(100)))
+    k[[33, 60]] = -1.5e38
+    v = column(*range(100))
+    q = np.full((seqlen_q, 1), 3e38, F32)
+    out, lse = fa.attention(q, k, v, return_lse=True)
+    np.testing.assert_allclose(out, np.full((seqlen_q, 1), 46.5))
+    assert np.all(lse == -np.inf)  # -4.5e76 in float32
+
+
+def test_products_that_overflow_on_the_way() -> None:
+    """The partial sums of a product pass the range, the product does not."""
+    q = np.array([[3e38, 3e38, 3e38, 3e38, 1.0]], F32)
+    k = np.array([[-1, -1, 1, 1, 0], [-1, -1, 1, 1, 2], [0, 0, 0, 0, 1]], F32)
+    v = column(1, 2, 4)
+    expected = fa.reference.attention(q, k, v, scale=1.0)
+    np.testing.assert_allclose(fa.attention(q, k, v, scale=1.0), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("axis", ["keys", "queries"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scale": 1e39},
+        {"scale": -1e39},
+        {"scale": 1e-44},
+        {"scale": 1e-200},
+        {"softcap": MAX32, "scale": 1.0},
+        {"softcap": 1e39, "scale": 1.0},
+        {"softcap": 1e-40, "scale": 1.0},
+        {"softcap": 1e200, "scale": 1e-100},
+        {"alibi_slopes": [1e39]},
+        {"alibi_slopes": [1e300]},
+        {"alibi_slopes": [1e-60]},
+    ],
+    ids=str,
+)
+def test_options_that_float32_cannot_hold(options: dict[str, Any], axis: str) -> None:
+    rng = np.random.default_rng(2)
+    k, v = rng.standard_normal((2, 50, 8), dtype=F32)
+    scale = options.get("scale", 1.0)
+    q = rng.standard_normal((30, 8)) * (1 if abs(scale) > 1e100 else 2 / abs(scale))
+    q = np.clip(q, -MAX32, MAX32).astype(F32)
+    out, lse = fa.attention(q, k, v, softmax_axis=axis, return_lse=True, **options)
+    expected = fa.reference.attention(q, k, v, softmax_axis=axis, return_lse=True, **options)
+    np.testing.assert_allclose(out, expected[0], rtol=1e-5, atol=1e-6)
+    with np.errstate(over="ignore"):
+        np.testing.assert_allclose(lse, expected[1].astype(F32), rtol=1e-5, atol=1e-6)
+
+
+# --- biases -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("axis", ["keys", "queries"])
+@pytest.mark.parametrize(
+    "bias",
+    [
+        [MIN64] * 4,
+        [0, 0, 1e300, 0],
+        [1e300, 2e300, 3e300, -1e300],
+        [-1e9, -1e9 + 1, -1e9 + 2, -1e9 + 3],
+        [1e9, 1e9 + 1, 1e9 + 2, 1e9 + 3],
+        [-MAX32, -1e300, -2e300, -MAX32],
+        [-1e39, -1e300, -2e300, -np.inf],
+        [1e39, 0, 0, 0],
+    ],
+    ids=str,
+)
+def test_float64_biases_keep_their_order(bias: list[float], axis: str) -> None:
+    q, k, v = (np.linspace(lo, 1, n, dtype=F32)[:, None] for lo, n in ((-1, 3), (0, 4), (2, 4)))
+    rows = np.broadcast_to(np.array(bias), (3, 4))
+    out, lse = fa.attention(q, k, v, bias=rows, softmax_axis=axis, return_lse=True)
+    expected = fa.reference.attention(q, k, v, bias=rows, softmax_axis=axis, return_lse=True)
+    np.testing.assert_allclose(out, expected[0], rtol=1e-6)
+    with np.errstate(over="ignore"):
+        np.testing.assert_allclose(lse, expected[1].astype(F32), rtol=1e-6)
+
+
+@pytest.mark.parametrize("bias_dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
+@pytest.mark.parametrize("score", [1.0, 1e30, 3e38])
+def test_lowest_biases(bias_dtype: Any, score: float) -> None:
+    """A row of nothing but the type's lowest number, beside scores of any size, is as the reference's."""
+    lowest = float(ml_dtypes.finfo(bias_dtype).min)
+    q = column(score, -score)
+    k, v = column(1, 1, 1, 1), column(1, 2, 3, 6)
+    bias = np.full((2, 4), lowest).astype(bias_dtype)
+    out = fa.attention(q, k, v, bias=bias, scale=1.0)
+    np.testing.assert_allclose(out, fa.reference.attention(q, k, v, bias=bias, scale=1.0), rtol=1e-6)
+
+
+# --- everything at once -----------------------------------------------------------------------
+
+
+def draw_numbers(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Finite numbers: mostly of ordinary size, else of any size, alike or each its own."""
+    info = ml_dtypes.finfo(dtype)
+    lowest, highest = np.log2(float(info.tiny)), np.log2(float(info.max))
+    kind = rng.random()
+    exponent: Any = 0.0
+    if kind > 0.85:
+        exponent = rng.uniform(lowest, highest, shape)
+    elif kind > 0.6:
+        exponent = rng.uniform(lowest, highest)
+    with np.errstate(over="ignore"):
+        numbers = rng.standard_normal(shape) * np.exp2(exponent)
+    if rng.random() < 0.2:
+        numbers = np.abs(numbers)
+    return np.clip(numbers, float(info.min), float(info.max)).astype(dtype)
+
+
+def draw_call(
+    rng: np.random.Generator, dtype: Any
+) -> tuple[list[np.ndarray], dict[str, Any]]:
+    num_kv_heads, group = (int(n) for n in rng.integers(1, 3, 2))
+    num_heads = num_kv_heads * group
+    seqlen_q, seqlen_k = (int(n) for n in rng.choice([1, 2, 7, 33, 130, 300], 2))
+    head_dim, head_dim_v = (int(n) for n in rng.choice([1, 3, 8, 33, 64], 2))
+    q = draw_numbers(rng, (num_heads, seqlen_q, head_dim), dtype)
+    k = draw_numbers(rng, (num_kv_heads, seqlen_k, head_dim), dtype)
+    v = draw_numbers(rng, (num_kv_heads, seqlen_k, head_dim_v), dtype)
+    axis = "queries" if rng.random() < 0.2 else "keys"
+    options: dict[str, Any] = {"softmax_axis": axis}
+
+    def chosen(probability: float = 0.25) -> bool:
+        return bool(rng.random() < probability)
+
+    if chosen(0.5):
+        options["scale"] = float(rng.choice([-1, 1]) * 10.0 ** rng.uniform(-60, 60))
+    if chosen():
+        options["softcap"] = float(10.0 ** rng.uniform(-60, 60))
+    if chosen(0.4):
+        shape = [(num_heads, seqlen_q, seqlen_k), (1, seqlen_k), (seqlen_q, 1)][rng.integers(3)]
+        kinds = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16]
+        kind = np.float64 if dtype is np.float64 else kinds[rng.integers(4)]
+        bias = draw_numbers(rng, shape, kind)
+        if chosen():
+            bias = np.where(rng.random(shape) < 0.5, bias, ml_dtypes.finfo(kind).min)
+        options["bias"] = bias.astype(kind)
+    if chosen():
+        options["alibi_slopes"] = 10.0 ** rng.uniform(-60, 60, num_heads)
+    if chosen():
+        options["mask"] = rng.random((num_heads, seqlen_q, seqlen_k)) < 0.7
+    if chosen():
+        options["causal"] = True
+    if chosen():
+        options["kv_lengths"] = int(rng.integers(0, seqlen_k + 1))
+    if chosen() and axis == "keys":
+        options["sinks"] = rng.standard_normal(num_heads) * 10.0 ** rng.uniform(-5, 30)
+    return [q, k, v], options
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("first", range(0, NUM_DRAWS, DRAWS_PER_TEST))
+def test_random_calls(first: int, dtype: Any) -> None:
+    """No NaN and no infinity where the reference is finite, and every result within its gauge."""
+    for seed in range(first, first + DRAWS_PER_TEST):
+        rng = np.random.default_rng(seed)
+        check_call(f"seed {seed}, {np.dtype(dtype)}", *draw_call(rng, dtype))
+
+
+def check_call(name: str, arrays: list[np.ndarray], options: dict[str, Any]) -> None:
+    dtype = arrays[0].dtype
+    info = ml_dtypes.finfo(dtype)
+    wide = np.longdouble if dtype == np.float64 else np.float64
+    out, lse = fa.attention(*arrays, return_lse=True, **options)
+    specified = fa.reference.attention(*arrays, return_lse=True, **options)
+    exact = naive_attention(*arrays, dtype=wide, **options)
+    with np.errstate(all="ignore"):
+        fits = np.abs(specified[0]) < float(info.max) * (1 - float(info.eps))
+        if dtype == np.float64:  # the reference has no wider type: scores that it cannot hold are its
+            held = exact.lse_unit < float(info.max) / 4
+            fits &= held[..., None] if options["softmax_axis"] == "keys" else np.all(held)
+        out, computed_in = out.astype(wide), F32 if dtype.itemsize == 2 else dtype.type
+        assert np.all(np.isfinite(out[fits])), f"{name}: not finite where the reference is"
+        # Roundings of the result: to 16 bits, and among subnormal numbers.
+        allowed = 2 * float(info.smallest_subnormal) + WEIGHT_FLOOR * exact.floor_unit
+        if dtype.itemsize == 2:
+            allowed = allowed + np.abs(out) * float(info.eps)
+        unit = UNIT_ROUNDOFF[np.dtype(computed_in)] * exact.out_unit
+        ratio = (np.abs(out - exact.out) - allowed) / unit
+        worst = float(np.max(ratio, where=fits & np.isfinite(unit), initial=0))
+    limit = MAX_GAUGE_FLOAT64 if dtype == np.float64 else MAX_GAUGE
+    assert worst <= limit, f"{name}: gauge {worst:.3g}, {sorted(options)}"
+    missing = np.isnan(lse) & ~np.isnan(specified[1]) & (exact.lse_unit < float(info.max) / 4)
+    assert not np.any(missing), f"{name}: lse is NaN"
