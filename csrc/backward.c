@@ -24,6 +24,7 @@
 
 #include <string.h>
 
+#include "float_mode.h"
 #include "keys.h"
 
 /* What rows of a key block are visited for. */
@@ -393,8 +394,8 @@ static enum fa_status run_passes(struct fa_backward *b)
     return status;
 }
 
-enum fa_status fa_attention_backward(const struct fa_backward_params *params,
-                                     const struct fa_kernels *kernels)
+static enum fa_status compute_gradients(const struct fa_backward_params *params,
+                                        const struct fa_kernels *kernels)
 {
     const struct fa_attention_params *p = &params->attention;
     struct fa_backward b = {.params = params};
@@ -424,5 +425,15 @@ enum fa_status fa_attention_backward(const struct fa_backward_params *params,
     fa_release(b.shift);
     fa_release(b.delta);
     fa_sums_release(b.sums);
+    return status;
+}
+
+enum fa_status fa_attention_backward(const struct fa_backward_params *params,
+                                     const struct fa_kernels *kernels)
+{
+    struct fa_float_mode found;
+    fa_float_mode_enter(&found);
+    const enum fa_status status = compute_gradients(params, kernels);
+    fa_float_mode_leave(&found);
     return status;
 }

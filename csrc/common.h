@@ -45,4 +45,33 @@ static inline bool fa_multiply(int64_t a, int64_t b, int64_t *product)
     return !__builtin_mul_overflow(a, b, product);
 }
 
+/* In a loop that waits for another thread's write: lets the core's other thread run meanwhile. */
+static inline void fa_pause(void)
+{
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("isb"); /* "yield" does nothing on most cores */
+#endif
+}
+
+/* FPCR of aarch64.  Elsewhere <fenv.h> reaches everything, and these do nothing. */
+static inline uint64_t fa_float_control(void)
+{
+    uint64_t control = 0;
+#if defined(__aarch64__)
+    __asm__ volatile("mrs %0, fpcr" : "=r"(control));
+#endif
+    return control;
+}
+
+static inline void fa_set_float_control(uint64_t control)
+{
+#if defined(__aarch64__)
+    __asm__ volatile("msr fpcr, %0" : : "r"(control));
+#else
+    (void)control;
+#endif
+}
+
 #endif

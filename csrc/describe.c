@@ -1,6 +1,30 @@
 /* What fa_attention would do, from the same geometry and the same tiles, without doing it. */
+#include "float_mode.h"
 #include "forward.h"
 #include "scores.h"
+
+/* Heads that a mask, lengths, offsets and segment ids cannot tell apart are counted once. */
+struct count {
+    const struct fa_geometry *geometry;
+    char *workspaces;
+    int64_t heads;      /* of a batch entry, that are counted */
+    int64_t row_blocks; /* of a head */
+    _Atomic int64_t total, computed;
+};
+
+/* Whether the batch entries differ in what rules keys out. */
+static bool entries_differ(const struct fa_attention_params *p)
+{
+    const struct fa_input *ruling_out[] = {&p->mask, &p->kv_lengths, &p->q_offset,
+                                           &p->q_segment_ids, &p->k_segment_ids};
+    bool differ = p->q_starts != NULL || p->k_starts != NULL;
+    for (size_t i = 0; i < sizeof ruling_out / sizeof *ruling_out; i++) {
+        for (int64_t axis = 0; axis < p->batch_ndim; axis++) {
+            differ |= ruling_out[i]->data != NULL && ruling_out[i]->batch[axis] != 0;
+        }
+    }
+    return differ;
+}
 
 /* Key blocks of one head, whatever its masks leave. */
 static int64_t head_key_blocks(const struct fa_head *head)
@@ -10,24 +34,89 @@ static int64_t head_key_blocks(const struct fa_head *head)
     return fa_ceil_div(packed ? head->kv_length : g->params->seqlen_k, g->block_k);
 }
 
-/* Tiles of one head that some key takes part in. */
-static int64_t count_tiles(const struct fa_geometry *g, const struct fa_head *head,
-                           struct fa_workspace *ws)
+/* Tiles of some rows that some key takes part in. */
+static int64_t count_tiles(struct fa_workspace *ws, const struct fa_head *head, int64_t row,
+                           int64_t rows)
 {
+    const struct fa_geometry *g = head->geometry;
+    const struct fa_key_range keys = fa_rows_keys(head, row, row + rows - 1);
+    const int64_t first = keys.lo / g->block_k, last = fa_ceil_div(keys.hi, g->block_k);
+    if (keys.lo >= keys.hi) {
+        return 0;
+    }
+    if (head->mask == NULL && head->k_segment_ids == NULL) {
+        return last - first;
+    }
     int64_t count = 0;
-    for (int64_t row = 0; row < head->rows; row += g->tile_q) {
-        int64_t rows = fa_min(g->tile_q, head->rows - row);
-        for (int64_t block = 0; block < g->params->seqlen_k; block += g->block_k) {
-            struct fa_tile tile;
-            count += fa_tile_init(&tile, head, ws, row, rows, 0, block);
-        }
+    for (int64_t block = first; block < last; block++) {
+        struct fa_tile tile;
+        count += fa_tile_init(&tile, head, ws, row, rows, 0, block * g->block_k);
     }
     return count;
 }
 
-enum fa_status fa_attention_describe(const struct fa_attention_params *params,
-                                     const struct fa_kernels *kernels,
-                                     struct fa_attention_plan *plan)
+/* A block of rows of one head. */
+static void run_count(struct fa_job *job, int64_t index, int thread)
+{
+    struct count *count = job->context;
+    const struct fa_geometry *g = count->geometry;
+    const int64_t block = index % count->row_blocks, place = index / count->row_blocks;
+    struct fa_workspace ws = fa_workspace_of(g, count->workspaces, thread);
+    struct fa_head head;
+    int64_t total = 0, computed = 0;
+    fa_head_init(&head, g, place / count->heads * g->heads + place % count->heads);
+    const int64_t first = block * g->block_q, last = fa_min(first + g->block_q, head.rows);
+    for (int64_t row = first; row < last; row += g->tile_q) {
+        if (fa_job_checkpoint(job, thread)) {
+            return;
+        }
+        total += head_key_blocks(&head);
+        computed += count_tiles(&ws, &head, row, fa_min(g->tile_q, last - row));
+    }
+    atomic_fetch_add_explicit(&count->total, total, memory_order_relaxed);
+    atomic_fetch_add_explicit(&count->computed, computed, memory_order_relaxed);
+}
+
+/* Tiles of the problem, in as many threads as it would have. */
+static enum fa_status count_all(const struct fa_geometry *g, int64_t per_thread,
+                                struct fa_attention_plan *plan)
+{
+    const struct fa_attention_params *p = g->params;
+    struct count count = {
+        .geometry = g,
+        .heads = p->mask.data != NULL && p->mask.head != 0 ? g->heads : 1,
+        .row_blocks = fa_max(1, fa_ceil_div(g->rows, fa_max(1, g->block_q))),
+    };
+    const int64_t entries = entries_differ(p) ? g->batch : 1;
+    struct fa_job job = {
+        .num_tasks = entries * count.heads * count.row_blocks,
+        .num_threads = g->num_threads,
+        .run = run_count,
+        .context = &count,
+        .poll = p->poll,
+        .poll_arg = p->poll_arg,
+    };
+    int64_t bytes;
+    if (g->batch == 0 || g->heads == 0 || g->rows == 0) {
+        return FA_OK;
+    }
+    if (!fa_multiply(per_thread, g->num_threads, &bytes)) {
+        return FA_OVERFLOW;
+    }
+    count.workspaces = fa_allocate(bytes);
+    if (count.workspaces == NULL) {
+        return FA_NO_MEMORY;
+    }
+    const enum fa_status status = fa_job_run(&job);
+    const int64_t alike = g->batch / entries * (g->heads / count.heads);
+    plan->tiles_total = alike * atomic_load(&count.total);
+    plan->tiles_computed = alike * atomic_load(&count.computed);
+    fa_release(count.workspaces);
+    return status;
+}
+
+static enum fa_status describe(const struct fa_attention_params *params,
+                               const struct fa_kernels *kernels, struct fa_attention_plan *plan)
 {
     struct fa_geometry g;
     struct fa_plan tasks;
@@ -63,17 +152,16 @@ enum fa_status fa_attention_describe(const struct fa_attention_params *params,
         .num_threads = fa_min(g.num_threads, fa_max(num_tasks, 1)),
         .workspace_bytes = total,
     };
-    char *memory = fa_allocate(per_thread);
-    if (memory == NULL) {
-        return FA_NO_MEMORY;
-    }
-    struct fa_workspace ws = fa_workspace_of(&g, memory, 0);
-    for (int64_t i = 0; i < heads; i++) {
-        struct fa_head head;
-        fa_head_init(&head, &g, i);
-        plan->tiles_total += fa_ceil_div(head.rows, g.tile_q) * head_key_blocks(&head);
-        plan->tiles_computed += count_tiles(&g, &head, &ws);
-    }
-    fa_release(memory);
-    return FA_OK;
+    return count_all(&g, per_thread, plan);
+}
+
+enum fa_status fa_attention_describe(const struct fa_attention_params *params,
+                                     const struct fa_kernels *kernels,
+                                     struct fa_attention_plan *plan)
+{
+    struct fa_float_mode found;
+    fa_float_mode_enter(&found);
+    const enum fa_status status = describe(params, kernels, plan);
+    fa_float_mode_leave(&found);
+    return status;
 }

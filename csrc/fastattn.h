@@ -23,7 +23,8 @@ enum fa_status {
     FA_NO_MEMORY,   /* an allocation failed; nothing was written or the outputs are partial */
     FA_OVERFLOW,    /* a size does not fit in 64 bits */
     FA_INTERRUPTED, /* the poll callback asked to stop; the outputs are partial */
-    FA_NO_THREAD,   /* a forked child could not start the thread that carries its team */
+    FA_FORKED, /* poll forked, and in this child the threads that had a part of the call do not exist;
+                * the outputs are partial */
 };
 
 /* How elements lie in memory.  All but FA_F64 are computed in float32. */
@@ -128,7 +129,7 @@ struct fa_attention_params {
                             * 1 - dropout_p.  0: none */
     uint64_t dropout_seed; /* with (batch entry, head, query, key) it decides (kernels/philox.h) */
 
-    int num_threads; /* >= 1: the most threads that may work on this call */
+    int num_threads; /* >= 1: the most threads that may work on this call; fewer may be had */
 
     /* nullable; called now and then by the calling thread only.  Non-zero: stop, return
      * FA_INTERRUPTED. */
@@ -182,6 +183,9 @@ const struct fa_kernels *fa_kernels_available(int index);
 const char *fa_kernels_known_name(int index);
 const char *fa_kernels_name(const struct fa_kernels *kernels);
 
+/* All entry points compute in the default floating-point mode and leave the thread's own as they found it,
+ * exception flags included. */
+
 /* Compute attention.  `kernels` and `params` are read only and not kept. */
 enum fa_status fa_attention(const struct fa_attention_params *params,
                             const struct fa_kernels *kernels);
@@ -190,15 +194,22 @@ enum fa_status fa_attention(const struct fa_attention_params *params,
 enum fa_status fa_attention_backward(const struct fa_backward_params *params,
                                      const struct fa_kernels *kernels);
 
-/* Say what fa_attention would do.  Reads mask and segment ids (to count tiles), nothing else;
- * data pointers of q, k, v and out may be NULL. */
+/* Say what fa_attention would do.  Reads mask and segment ids (to count tiles, on num_threads threads), nothing
+ * else; data pointers of q, k, v and out may be NULL.  Polls as fa_attention does. */
 enum fa_status fa_attention_describe(const struct fa_attention_params *params,
                                      const struct fa_kernels *kernels,
                                      struct fa_attention_plan *plan);
 
-/* Call once, at import and before any fork: lets a forked child know that the OpenMP threads of its
- * parent are gone.  FA_NO_MEMORY if the handler cannot be registered. */
-enum fa_status fa_watch_fork(void);
+/* 1 / sqrt(head_dim), 1 for 0. */
+double fa_default_scale(int64_t head_dim);
+
+/* Call once, at import and before any fork: without it callers work alone.  Starts no thread.  FA_NO_MEMORY if
+ * the handler that tells a forked child that it has no team cannot be registered. */
+enum fa_status fa_team_init(void);
+
+/* The most threads that work on a call, however many it asks for: the CPUs, or what OMP_NUM_THREADS said at
+ * fa_team_init, or 16, whichever is most; 1 without OpenMP. */
+int fa_team_limit(void);
 
 /* Whether the library was built with OpenMP. */
 bool fa_has_openmp(void);

@@ -28,6 +28,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "float_mode.h"
 #include "keys.h"
 #include "scores.h"
 
@@ -603,8 +604,8 @@ const struct fa_ops *fa_attention_ops(const struct fa_attention_params *params,
     return fa_has_narrow_options(params) ? fa_forward_ops(kernels, params) : kernels->f64;
 }
 
-enum fa_status fa_attention(const struct fa_attention_params *params,
-                            const struct fa_kernels *kernels)
+static enum fa_status attend(const struct fa_attention_params *params,
+                             const struct fa_kernels *kernels)
 {
     struct fa_geometry geometry;
     const struct fa_ops *ops = fa_attention_ops(params, kernels);
@@ -622,5 +623,15 @@ enum fa_status fa_attention(const struct fa_attention_params *params,
     }
     fa_plan_release(&forward.plan);
     release(&forward);
+    return status;
+}
+
+enum fa_status fa_attention(const struct fa_attention_params *params,
+                            const struct fa_kernels *kernels)
+{
+    struct fa_float_mode found;
+    fa_float_mode_enter(&found);
+    const enum fa_status status = attend(params, kernels);
+    fa_float_mode_leave(&found);
     return status;
 }

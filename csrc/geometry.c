@@ -88,7 +88,9 @@ static int choose_num_threads(const struct fa_geometry *g)
     const struct fa_attention_params *p = g->params;
     double work = (double)g->heads * count_scores(g) * (double)(p->head_dim + p->head_dim_v + 1);
     double paid = 1 + work / WORK_PER_THREAD;
-    return paid < p->num_threads ? (int)paid : p->num_threads;
+    /* Each has a workspace, so no more than there will be. */
+    const int most = (int)fa_min(p->num_threads, fa_team_limit());
+    return paid < most ? (int)paid : most;
 }
 
 static int64_t longest(const struct fa_geometry *g, const int64_t *starts, int64_t seqlen)

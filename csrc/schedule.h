@@ -1,33 +1,34 @@
-/* Tasks on threads: order, team, fork, cancellation.  Knows nothing of attention. */
+/* Tasks on threads: order, cancellation, forks.  Knows nothing of attention. */
 #ifndef FA_SCHEDULE_H
 #define FA_SCHEDULE_H
 
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
-#include <time.h>
 
 #include "fastattn.h"
+#include "team.h"
 
 /* Tasks [0, num_tasks), handed out in order from one counter: callers number them in descending cost,
  * so that the threads finish within one small task of each other. */
 struct fa_job {
     int64_t num_tasks;
-    int num_threads;
+    int num_threads; /* `thread` is less than that, whatever the team has */
     void (*run)(struct fa_job *job, int64_t task, int thread);
     void *context;
     int (*poll)(void *poll_arg);
     void *poll_arg;
 
     /* private */
-    _Atomic int64_t next, finished;
+    _Atomic int64_t next;
     atomic_bool stop;
-    bool poll_in_team; /* thread 0 of the team is the caller, and may call poll */
-    struct timespec next_poll;
+    bool interrupted; /* poll asked to stop */
+    int64_t next_poll; /* fa_nanoseconds */
+    struct fa_offer offer;
 };
 
 /* Run every task, each once, on at most num_threads threads, the caller among them.
- * FA_INTERRUPTED: poll asked to stop, and some tasks did not run or did not finish. */
+ * FA_INTERRUPTED, FA_FORKED: some tasks did not run or did not finish. */
 enum fa_status fa_job_run(struct fa_job *job);
 
 /* For `run` to call every millisecond or so: true when the task should be given up. */

@@ -204,8 +204,11 @@ cdef int check(fa_status status, list raised) except -1:
         raise MemoryError("not enough memory for the workspace of attention")
     if status == FA_INTERRUPTED:
         raise raised[0]
-    if status == FA_NO_THREAD:
-        raise RuntimeError("cannot start a thread for attention in this forked process")
+    if status == FA_FORKED:
+        raise RuntimeError(
+            "the process was forked by a signal handler during this call of attention; the threads "
+            "that computed a part of it are the parent's, so in the child it cannot be finished"
+        )
     raise OverflowError("the problem is too large: its sizes do not fit in 64 bits")
 
 
@@ -312,6 +315,7 @@ def describe(
     cdef views held
     cdef fa_status status
     cdef const fa_kernels *kernels = find_kernels(isa)
+    cdef list raised = []
     try:
         fill(
             &params, &held, q, k, v, out, lse, residual, scale, softcap, bias, alibi_slopes, sinks,
@@ -319,11 +323,13 @@ def describe(
             window_right, softmax_over_queries, num_threads, dropout_p, dropout_seed, k_scale,
             v_scale, page_table, q_starts, k_starts, paged_seqlen_k,
         )
+        params.poll = poll_signals
+        params.poll_arg = <void *>raised
         with nogil:
             status = fa_attention_describe(&params, kernels, &plan)
     finally:
         release(&held)
-    check(status, [])
+    check(status, raised)
     return {
         "block_q": plan.block_q,
         "block_k": plan.block_k,
@@ -387,6 +393,14 @@ def openmp_max_threads():
     return fa_openmp_max_threads()
 
 
+def team_limit():
+    return fa_team_limit()
+
+
+def default_scale(int64_t head_dim):
+    return fa_default_scale(head_dim)
+
+
 def build_info():
     return {
         "compiler": (<bytes>FA_BUILD_COMPILER).decode(),
@@ -416,7 +430,7 @@ def _select_isa():
 
 _selected_isa = _select_isa()
 
-if fa_watch_fork() != FA_OK:
+if fa_team_init() != FA_OK:
     raise MemoryError("cannot register fastattn's fork handler")
 
 

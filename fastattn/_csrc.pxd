@@ -11,7 +11,7 @@ cdef extern from "fastattn.h" nogil:
         FA_NO_MEMORY
         FA_OVERFLOW
         FA_INTERRUPTED
-        FA_NO_THREAD
+        FA_FORKED
 
     enum fa_dtype:
         FA_F32
@@ -91,7 +91,9 @@ cdef extern from "fastattn.h" nogil:
         const fa_attention_params *params, const fa_kernels *kernels, fa_attention_plan *plan
     ) noexcept
 
-    fa_status fa_watch_fork() noexcept
+    double fa_default_scale(int64_t head_dim) noexcept
+    fa_status fa_team_init() noexcept
+    int fa_team_limit() noexcept
     bint fa_has_openmp() noexcept
     int fa_openmp_max_threads() noexcept
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy import ndarray
 from numpy.typing import ArrayLike, NDArray
 
-from fastattn import config
+from fastattn import _core, config
 
 Array = NDArray[Any]
 Shape = tuple[int, ...]
@@ -120,7 +120,7 @@ def core_arguments(
     seqlen_k, head_dim_v = v.shape[-2:]
     dtype = q.dtype
 
-    scale_value = 1.0 / math.sqrt(head_dim or 1) if scale is None else real("scale", scale)
+    scale_value = _core.default_scale(head_dim) if scale is None else real("scale", scale)
     softcap_value = 0.0 if softcap is None else _positive("softcap", softcap)
     if causal is not False:
         causal = flag("causal", causal)

@@ -1,0 +1,36 @@
+/* The team: the threads of this process that help callers.  Knows nothing of tasks. */
+#ifndef FA_TEAM_H
+#define FA_TEAM_H
+
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+/* What a caller shares with the team while it works on it itself. */
+struct fa_offer {
+    /* Work until nothing is left.  `thread` is 1 .. threads - 1, and nobody else's; the caller is 0. */
+    void (*help)(struct fa_offer *offer, int thread);
+    void *context;
+    int threads; /* that may work on it, the caller among them */
+
+    /* private */
+    struct fa_offer *next;
+    int joined;         /* helpers that have come, gone ones included */
+    atomic_int inside;  /* helpers that have come and not gone */
+    atomic_bool closed; /* nothing is left to do */
+    unsigned era;
+};
+
+/* From here on helpers may come, if any are free: nobody waits for them. */
+void fa_team_offer(struct fa_offer *offer);
+/* No more helpers come.  Again, or without an offer: nothing. */
+void fa_team_withdraw(struct fa_offer *offer);
+/* Wait for the helpers that came, `nanoseconds` at most.  True: they have gone. */
+bool fa_team_wait(struct fa_offer *offer, int64_t nanoseconds);
+/* Whether this is a forked child, in which helpers that came before the fork do not exist. */
+bool fa_team_lost(const struct fa_offer *offer);
+
+/* Of a clock that is never set. */
+int64_t fa_nanoseconds(void);
+
+#endif
