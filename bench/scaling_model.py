@@ -21,7 +21,7 @@ from fastattn.bench.workloads import Workload
 
 CORES = (1, 2, 8, 16, 32, 64, 128)
 
-# Entering and leaving a parallel region, seconds, and the part of it that grows with threads.
+# Handing out a call and waiting for its end, seconds, and the part of it that grows with threads.
 FORK, FORK_PER_THREAD = 5e-6, 0.05e-6
 # Packing a key costs as much as this many rows of work on it: 5 % of the time at 192 rows, 1 % at
 # 768 (csrc/geometry.c).

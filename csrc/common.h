@@ -55,23 +55,38 @@ static inline void fa_pause(void)
 #endif
 }
 
-/* FPCR of aarch64.  Elsewhere <fenv.h> reaches everything, and these do nothing. */
+/* The floating-point mode and exception flags in one number, where a register or two hold them:
+ * reading and writing takes nanoseconds, where <fenv.h> takes 200 and leaves out what C does not
+ * name. */
+#if defined(__x86_64__)
+
+#define FA_DEFAULT_FLOAT_CONTROL UINT64_C(0x1F80) /* MXCSR: to nearest, no trap, nothing flushed */
+
+static inline uint64_t fa_float_control(void) { return __builtin_ia32_stmxcsr(); }
+
+static inline void fa_set_float_control(uint64_t control)
+{
+    __builtin_ia32_ldmxcsr((uint32_t)control);
+}
+
+#elif defined(__aarch64__)
+
+#define FA_DEFAULT_FLOAT_CONTROL UINT64_C(0)
+
 static inline uint64_t fa_float_control(void)
 {
-    uint64_t control = 0;
-#if defined(__aarch64__)
-    __asm__ volatile("mrs %0, fpcr" : "=r"(control));
-#endif
-    return control;
+    uint64_t control, flags;
+    __asm__ volatile("mrs %0, fpcr\n\tmrs %1, fpsr" : "=r"(control), "=r"(flags));
+    return control | flags << 32;
 }
 
 static inline void fa_set_float_control(uint64_t control)
 {
-#if defined(__aarch64__)
-    __asm__ volatile("msr fpcr, %0" : : "r"(control));
-#else
-    (void)control;
-#endif
+    __asm__ volatile("msr fpcr, %0\n\tmsr fpsr, %1"
+                     :
+                     : "r"(control & UINT32_MAX), "r"(control >> 32));
 }
+
+#endif
 
 #endif

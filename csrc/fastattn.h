@@ -23,8 +23,7 @@ enum fa_status {
     FA_NO_MEMORY,   /* an allocation failed; nothing was written or the outputs are partial */
     FA_OVERFLOW,    /* a size does not fit in 64 bits */
     FA_INTERRUPTED, /* the poll callback asked to stop; the outputs are partial */
-    FA_FORKED, /* poll forked, and in this child the threads that had a part of the call do not exist;
-                * the outputs are partial */
+    FA_FORKED,      /* in a child that poll forked: threads that had tasks are the parent's */
 };
 
 /* How elements lie in memory.  All but FA_F64 are computed in float32. */
@@ -207,8 +206,8 @@ double fa_default_scale(int64_t head_dim);
  * the handler that tells a forked child that it has no team cannot be registered. */
 enum fa_status fa_team_init(void);
 
-/* The most threads that work on a call, however many it asks for: the CPUs, or what OMP_NUM_THREADS said at
- * fa_team_init, or 16, whichever is most; 1 without OpenMP. */
+/* The most threads that work on a call, however many it asks for: the number of CPUs, or 16 where there are
+ * fewer; 1 without OpenMP. */
 int fa_team_limit(void);
 
 /* Whether the library was built with OpenMP. */

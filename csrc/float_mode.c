@@ -2,23 +2,32 @@
 
 #include <math.h>
 
-#include "common.h"
 #include "fastattn.h"
+
+#ifdef FA_DEFAULT_FLOAT_CONTROL
 
 void fa_float_mode_enter(struct fa_float_mode *found)
 {
-    fegetenv(&found->environment);
     found->control = fa_float_control();
-    /* On x86-64 that clears flush-to-zero and denormals-are-zero, too (glibc, musl and macOS). */
-    fesetenv(FE_DFL_ENV);
-    fa_set_float_control(0);
+    fa_set_float_control(FA_DEFAULT_FLOAT_CONTROL);
 }
 
 void fa_float_mode_leave(const struct fa_float_mode *found)
 {
-    fesetenv(&found->environment);
     fa_set_float_control(found->control);
 }
+
+#else
+
+void fa_float_mode_enter(struct fa_float_mode *found)
+{
+    fegetenv(&found->environment);
+    fesetenv(FE_DFL_ENV);
+}
+
+void fa_float_mode_leave(const struct fa_float_mode *found) { fesetenv(&found->environment); }
+
+#endif
 
 double fa_default_scale(int64_t head_dim)
 {

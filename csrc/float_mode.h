@@ -1,15 +1,20 @@
-/* The floating-point mode: rounding, flushing of subnormal numbers, traps.  It belongs to a thread, and a
- * caller or another library may have left any.  Results do not depend on it: each thread that computes sets
- * the default, and restores what it found, exception flags included. */
+/* The floating-point mode: rounding, flushing of subnormal numbers, traps.  It belongs to a thread,
+ * and a caller or another library may have left any.  Results do not depend on it: each thread that
+ * computes sets the default, and restores what it found, exception flags included. */
 #ifndef FA_FLOAT_MODE_H
 #define FA_FLOAT_MODE_H
 
 #include <fenv.h>
 #include <stdint.h>
 
+#include "common.h"
+
 struct fa_float_mode {
+#ifdef FA_DEFAULT_FLOAT_CONTROL
+    uint64_t control;
+#else
     fenv_t environment;
-    uint64_t control; /* aarch64: FPCR, of which fenv_t leaves out what C does not name */
+#endif
 };
 
 void fa_float_mode_enter(struct fa_float_mode *found);

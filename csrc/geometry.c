@@ -29,9 +29,9 @@
  * new start costs 1 / split_k * 20 cycles per row and key. */
 #define SPLIT_K 1024
 
-/* Multiply-adds that pay for waking one more thread: about 80 us at 50 per nanosecond, ten times the
- * cost of entering a parallel region on idle cores.  Where other programs keep the cores busy, a thread
- * may wait milliseconds for its turn, so smaller gains are not worth it. */
+/* Multiply-adds that pay for one more thread: about 80 us at 50 per nanosecond, the time that one which
+ * sleeps takes to wake.  The caller does not wait for it, but smaller gains are not worth the processor
+ * time that they cost others. */
 #define WORK_PER_THREAD 4e6
 
 static int64_t choose_block_k(const struct fa_geometry *g)

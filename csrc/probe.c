@@ -20,8 +20,8 @@ static void run_fma(struct fa_job *job, int64_t task, int thread)
     const struct fma_probe *probe = job->context;
     (void)task;
     (void)thread;
-    /* x - 2 x: only the sign changes, so that nothing becomes infinite or subnormal, which is slow on
-     * some CPUs. */
+    /* x - 2 x: only the sign changes, so that nothing becomes infinite or subnormal, which is slow
+     * on some CPUs. */
     probe->ops->probe_fma(probe->rounds, -2.0);
 }
 
@@ -36,8 +36,8 @@ static void run_read(struct fa_job *job, int64_t task, int thread)
     const int64_t step = READ_TASK_BYTES / (int64_t)sizeof(uint64_t);
     const int64_t begin = task * step, end = fa_min(begin + step, probe->count);
     (void)thread;
-    /* Integers, because their sums may be reordered: compilers vectorise this for the baseline, where
-     * 16 bytes a cycle are several times what memory delivers to a core. */
+    /* Integers, because their sums may be reordered: compilers vectorise this for the baseline,
+     * where 16 bytes a cycle are several times what memory delivers to a core. */
     uint64_t sum = 0;
     for (int64_t i = begin; i < end; i++) {
         sum += probe->data[i];

@@ -7,12 +7,12 @@
 #include "common.h"
 #include "float_mode.h"
 
-/* Nanoseconds between two looks at the poll callback: short against the half second that a Ctrl-C may
- * take, long against the microseconds that taking Python's lock costs. */
+/* Nanoseconds between two looks at the poll callback: short against the half second that a Ctrl-C
+ * may take, long against the microseconds that taking Python's lock costs. */
 #define POLL_INTERVAL INT64_C(50000000)
 
-/* The calling thread ends inside poll, as Python's daemon threads do when the interpreter is finalized: what the
- * helpers work on lies on its stack. */
+/* The calling thread ends inside poll, as Python's daemon threads do when the interpreter is
+ * finalized: what the helpers work on lies on its stack. */
 static void abandon(void *arg)
 {
     struct fa_job *job = arg;

@@ -9,8 +9,8 @@
 #include "fastattn.h"
 #include "team.h"
 
-/* Tasks [0, num_tasks), handed out in order from one counter: callers number them in descending cost,
- * so that the threads finish within one small task of each other. */
+/* Tasks [0, num_tasks), handed out in order from one counter: callers number them in descending
+ * cost, so that the threads finish within one small task of each other. */
 struct fa_job {
     int64_t num_tasks;
     int num_threads; /* `thread` is less than that, whatever the team has */

@@ -1,8 +1,8 @@
-/* One team for the process.  A thread of ours, the host, enters an OpenMP parallel region and stays in it: so
- * OpenMP makes the threads, by its rules for places, binding and limits, and yet no caller is ever inside a
- * region, whose barrier would neither answer Ctrl-C nor survive a fork, and whose threads spin for
- * milliseconds.  The host, thread 0 of the region, sleeps: its place is the caller's.  The others, the members,
- * take offers from a queue.
+/* One team for the process.  A thread of ours, the host, enters an OpenMP parallel region and stays
+ * in it: so OpenMP makes the threads, by its rules for places, binding and limits, and yet no
+ * caller is ever inside a region, whose barrier would neither answer Ctrl-C nor survive a fork, and
+ * whose threads spin for milliseconds.  The host, thread 0 of the region, sleeps: its place is the
+ * caller's.  The others, the members, take offers from a queue.
  *
  *   caller                                        member
  *     fa_team_offer: queue, wake two                find an open offer, join it, wake two more
@@ -10,9 +10,8 @@
  *     fa_team_withdraw: nobody joins any more       leave
  *     fa_team_wait: for those who joined            spin a little for the next offer, then sleep
  *
- * A member that has not woken when the work is done is not waited for.  A larger team is a new region, when no
- * member works.
- */
+ * A member that has not woken when the work is done is not waited for.  A larger team is a new
+ * region, when no member works. */
 #define _POSIX_C_SOURCE 200809L
 
 #include "team.h"
@@ -43,9 +42,9 @@ int64_t fa_nanoseconds(void)
 
 #define SECOND INT64_C(1000000000)
 
-/* Nanoseconds that a member, and a caller at its end, look for what may come before they sleep.  Waking takes 40
- * to 100 us: calls that follow each other closely find the team awake, and what else the program does has the
- * cores after that. */
+/* Nanoseconds that a member, and a caller at its end, look for what may come before they sleep.
+ * Waking takes 40 to 100 us: calls that follow each other closely find the team awake, and what
+ * else the program does has the cores after that. */
 #define SPIN_TIME 100000
 /* Looks between two readings of the clock, about a microsecond of pauses. */
 #define LOOKS 20
@@ -53,11 +52,11 @@ int64_t fa_nanoseconds(void)
 /* Nanoseconds until threads that could not be had are asked for again. */
 #define RETRY_TIME SECOND
 
-/* Threads that a call may ask for on a machine with fewer CPUs. */
+/* Threads that a call may have on a machine with fewer CPUs. */
 #define LEAST_LIMIT 16
 
-/* Sleepers that a caller, and each member that joins, wakes: all are awake after a few steps, none of which costs
- * the caller more than two system calls. */
+/* Sleepers that a caller, and each member that joins, wakes: all are awake after a few steps, none
+ * of which costs the caller more than two system calls. */
 #define WAKES 2
 
 /* Bytes of what OpenMP allocates for a region, and for each of its threads, with a reserve: libgomp
@@ -68,19 +67,19 @@ int64_t fa_nanoseconds(void)
 static struct team {
     pthread_mutex_t mutex;
     pthread_cond_t offered; /* members sleep */
-    pthread_cond_t growth;  /* the host sleeps */
-    pthread_cond_t left;    /* callers sleep, until their helpers have gone */
+    pthread_cond_t growth; /* the host sleeps */
+    pthread_cond_t left; /* callers sleep, until their helpers have gone */
     struct fa_offer *first; /* of the queue */
-    int callers;            /* that have an offer in the queue */
-    int size;               /* members */
+    int callers; /* that have an offer in the queue */
+    int size; /* members */
     int working, spinning, sleeping;
-    int permits;  /* sleepers that are to wake */
-    int waiting;  /* callers that sleep */
-    int wanted;   /* members, of the next region */
-    bool hosted;  /* the host exists */
-    bool ending;  /* members leave the region */
+    int permits; /* sleepers that are to wake */
+    int waiting; /* callers that sleep */
+    int wanted; /* members, of the next region */
+    bool hosted; /* the host exists */
+    bool ending; /* members leave the region */
     bool growing; /* the next region is on its way */
-    int64_t next_growth; /* not before then */
+    int64_t next_growth; /* fa_nanoseconds: not before then */
 } team;
 
 static const struct team new_team = {
@@ -110,8 +109,7 @@ enum fa_status fa_team_init(void)
 {
     team = new_team;
     cpus = omp_get_num_procs();
-    limit = (int)fa_max(fa_max(LEAST_LIMIT, omp_get_max_threads()),
-                        fa_max(cpus, sysconf(_SC_NPROCESSORS_ONLN)));
+    limit = (int)fa_max(LEAST_LIMIT, fa_max(cpus, sysconf(_SC_NPROCESSORS_ONLN)));
     return pthread_atfork(NULL, NULL, forget_team) == 0 ? FA_OK : FA_NO_MEMORY;
 }
 
@@ -121,10 +119,11 @@ bool fa_has_openmp(void) { return true; }
 
 int fa_openmp_max_threads(void) { return omp_get_max_threads(); }
 
-/* ---- offers: all with the mutex held -------------------------------------------------------------------- */
+/* ---- offers: all with the mutex held
+ * -------------------------------------------------------------------- */
 
-/* Helpers that an offer has room for.  All callers and members together are no more threads than it asks for:
- * where many call, each works alone. */
+/* Helpers that an offer has room for.  All callers and members together are no more threads than it
+ * asks for: where many call, each works alone. */
 static int room(const struct fa_offer *offer)
 {
     if (atomic_load_explicit(&offer->closed, memory_order_relaxed)) {
@@ -143,7 +142,8 @@ static struct fa_offer *find_open(void)
     return offer;
 }
 
-/* Permit sleepers to wake, beside those who spin and will see the news.  Returns how many signals are due. */
+/* Permit sleepers to wake, beside those who spin and will see the news.  Returns how many signals
+ * are due. */
 static int permit_wakes(void)
 {
     const struct fa_offer *offer = team.sleeping > 0 ? find_open() : NULL;
@@ -166,23 +166,21 @@ static void announce(int wakes)
     }
 }
 
-/* ---- members -------------------------------------------------------------------------------------------- */
+/* ---- members
+ * -------------------------------------------------------------------------------------------- */
 
-/* Look until *value is not `old`, or the time is over. */
-static bool spin_while(const atomic_uint *value, unsigned old)
+static void spin_while(const atomic_uint *value, unsigned old)
 {
     const int64_t end = fa_nanoseconds() + SPIN_TIME;
-    do {
-        for (int i = 0; i < LOOKS; i++) {
-            if (atomic_load_explicit(value, memory_order_acquire) != old) {
-                return true;
-            }
-            fa_pause();
+    for (int looks = 1; atomic_load_explicit(value, memory_order_acquire) == old; looks++) {
+        if (looks % LOOKS == 0 && fa_nanoseconds() > end) {
+            return;
         }
-    } while (fa_nanoseconds() < end);
-    return false;
+        fa_pause();
+    }
 }
 
+/* Returns with the mutex held, as it was. */
 static void spin_for_news(void)
 {
     const unsigned seen = atomic_load(&news);
@@ -248,7 +246,8 @@ static void serve(void)
     pthread_mutex_unlock(&team.mutex);
 }
 
-/* ---- the host ------------------------------------------------------------------------------------------- */
+/* ---- the host
+ * ------------------------------------------------------------------------------------------- */
 
 static void *pass_gate(void *gate)
 {
@@ -257,7 +256,8 @@ static void *pass_gate(void *gate)
     return NULL;
 }
 
-/* Bytes of stack that OpenMP gives its threads: OMP_STACKSIZE, in kilobytes if it names no unit; 0: the default. */
+/* Bytes of stack that OpenMP gives its threads: OMP_STACKSIZE, in kilobytes if it names no unit; 0:
+ * the default. */
 static size_t stack_bytes(void)
 {
     static const char units[] = "BKMG";
@@ -276,8 +276,8 @@ static size_t stack_bytes(void)
     return number > SIZE_MAX >> shift ? SIZE_MAX : (size_t)number << shift;
 }
 
-/* How many more threads can be had, `most` at most: so many at once are made, and end.  libgomp ends the process
- * where it cannot make one. */
+/* How many more threads can be had, `most` at most: so many at once are made, and end.  libgomp
+ * ends the process where it cannot make one. */
 static int probe_threads(int most)
 {
     pthread_mutex_t gate = PTHREAD_MUTEX_INITIALIZER;
@@ -288,11 +288,11 @@ static int probe_threads(int most)
     if (threads != NULL && reserve != NULL && pthread_attr_init(&attributes) == 0) {
         const size_t bytes = stack_bytes();
         if (bytes > 0) {
-            pthread_attr_setstacksize(&attributes, bytes); /* refused: as OpenMP, which then has the default */
+            pthread_attr_setstacksize(&attributes,
+                                      bytes); /* refused: as OpenMP, which then has the default */
         }
         pthread_mutex_lock(&gate);
-        while (made < most &&
-               pthread_create(threads + made, &attributes, pass_gate, &gate) == 0) {
+        while (made < most && pthread_create(threads + made, &attributes, pass_gate, &gate) == 0) {
             made++;
         }
         pthread_mutex_unlock(&gate);
@@ -376,7 +376,8 @@ static bool start_host(void)
     return started;
 }
 
-/* With the mutex held.  Makes a team, or a larger one, unless a member works or there was none to be had lately. */
+/* With the mutex held.  Makes a team, or a larger one, unless a member works or there was none to
+ * be had lately. */
 static void grow_to(int members)
 {
     if (members <= team.size || team.growing || team.working > 0 ||
@@ -398,7 +399,8 @@ static void grow_to(int members)
     }
 }
 
-/* ---- callers -------------------------------------------------------------------------------------------- */
+/* ---- callers
+ * -------------------------------------------------------------------------------------------- */
 
 void fa_team_offer(struct fa_offer *offer)
 {

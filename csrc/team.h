@@ -8,7 +8,8 @@
 
 /* What a caller shares with the team while it works on it itself. */
 struct fa_offer {
-    /* Work until nothing is left.  `thread` is 1 .. threads - 1, and nobody else's; the caller is 0. */
+    /* Work until nothing is left.  `thread` is 1 .. threads - 1, and nobody else's; the caller is
+     * 0. */
     void (*help)(struct fa_offer *offer, int thread);
     void *context;
     int threads; /* that may work on it, the caller among them */

@@ -401,6 +401,17 @@ def default_scale(int64_t head_dim):
     return fa_default_scale(head_dim)
 
 
+cdef class DefaultFloatMode:
+    """A ``with`` block that NumPy computes in the default floating-point mode, as C does."""
+    cdef fa_float_mode found
+
+    def __enter__(self):
+        fa_float_mode_enter(&self.found)
+
+    def __exit__(self, *error):
+        fa_float_mode_leave(&self.found)
+
+
 def build_info():
     return {
         "compiler": (<bytes>FA_BUILD_COMPILER).decode(),

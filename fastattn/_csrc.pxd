@@ -104,3 +104,11 @@ cdef extern from "fastattn.h" nogil:
     fa_status fa_probe_read(
         const void *data, int64_t bytes, int num_threads, double *seconds
     ) noexcept
+
+
+cdef extern from "float_mode.h" nogil:
+    struct fa_float_mode:
+        pass
+
+    void fa_float_mode_enter(fa_float_mode *found) noexcept
+    void fa_float_mode_leave(const fa_float_mode *found) noexcept

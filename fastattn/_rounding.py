@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastattn import _core
 from fastattn._validate import BFLOAT16_BITS
 
 Array = NDArray[Any]
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
-@np.errstate(all="ignore")
+def in_default_float_mode(function: Callable[P, T]) -> Callable[P, T]:
+    """`function` in the default floating-point mode of this thread, and without NumPy's warnings.
+
+    What a caller or another library left (rounding upward, subnormal numbers flushed to zero) does
+    not reach its result.
+    """
+
+    @functools.wraps(function)
+    def computed(*args: P.args, **kwargs: P.kwargs) -> T:
+        with _core.DefaultFloatMode(), np.errstate(all="ignore"):
+            return function(*args, **kwargs)
+
+    return computed
+
+
+@in_default_float_mode
 def round_once(x: Array, dtype: np.dtype[Any]) -> Array:
     """`x` in another float dtype, each element rounded once; `x` itself where it has that dtype."""
     if x.dtype == dtype:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastattn import _core
-from fastattn._rounding import round_once
+from fastattn._rounding import in_default_float_mode, round_once
 from fastattn._validate import (
     CORE_ARGUMENTS,
     FLOAT_NAMES,
@@ -220,7 +220,7 @@ def _rounded(name: str, x: Array, dtype: np.dtype[Any]) -> Array:
     return rounded
 
 
-@np.errstate(all="ignore")
+@in_default_float_mode
 def _quantize(name: str, x: Array) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """int8 codes and one scale per row, with ``abs(x - code * scale) <= scale / 2``."""
     if x.dtype.itemsize == 2:

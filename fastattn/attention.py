@@ -156,7 +156,9 @@ def attention(
         the same array as `residual`.
     num_threads : int, optional
         The most threads to work with, at least 1.  Default: the environment's
-        FASTATTN_NUM_THREADS or OMP_NUM_THREADS, else the CPUs that this process may use.
+        FASTATTN_NUM_THREADS or OMP_NUM_THREADS, else the CPUs that this process may use.  Fewer
+        work where the work pays for fewer, where other Python threads call too, or where the
+        system has no more.
 
     Returns
     -------
@@ -174,6 +176,9 @@ def attention(
         An argument has the wrong shape or value; the message names it.
     MemoryError
         The result or the workspace cannot be allocated.
+    RuntimeError
+        In a forked child only: a signal handler called ``os.fork()`` during this call, and threads
+        of the parent had a part of it.  The next call of the child is as any other.
 
     See Also
     --------
@@ -502,7 +507,7 @@ def merge_attention(
                 )
 
     # NaN and +inf are carried through, not warned about.
-    with np.errstate(all="ignore"):
+    with _core.DefaultFloatMode(), np.errstate(all="ignore"):
         top = part_lses[0].astype(np.float64)
         for part_lse in part_lses[1:]:
             np.maximum(top, part_lse, out=top)
@@ -686,6 +691,8 @@ def _threads_reason(asked: int | None, allowed: int, used: int) -> str:
         return source
     if not _core.has_openmp():
         return f"{source}, but this build has no OpenMP"
+    if used == _core.team_limit():
+        return f"{source}, but a call has no more than {used} on this machine"
     return f"{source}, but there is no work for more"
 
 

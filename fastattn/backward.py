@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn import _core, _validate
-from fastattn._rounding import round_once
+from fastattn._rounding import in_default_float_mode, round_once
 from fastattn.reference import Gradients
 
 Array = NDArray[Any]
@@ -242,6 +242,7 @@ class _Place:
             return _validate.core_view(result)[missing], lambda: result
         whole = _validate.allocate(self.shape, self.accumulator)
 
+        @in_default_float_mode
         def summed() -> Array:
             total = whole.sum(axis=self.axes, dtype=np.float64) if self.axes else whole
             return round_once(total.reshape(given.shape), given.dtype)

@@ -112,28 +112,34 @@ _fastattn_num_threads = _environment("FASTATTN_NUM_THREADS")
 _omp_num_threads = _environment("OMP_NUM_THREADS")
 
 
-def _positive_int(text: str) -> int | None:
+# Where a number of threads fits in C.  Fewer are made, see `_core.team_limit`.
+_MAX_THREADS = 2**31 - 1
+
+
+def _is_thread_count(text: str) -> bool:
     try:
-        value = int(text)
+        return 1 <= int(text) <= _MAX_THREADS
     except ValueError:
-        return None
-    return value if value >= 1 else None
+        return False
 
 
 def _thread_rule() -> tuple[int, str]:
     """The default number of threads, and what sets it."""
     threads, rule = _CPUS, "CPUs of this process"
     if text := _fastattn_num_threads():
-        asked = _positive_int(text)
-        if asked is None:
-            raise ValueError(f"`FASTATTN_NUM_THREADS` must be an integer >= 1, got {text!r}")
-        threads, rule = asked, "FASTATTN_NUM_THREADS"
+        if not _is_thread_count(text):
+            raise ValueError(
+                f"`FASTATTN_NUM_THREADS` must be an integer from 1 to {_MAX_THREADS}, got {text!r}"
+            )
+        threads, rule = int(text), "FASTATTN_NUM_THREADS"
     elif text := _omp_num_threads():
-        # A list gives one number per nesting level.  OpenMP runtimes warn about a value that they
-        # cannot read and go on without it, and so does this.
-        asked = _positive_int(text.partition(",")[0])
-        if asked is not None:
-            threads, rule = asked, "OMP_NUM_THREADS"
+        counts = text.split(",")  # one for each nesting level
+        if not all(map(_is_thread_count, counts)):
+            raise ValueError(
+                f"`OMP_NUM_THREADS` must be an integer from 1 to {_MAX_THREADS}, or several with "
+                f"commas between them, got {text!r}"
+            )
+        threads, rule = int(counts[0]), "OMP_NUM_THREADS"
     if not _HAS_OPENMP:
         return 1, "built without OpenMP"
     limit = _core.openmp_max_threads()
@@ -156,12 +162,14 @@ def default_num_threads() -> int:
     Raises
     ------
     ValueError
-        If FASTATTN_NUM_THREADS is set to anything but an integer of at least 1.
+        If FASTATTN_NUM_THREADS, or else OMP_NUM_THREADS, is set to anything but an integer from 1
+        to 2147483647; OMP_NUM_THREADS may list several, with commas between them.
 
     Notes
     -----
     The variables are read at every call; affinity and control groups at import.  A call never uses
-    more threads than it has work for, and a build without OpenMP always uses one.
+    more threads than it has work for, nor more than the machine has CPUs (16, where it has fewer);
+    a build without OpenMP always uses one.  Threads that the system refuses are done without.
 
     Examples
     --------

@@ -37,8 +37,8 @@ CPUS = config._CPUS
         ({"OMP_NUM_THREADS": " 4 "}, 4),
         ({"FASTATTN_NUM_THREADS": "5", "OMP_NUM_THREADS": "3"}, 5),
         ({"FASTATTN_NUM_THREADS": "", "OMP_NUM_THREADS": ""}, CPUS),
-        ({"OMP_NUM_THREADS": "many"}, CPUS),
-        ({"OMP_NUM_THREADS": "0"}, CPUS),
+        ({"FASTATTN_NUM_THREADS": "100000"}, 100000),
+        ({"FASTATTN_NUM_THREADS": "2", "OMP_NUM_THREADS": "many"}, 2),
     ],
 )
 def test_default_threads_from_the_environment(environment: dict[str, str], threads: int) -> None:
@@ -68,10 +68,10 @@ def test_environment_is_read_at_every_call(monkeypatch: pytest.MonkeyPatch) -> N
     assert config.default_num_threads() == 1
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "two", "1.5", " "])
+@pytest.mark.parametrize("value", ["0", "-1", "two", "1.5", " ", "2147483648", "9" * 5000, "2,2"])
 def test_bad_num_threads_variable(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTATTN_NUM_THREADS", value)
-    message = f"`FASTATTN_NUM_THREADS` must be an integer >= 1, got {value!r}"
+    message = f"`FASTATTN_NUM_THREADS` must be an integer from 1 to 2147483647, got {value!r}"
     with pytest.raises(ValueError) as error:
         config.default_num_threads()
     assert str(error.value) == message
@@ -82,8 +82,23 @@ def test_bad_num_threads_variable(value: str, monkeypatch: pytest.MonkeyPatch) -
     assert fa.attention(x, x, x, num_threads=1).shape == x.shape
 
 
-def test_bad_num_threads_variable_does_not_stop_the_import() -> None:
-    assert output_of("-c", "import fastattn", FASTATTN_NUM_THREADS="none") == ""
+@pytest.mark.parametrize("value", ["0", "many", "2,", ",2", "2,0", "2,many", "2147483648", "2;2"])
+def test_bad_openmp_variable(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FASTATTN_NUM_THREADS", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", value)
+    x = np.ones((1, 2, 3), np.float32)
+    with pytest.raises(ValueError) as error:
+        fa.attention(x, x, x)
+    assert str(error.value) == (
+        "`OMP_NUM_THREADS` must be an integer from 1 to 2147483647, or several with commas between "
+        f"them, got {value!r}"
+    )
+    assert fa.attention(x, x, x, num_threads=1).shape == x.shape
+
+
+@pytest.mark.parametrize("name", ["FASTATTN_NUM_THREADS", "OMP_NUM_THREADS"])
+def test_bad_num_threads_variable_does_not_stop_the_import(name: str) -> None:
+    assert output_of("-c", "import fastattn", **{name: "none"}) == ""
 
 
 @needs_openmp
