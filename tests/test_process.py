@@ -179,11 +179,9 @@ print("ok")
 
 @pytest.mark.parametrize("seconds", [0.0, 0.5])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_interpreter_exits_during_a_call(
-    seconds: float, threads: int, kernel_set: str
-) -> None:
-    """Daemon threads are inside calls of several threads when the interpreter is finalized; one that
-    asks for the interpreter's lock then ends, and its helpers must have left its memory before."""
+def test_interpreter_exits_during_a_call(seconds: float, threads: int, kernel_set: str) -> None:
+    """Daemon threads are inside calls of several threads when the interpreter is finalized; one
+    that then asks for its lock ends, and helpers must have left its memory before."""
     script = """
 class Slow:
     def __del__(self, sleep=time.sleep, sys_argv=tuple(sys.argv)):
@@ -407,8 +405,8 @@ print("ok")
 
 
 def test_floating_point_mode_of_the_thread(kernel_set: str, tmp_path: Path) -> None:
-    """The same bits in every rounding mode, with subnormal numbers flushed or not, on the caller and
-    on helpers; the mode and the exception flags are left as found."""
+    """The same bits in every rounding mode, with subnormal numbers flushed or not, on the caller
+    and on helpers; the mode and the exception flags are left as found."""
     shim = compile_c(
         ROOT / "c" / "float_control.c", tmp_path / "float_control.so", "-shared", "-fPIC"
     )
@@ -465,7 +463,8 @@ for rounding in range(4):
             flags = mode.get_flags()
             mode.set_mode(0, 0)
             if got != expected or before & 0xFFC0 != after & 0xFFC0:
-                wrong.append((rounding, flush, num_threads, [a == b for a, b in zip(got, expected)]))
+                same = [a == b for a, b in zip(got, expected)]
+                wrong.append((rounding, flush, num_threads, same))
 
 # What C itself raises and leaves: nothing.
 from fastattn import _core, _validate
@@ -624,7 +623,7 @@ print("ok")
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs another user")
 def test_number_of_processes_ends(kernel_set: str) -> None:
-    """RLIMIT_NPROC, which does not hold for root: the right result on the threads that there are."""
+    """RLIMIT_NPROC, which does not hold for root: the right result on what there is."""
     script = """
 import resource
 q, k, v = make(300, num_heads=8)
@@ -673,7 +672,7 @@ def test_team_under_load(tmp_path: Path) -> None:
 @pytest.mark.any_kernel_set
 @pytest.mark.skipif(shutil.which("clang") is None, reason="GCC's OpenMP hides its barriers")
 def test_team_has_no_data_race(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """ThreadSanitizer, which knows LLVM's OpenMP runtime; without forks, which it does not follow."""
+    """ThreadSanitizer, which knows LLVM's OpenMP; without forks, which it does not follow."""
     monkeypatch.setenv("CC", "clang")
     try:
         program = compile_team_stress(tmp_path / "stress", "-g", "-fsanitize=thread")

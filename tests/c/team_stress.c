@@ -107,7 +107,10 @@ static void spend_time(struct fa_job *job, int64_t task, int thread)
 static void fork_inside_a_call(void)
 {
     pid_t child = -1;
-    struct fa_job job = {.num_tasks = 4, .num_threads = 4, .run = spend_time, .poll = fork_in_poll,
+    struct fa_job job = {.num_tasks = 4,
+                         .num_threads = 4,
+                         .run = spend_time,
+                         .poll = fork_in_poll,
                          .poll_arg = &child};
     const enum fa_status status = fa_job_run(&job);
     if (child == 0) {
