@@ -341,14 +341,14 @@ def test_failures_are_shown_and_the_others_measured(monkeypatch):
 def test_memory_that_a_contender_needs(monkeypatch):
     grouped = prefill("", 1, 4, 64, 16, num_kv_heads=1)
     monkeypatch.setattr(runner, "_free_memory", lambda: 2.0 * grouped.kv_bytes * 4)
-    assert runner._too_large("torch", grouped) is None
+    assert runner.too_large("torch", grouped) is None
     monkeypatch.setattr(runner, "_free_memory", lambda: 2.0 * grouped.kv_bytes * 4 - 1)
-    assert runner._too_large("torch", grouped) == "not enough memory"
-    assert runner._too_large("fastattn", grouped) is None
+    assert runner.too_large("torch", grouped) == "not enough memory"
+    assert runner.too_large("fastattn", grouped) is None
     monkeypatch.setattr(runner, "_free_memory", lambda: 2.0 * 4 * runner.SCORE_COPIES * 4 * 64**2)
-    assert runner._too_large("numpy", grouped._replace(dtype="float16")) is None
+    assert runner.too_large("numpy", grouped._replace(dtype="float16")) is None
     both = grouped._replace(dtype="float16", gradients=True)
-    assert runner._too_large("numpy", both) == "not enough memory"
+    assert runner.too_large("numpy", both) == "not enough memory"
 
 
 def take_half_a_second(*arguments):

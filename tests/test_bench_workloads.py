@@ -8,7 +8,7 @@ from process import output_of
 
 import fastattn as fa
 from fastattn import reference
-from fastattn.bench import contenders, forms, ours, workloads
+from fastattn.bench import contenders, forms, ours, plain, workloads
 from fastattn.bench.check import TOLERANCES, check
 from fastattn.bench.grid import (
     DECODE_DTYPES,
@@ -31,6 +31,7 @@ PACKED = prefill("packed", 4, 4, 100, 16, num_kv_heads=2, lengths=LENGTHS)
 DECODE = decode("decode", 2, 4, 2, 300)
 RAGGED = decode("ragged", 4, 4, 2, 100, lengths=LENGTHS, cache="KVCache")
 BOTH = prefill("both", 2, 4, 96, 16, num_kv_heads=2, gradients=True)
+LAYER = prefill("layer", 2, 4, 96, 16, layer=True)
 
 # Every form of a call.
 FORMS = {
@@ -66,13 +67,14 @@ def test_workloads_are_told_apart():
 def test_labels():
     assert SMALL._replace(causal=True).label == "(1,4,320,16) causal"
     assert BOTH._replace(dtype="bfloat16").label == "(2,4/2,96,16) bf16 forward+backward"
+    assert LAYER.label == "(2,4,96,16) MultiHeadAttention"
     assert PACKED.label == "(4,4/2,3..100,16)"
     paged = RAGGED._replace(cache="PagedKVCache", cache_dtype="int8")
     assert paged.label == "(4,4/2,1x3..100,128) int8 PagedKVCache"
 
 
 def test_the_grid_has_what_was_asked_for():
-    assert KINDS == ("prefill", "options", "decode", "varlen", "backward", "scaling", "growth")
+    assert KINDS == ("prefill", "options", "decode", "varlen", "backward", "layer", "scaling", "growth")
     decoded = {
         (w.batch, w.num_heads, w.num_kv_heads, w.seqlen_k, w.cache_dtype or w.dtype)
         for w in chosen("decode")
@@ -91,6 +93,8 @@ def test_the_grid_has_what_was_asked_for():
         for seqlen in (2048, 4096):
             forward = [w for w in chosen("prefill") if (w.seqlen_q, w.causal) == (seqlen, causal)]
             assert {w.dtype for w in forward} >= dtypes
+    shapes = {w.shape for w in chosen("prefill")}
+    assert {"(32,12,32,32)", "(32,2,64,16)", "(8,12,197,64)", "(512,4,49,32)"} <= shapes
     assert {w.cache for w in chosen("varlen")} == {"", "KVCache", "PagedKVCache"}
     assert [w.baseline.num_threads for w in chosen("scaling")] == [1] * len(SCALING)
 
@@ -122,6 +126,10 @@ def test_useful_operations():
     assert full.output_bytes == contenders.CONTENDERS["fastattn"].make(full, 1).run().nbytes
     assert full._replace(causal=True).flops == full.flops / 2
     assert full._replace(gradients=True).flops == 3.5 * full.flops
+    # Four projections of 64 features to 64, two of them to half as many with grouped heads.
+    layer = full._replace(layer=True)
+    assert layer.flops == full.flops + 2 * (2 * 512) * 4 * 64**2
+    assert layer._replace(num_kv_heads=2).flops == full.flops + 2 * (2 * 512) * 3 * 64**2
     for option in ("window", "segments"):
         workload = full._replace(option=option)
         keep = forms.takes_part(workload)
@@ -141,6 +149,17 @@ def test_bytes_read(dtype):
     cache = fa.KVCache(1, 2, 16, 128, dtype=workloads.real_dtype(dtype))
     assert workload.kv_bytes == cache.nbytes == 2 * 2 * 16 * (128 * itemsize + 4 * (itemsize == 1))
     assert RAGGED.kv_bytes == 2 * 2 * sum(LENGTHS) * 128 * 4
+
+
+def test_shortened():
+    workload = PACKED._replace(causal=True, option="sinks")
+    shorter = workload.shortened(32)
+    assert (shorter.seqlen_q, shorter.seqlen_k, shorter.lengths) == (32, 32, (3, 32, 32, 7))
+    assert (shorter.causal, shorter.option, shorter.batch) == (True, "sinks", 4)
+    assert workload.shortened(100) == workload
+    small = workload.small(32)
+    assert small == shorter._replace(causal=False, option="")
+    assert DECODE.shortened(32).seqlen_q == 1
 
 
 def test_bfloat16_needs_its_library(monkeypatch):
@@ -189,6 +208,34 @@ def test_every_form_in_every_dtype(form, dtype, name):
     assert contenders.CONTENDERS[name].make(workload.small(8), 1).run() is not None
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_the_reference_is_called_in_every_form(form):
+    workload = FORMS[form]._replace(dtype="float64")
+    call = plain.reference(workload, 1)
+    result = call.run()
+    check(call, result, workload)
+    expected = ours.make(workload, 1)
+    parts = zip(call.read(result), expected.read(expected.run()), strict=True)
+    for found, wanted in parts:
+        np.testing.assert_allclose(found, wanted, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["fastattn", "numpy"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("num_kv_heads", [4, 2])
+def test_layers(num_kv_heads, dtype, name):
+    workload = LAYER._replace(num_kv_heads=num_kv_heads, dtype=dtype)
+    call = contenders.CONTENDERS[name].make(workload, 1)
+    result = call.run()
+    check(call, result, workload)
+    # By hand: projections, heads side by side, the last projection.
+    x = workload.layer_input().astype(np.float64)
+    w_q, w_k, w_v, w_o = workload.layer_weights()
+    q, k, v = ((x @ w).reshape(2, 96, -1, 16).swapaxes(1, 2) for w in (w_q, w_k, w_v))
+    heads = reference.attention(q, k, v).swapaxes(1, 2).reshape(2, 96, 64)
+    np.testing.assert_allclose(result, heads @ w_o, atol=1e-5)
+
+
 @pytest.mark.parametrize("cache", ["KVCache", "PagedKVCache"])
 @pytest.mark.parametrize("lengths", [(), LENGTHS])
 def test_int8_caches(cache, lengths):
@@ -223,13 +270,15 @@ def test_pages_of_sequences_lie_scattered(monkeypatch):
     ("form", "dtype"),
     [
         *itertools.product(FORMS, ["float32", "bfloat16"]),
+        ("layer", "float32"),
         # The arrays of options are float32.
         *itertools.product(OPTIONS[1:], ["float32"]),
     ],
 )
 def test_check_finds_a_wrong_result(form, dtype):
     need_dtype(dtype)
-    workload = FORMS[form] if form in FORMS else SMALL._replace(option=form)
+    others = {option: SMALL._replace(option=option) for option in OPTIONS} | {"layer": LAYER}
+    workload = (FORMS | others)[form]
     workload = workload._replace(dtype=dtype)
     call = contenders.CONTENDERS["fastattn"].make(workload, 1)
     result = call.run()
@@ -266,6 +315,7 @@ def test_blas_is_the_products(workload):
         (SMALL._replace(option="mask"), "no mask"),
         (SMALL._replace(dtype="float16"), "no float16"),
         (BOTH, "no gradients"),
+        (LAYER, "no layer"),
     ],
 )
 def test_blas_is_the_products_only(workload, message):
@@ -299,7 +349,7 @@ import sys
 from fastattn.bench import contenders
 from fastattn.bench.check import check
 from fastattn.bench.forms import Unsupported
-from test_bench_workloads import FORMS, OPTIONS, prefill
+from test_bench_workloads import FORMS, LAYER, OPTIONS, prefill
 from fastattn.bench.workloads import lacks
 
 found = {}
@@ -311,6 +361,7 @@ for option in OPTIONS:
 for dtype in ("float32", "float16", "bfloat16"):
     for form, workload in FORMS.items():
         found[f"{form} {dtype}"] = workload._replace(dtype=dtype)
+found["layer"], found["layer causal"] = LAYER, LAYER._replace(causal=True)
 make = contenders.CONTENDERS[sys.argv[1]].make
 for name, workload in found.items():
     if lacks(workload):
@@ -326,7 +377,9 @@ for name, workload in found.items():
 SIXTEEN_BITS = ("float32", "float16", "bfloat16")
 # Forms in float32, forms in other dtypes.
 PEERS = {
-    "torch": [f"{form} {dtype}" for form in FORMS for dtype in SIXTEEN_BITS],
+    "torch": [
+        *(f"{form} {dtype}" for form in FORMS for dtype in SIXTEEN_BITS), "layer", "layer causal",
+    ],  # fmt: skip
     "onnxruntime": [
         f"{form} {dtype}"
         for form in ("prefill", "decode", "cache", "pages")
@@ -349,5 +402,6 @@ def test_peers_are_attention(name, request):
     checked = output_of("-c", CHECK_PEER, name, **contenders.environment(1), **paths).splitlines()
     options = {"plain True", "plain False"}
     options |= {f"{x} False" for x in ("mask", "bias", "alibi", "window", "segments")}
-    expected = {x for x in PEERS[name] if not workloads.lacks(SMALL._replace(dtype=x.split()[-1]))}
+    lacking = {x for x in SIXTEEN_BITS if workloads.lacks(SMALL._replace(dtype=x))}
+    expected = {x for x in PEERS[name] if x.split()[-1] not in lacking}
     assert options | expected <= set(checked)

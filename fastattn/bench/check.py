@@ -39,6 +39,8 @@ def check(call: Call, result: Any, workload: Workload) -> None:
         If they differ by more than rounding explains.
     """
     compare = _check_gradients if workload.gradients else _check_rows
+    if workload.layer:
+        compare = _check_layer
     compare(call, call.read(result), workload)
 
 
@@ -98,6 +100,17 @@ def _expected_row(
         mine["segment_ids"] = (q_ids[i : i + 1], k_ids)
     out: Array = reference.attention(q[None], k, v, q_offset=int(i) + offset, **mine)
     return out
+
+
+def _check_layer(call: Call, out: Any, workload: Workload) -> None:
+    w_q, w_k, w_v, w_o = (w.astype(np.float64) for w in workload.layer_weights())
+    for b in {0, workload.batch - 1}:
+        x = workload.layer_input()[b].astype(np.float64)
+        q, k, v = (
+            (x @ w).reshape(len(x), -1, workload.head_dim).swapaxes(0, 1) for w in (w_q, w_k, w_v)
+        )
+        heads = reference.attention(q, k, v, **workload.options())
+        _near(out[b], heads.swapaxes(0, 1).reshape(len(x), -1) @ w_o, workload)
 
 
 def _check_gradients(call: Call, grads: Any, workload: Workload) -> None:

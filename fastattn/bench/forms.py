@@ -92,6 +92,12 @@ def no_gradients(workload: Workload) -> None:
         raise Unsupported("no gradients")
 
 
+def no_layer(workload: Workload) -> None:
+    """Refuse a layer with its projections."""
+    if workload.layer:
+        raise Unsupported("no layer")
+
+
 def no_packed(workload: Workload) -> None:
     """Refuse packed sequences."""
     if workload.packed:

@@ -45,6 +45,13 @@ GROWTH = (
 _PLAIN, _PLAIN_CAUSAL = _both_masks(prefill("prefill-2k", 1, 12, 2048, 64))
 _WIDE, _WIDE_CAUSAL = _both_masks(prefill("prefill-4k-wide", 1, 8, 4096, 128))
 _MANY_SHORT = prefill("many-short", 8, 12, 128, 64)
+_SHORT = (
+    _MANY_SHORT,
+    prefill("short-32", 32, 12, 32, 32),
+    prefill("short-64", 32, 2, 64, 16),
+    prefill("short-image", 8, 12, 197, 64),  # a class and 14 x 14 patches
+    prefill("short-windows", 512, 4, 49, 32),  # of 7 x 7 patches
+)
 
 _PREFILL = (
     *_both_masks(prefill("prefill-512", 1, 12, 512, 64)),
@@ -53,7 +60,7 @@ _PREFILL = (
     _WIDE,
     _WIDE_CAUSAL,
     prefill("grouped-1k-causal", 1, 32, 1024, 128, num_kv_heads=8, causal=True),
-    _MANY_SHORT,
+    *_SHORT,
     prefill("head-dim-32", 1, 12, 2048, 32),
     prefill("head-dim-80", 1, 12, 2048, 80),
     prefill("head-dim-256", 1, 4, 2048, 256),
@@ -142,8 +149,13 @@ SCALING = (
     _beside_one_thread(_DECODE_8K_G4, "scaling-decode-8k-g4"),
 )
 
+_LAYER = tuple(
+    prefill(f"layer-{seqlen}", batch, 12, seqlen, 64, kind="layer", layer=True)
+    for batch, seqlen in ((32, 32), (8, 128), (1, 512))
+)
+
 #: Everything that is measured unless less is asked for, kind by kind.
-GRID = (*_PREFILL, *_OPTIONS, *_DECODE, *_VARLEN, *_BACKWARD, *SCALING, *GROWTH)
+GRID = (*_PREFILL, *_OPTIONS, *_DECODE, *_VARLEN, *_BACKWARD, *_LAYER, *SCALING, *GROWTH)
 
 KINDS = tuple(dict.fromkeys(workload.kind for workload in GRID))
 

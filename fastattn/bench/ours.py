@@ -8,6 +8,7 @@ from fastattn.attention import attention
 from fastattn.bench.forms import Call, pack, starts
 from fastattn.bench.workloads import Workload, real_dtype
 from fastattn.cache import KVCache
+from fastattn.layers import MultiHeadAttention
 from fastattn.paged_cache import PagedKVCache
 from fastattn.varlen import attention_varlen
 
@@ -17,6 +18,8 @@ PAGE_SIZE = 16
 
 def make(workload: Workload, num_threads: int) -> Call:
     """The call of a workload, whatever it takes."""
+    if workload.layer:
+        return _layer(workload, num_threads)
     if workload.gradients:
         return _both_passes(workload, num_threads)
     if workload.packed:
@@ -28,6 +31,13 @@ def make(workload: Workload, num_threads: int) -> Call:
     q, k, v = workload.arrays()
     options = workload.options()
     return Call(lambda: attention(q, k, v, num_threads=num_threads, **options), np.asarray)
+
+
+def _layer(workload: Workload, num_threads: int) -> Call:
+    x = workload.layer_input()
+    layer = MultiHeadAttention(*workload.layer_weights(), num_heads=workload.num_heads)
+    options: dict[str, Any] = workload.options() | {"num_threads": num_threads}
+    return Call(lambda: layer(x, **options), np.asarray)
 
 
 def _both_passes(workload: Workload, num_threads: int) -> Call:

@@ -6,10 +6,12 @@ import numpy as np
 
 from fastattn.bench.forms import (
     Call,
+    Unsupported,
     additive_mask,
     fastest,
     is_there,
     no_gradients,
+    no_layer,
     no_packed,
     only_dtypes,
     only_options,
@@ -37,6 +39,8 @@ def torch(workload: Workload, num_threads: int) -> Call:
     only_options(workload, *MASKS)
     only_dtypes(workload, "float32", "float64", "float16", "bfloat16")
     torch.set_num_threads(num_threads)
+    if workload.layer:
+        return _torch_layer(workload)
     if workload.gradients:
         return _torch_both_passes(workload)
     if workload.packed:
@@ -117,6 +121,29 @@ def _torch_both_passes(workload: Workload) -> Call:
     return Call(call, lambda grads: [_from_torch(grad) for grad in grads])
 
 
+def _torch_layer(workload: Workload) -> Call:
+    import torch
+
+    only_options(workload)
+    only_dtypes(workload, "float32", "float64")
+    if workload.group_size > 1:
+        raise Unsupported("no grouped heads in its layer")
+    x = _to_torch(workload.layer_input())
+    w_q, w_k, w_v, w_o = (_to_torch(w.T) for w in workload.layer_weights())
+    layer = torch.nn.MultiheadAttention(
+        len(w_q), workload.num_heads, bias=False, batch_first=True, dtype=x.dtype
+    ).eval()
+    layer.load_state_dict({"in_proj_weight": torch.cat([w_q, w_k, w_v]), "out_proj.weight": w_o})
+    seen = torch.ones(workload.seqlen_q, workload.seqlen_k, dtype=torch.bool).tril()
+    options = {"attn_mask": ~seen, "is_causal": True} if workload.causal else {}
+
+    def call() -> Any:
+        with torch.inference_mode():
+            return layer(x, x, x, need_weights=False, **options)[0]
+
+    return Call(call, _from_torch)
+
+
 # ---- ONNX Runtime -------------------------------------------------------------------------------
 
 
@@ -128,6 +155,7 @@ def onnxruntime(workload: Workload, num_threads: int) -> Call:
     only_dtypes(workload, "float32", "float16")
     no_gradients(workload)
     no_packed(workload)
+    no_layer(workload)
     if workload.lengths:
         return _onnx_cached(workload, num_threads)
     calls = [_onnx_attention(workload, num_threads)]
@@ -247,6 +275,7 @@ def openvino(workload: Workload, num_threads: int) -> Call:
     only_dtypes(workload, "float32", "float16", "bfloat16")
     no_gradients(workload)
     no_packed(workload)
+    no_layer(workload)
     names = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
     kind = getattr(openvino.Type, names[workload.dtype])
     q, k, v = workload.arrays()
@@ -288,6 +317,7 @@ def jax(workload: Workload, num_threads: int) -> Call:
 
     only_options(workload, *MASKS)
     only_dtypes(workload, "float32", "float64", "bfloat16")
+    no_layer(workload)
     if workload.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
     q, k, v = (np.ascontiguousarray(x.swapaxes(1, 2)) for x in workload.arrays())

@@ -1,11 +1,15 @@
-"""The calls of NumPy: attention as it is defined, and its two matrix products alone."""
+"""The calls of NumPy: the reference, attention as it is defined, its two matrix products alone."""
+
+from typing import Any
 
 import numpy as np
 
+from fastattn import reference as specification
 from fastattn.bench.forms import (
     Call,
     grouped,
     no_gradients,
+    no_layer,
     only_dtypes,
     only_options,
     score_terms,
@@ -13,12 +17,38 @@ from fastattn.bench.forms import (
     takes_part,
 )
 from fastattn.bench.workloads import Array, Workload, real_dtype
+from fastattn.layers import MultiHeadAttention
+
+
+def reference(workload: Workload, num_threads: int) -> Call:
+    """`fastattn.reference`, the specification, in float64."""
+    only_dtypes(workload, "float32", "float64", "float16", "bfloat16")
+    no_layer(workload)
+    options = workload.options()
+    if workload.gradients:
+        q, k, v = workload.arrays()
+        grad_out = workload.grad_out()
+        return Call(
+            lambda: specification.attention_backward(grad_out, q, k, v, **options),
+            lambda grads: (grads.q, grads.k, grads.v),
+        )
+    if workload.lengths:
+        parts = sequences(workload)
+        return Call(
+            lambda: [specification.attention(*part, **options) for part in parts],
+            lambda outs: [out[0] for out in outs],
+        )
+    q, k, v = workload.arrays()
+    return Call(lambda: specification.attention(q, k, v, **options), np.asarray)
 
 
 def numpy(workload: Workload, num_threads: int) -> Call:
     """Softmax on whole score matrices, in place where NumPy can; 16-bit types in float32, which is
     several times faster than NumPy's own float16."""
     only_dtypes(workload, "float32", "float64", "float16", "bfloat16")
+    if workload.layer:
+        only_options(workload)
+        return _layer(workload)
     if workload.gradients:
         only_options(workload)
         return _both_passes(workload)
@@ -110,6 +140,20 @@ def _one_by_one(workload: Workload) -> Call:
     return Call(call, read)
 
 
+def _layer(workload: Workload) -> Call:
+    """The layer of fastattn, whose projections are NumPy's, around NumPy's attention."""
+    settings = _Settings(workload)
+
+    class Layer(MultiHeadAttention):
+        def attend(self, q: Array, k: Array, v: Array, **options: Any) -> None:
+            made = settings.attend(*(grouped(workload, x) for x in (q, k, v)))
+            options["out"][...] = made.reshape(workload.q_shape)
+
+    layer = Layer(*workload.layer_weights(), num_heads=workload.num_heads)
+    x = workload.layer_input()
+    return Call(lambda: layer(x), np.asarray)
+
+
 def _both_passes(workload: Workload) -> Call:
     """The gradients by the chain rule, the weights kept from the forward pass."""
     q, k, v = (grouped(workload, x) for x in workload.arrays())
@@ -140,6 +184,7 @@ def blas(workload: Workload, num_threads: int) -> Call:
     only_options(workload)
     only_dtypes(workload, "float32", "float64")
     no_gradients(workload)
+    no_layer(workload)
     parts = sequences(workload) if workload.lengths else [workload.arrays()]
     grids = [[grouped(workload, x) for x in part] for part in parts]
     # Filled, because memory that was never written is not there yet.

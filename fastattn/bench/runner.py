@@ -361,8 +361,28 @@ def _free_memory() -> float:
     return int(found[1]) * 1024.0 if found else math.inf
 
 
-def _too_large(name: str, workload: Workload) -> str | None:
-    """Why a contender is not even started."""
+def too_large(name: str, workload: Workload) -> str | None:
+    """Why a contender is not even started on a workload, or None.
+
+    Parameters
+    ----------
+    name : str
+        A key of `CONTENDERS`.
+    workload : Workload
+        What it would compute.
+
+    Returns
+    -------
+    str or None
+        The reason.
+
+    Examples
+    --------
+    >>> from fastattn.bench.runner import too_large
+    >>> from fastattn.bench.workloads import prefill
+    >>> too_large("numpy", prefill("", 1, 1, 2**15, 64))
+    'more than 268,435,456 scores, fastattn only'
+    """
     if name != "fastattn" and workload.alone:
         return "fastattn only"
     if name != "fastattn" and workload.num_scores > MAX_SCORES:
@@ -376,6 +396,43 @@ def _too_large(name: str, workload: Workload) -> str | None:
     if needed > _free_memory() / 2:
         return "not enough memory"
     return lacks(workload)
+
+
+def rates(
+    workload: Workload, seconds: float, peak: float, read_rate: float | None
+) -> dict[str, float]:
+    """What a time means.
+
+    Parameters
+    ----------
+    workload : Workload
+        What was computed.
+    seconds : float
+        In this time.
+    peak : float
+        Operations per second that the machine can do at most.
+    read_rate : float or None
+        Bytes per second that it can read, where reading bounds the time.
+
+    Returns
+    -------
+    dict
+        ``"gflops"`` and ``"share_of_peak"``; with `read_rate` also ``"gbytes_per_second"`` and
+        ``"share_of_read"``.
+
+    Examples
+    --------
+    >>> from fastattn.bench.runner import rates
+    >>> from fastattn.bench.workloads import prefill
+    >>> rates(prefill("", 1, 1, 1000, 50), 0.01, 100e9, None)
+    {'gflops': 20.0, 'share_of_peak': 0.2}
+    """
+    rate = workload.flops / seconds
+    found = {"gflops": rate / 1e9, "share_of_peak": rate / peak}
+    if read_rate is not None:
+        rate = workload.kv_bytes / seconds
+        found |= {"gbytes_per_second": rate / 1e9, "share_of_read": rate / read_rate}
+    return found
 
 
 def measure(
@@ -411,7 +468,7 @@ def measure(
         children: dict[str, _Child] = {}
         # They load their libraries at the same time, each until it stands still.
         for key, (name, called) in calls.items():
-            if reason := _too_large(name, called):
+            if reason := too_large(name, called):
                 left_out[key] = reason
                 continue
             threads = called.num_threads or num_threads
@@ -446,11 +503,7 @@ def measure(
         called = calls[key][1]
         entry["median"] = statistics.median(entry["seconds"])
         entry["best"] = min(entry["seconds"])
-        rate = called.flops / entry["median"]
-        entry |= {"gflops": rate / 1e9, "share_of_peak": rate / peak}
-        if read_rate:
-            rate = called.kv_bytes / entry["median"]
-            entry |= {"gbytes_per_second": rate / 1e9, "share_of_read": rate / read_rate}
+        entry |= rates(called, entry["median"], peak, read_rate)
     baseline, ours = shown.pop("baseline", None), shown.get("fastattn")
     for entry in shown.values():
         entry["ratio"] = entry["median"] / ours["median"] if ours else None

@@ -24,7 +24,8 @@ _SHORT = {"float32": "", "float64": "f64", "float16": "f16", "bfloat16": "bf16"}
 
 
 class Workload(NamedTuple):
-    """One forward call, or with `gradients` a forward and a backward call together."""
+    """One forward call, or with `gradients` a forward and a backward call together, or with `layer`
+    a call of a layer."""
 
     name: str
     batch: int
@@ -46,6 +47,8 @@ class Workload(NamedTuple):
     cache: str = ""  # "KVCache" or "PagedKVCache": where keys and values are, if not in arrays
     cache_dtype: str = ""  # of its storage; "": `dtype`
     gradients: bool = False
+    # Self-attention with four projections; its features are those of all heads side by side.
+    layer: bool = False
     alone: bool = False  # measured with fastattn only
 
     @property
@@ -69,6 +72,7 @@ class Workload(NamedTuple):
             self.cache_dtype,
             self.cache,
             "forward+backward" if self.gradients else "",
+            "MultiHeadAttention" if self.layer else "",
         ]
         return " ".join(part for part in parts if part)
 
@@ -119,7 +123,8 @@ class Workload(NamedTuple):
     @property
     def flops(self) -> float:
         """Useful operations: 4 per score and feature, scores of keys that take part by position
-        only, half of the square for causal; with gradients 7 products instead of 2."""
+        only, half of the square for causal; with gradients 7 products instead of 2; of a layer
+        also its projections, 2 per weight and row."""
         share = 0.5 if self.causal else 1.0
         if self.option == "segments":
             share /= SEGMENTS
@@ -127,7 +132,12 @@ class Workload(NamedTuple):
             left_out = self.seqlen_q - WINDOW  # the first queries see fewer keys
             share = WINDOW * (left_out + (WINDOW + 1) / 2) / (self.seqlen_q * self.seqlen_k)
         products = BOTH_PRODUCTS if self.gradients else FORWARD_PRODUCTS
-        return 2.0 * products * self.num_scores * self.head_dim * share
+        attention = 2.0 * products * self.num_scores * self.head_dim * share
+        if not self.layer:
+            return attention
+        features = self.num_heads * self.head_dim
+        weights = 2 * features * (features + features // self.group_size)
+        return attention + 2.0 * self.batch * self.seqlen_q * weights
 
     def arrays(self) -> tuple[Array, Array, Array]:
         """q, k and v, the same on every call; sequences of unequal lengths are padded."""
@@ -138,6 +148,23 @@ class Workload(NamedTuple):
     def q_shape(self) -> tuple[int, int, int, int]:
         """Shape of q, and of the result."""
         return (self.batch, self.num_heads, self.seqlen_q, self.head_dim)
+
+    def layer_input(self) -> Array:
+        """The input of a layer, (batch, seqlen, features), the same on every call."""
+        q = self.arrays()[0]
+        return q.swapaxes(1, 2).reshape(self.batch, self.seqlen_q, -1)
+
+    def layer_weights(self) -> tuple[Array, Array, Array, Array]:
+        """``w_q, w_k, w_v, w_o`` of a layer, the same on every call, which keep the size of what
+        they multiply."""
+        features = self.num_heads * self.head_dim
+        narrow = features // self.group_size
+        rng = np.random.default_rng(3)
+        w_q, w_k, w_v, w_o = (
+            (rng.standard_normal((features, n)) * features**-0.5).astype(self.dtype)
+            for n in (features, narrow, narrow, features)
+        )
+        return w_q, w_k, w_v, w_o
 
     def grad_out(self) -> Array:
         """The gradient of the result, the same on every call."""
@@ -167,16 +194,18 @@ class Workload(NamedTuple):
             made["softmax_axis"] = "queries"
         return made
 
-    def small(self, length: int) -> "Workload":
-        """The same kind of call with sequences of at most `length`, no option: a first call that
-        loads what a library loads lazily."""
+    def shortened(self, length: int) -> "Workload":
+        """The same call with sequences of at most `length`."""
         return self._replace(
             seqlen_q=min(length, self.seqlen_q),
             seqlen_k=min(length, self.seqlen_k),
             lengths=tuple(min(length, n) for n in self.lengths),
-            option="",
-            causal=False,
         )
+
+    def small(self, length: int) -> "Workload":
+        """The same kind of call with sequences of at most `length`, no option: a first call that
+        loads what a library loads lazily."""
+        return self.shortened(length)._replace(option="", causal=False)
 
 
 # The last ones are kept: a contender needs them again, and 1 GiB of random numbers takes seconds.
