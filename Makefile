@@ -26,7 +26,7 @@ TEST_ENV := OPENBLAS_NUM_THREADS=1
 # These reach every option and every tail in two minutes; ASAN_TESTS=tests is all of them.
 ASAN_TESTS ?= tests/test_guard_pages.py tests/test_config.py
 
-.PHONY: demo test test-torch bench microbench lint asan emulate docs clean help
+.PHONY: demo test test-torch bench bench-peers microbench lint asan emulate docs clean help
 .DEFAULT_GOAL := help
 
 demo: $(BUILT)  ## find sentences with a real encoder, check and measure it
@@ -43,7 +43,10 @@ test-torch: $(BUILT) $(VENV)/extra-test $(VENV)/extra-torch $(VENV)/extra-exampl
 	$(PY) -m pytest -q --doctest-modules --doctest-glob='*.md' fastattn/torch.py \
 	    fastattn/_torch_ops.py fastattn/_torch_routing.py fastattn/_torch_sdpa.py docs/torch.md
 
-bench: $(BUILT) $(VENV)/extra-bench  ## time attention beside NumPy and the libraries that are installed
+bench: $(BUILT) $(VENV)/group-bench  ## pytest-benchmark: runs to save and to compare, beside NumPy and PyTorch
+	$(PY) -m pytest bench $(ARGS)
+
+bench-peers: $(BUILT) $(VENV)/extra-bench  ## the libraries that are installed take turns, one process each
 	$(PY) bench/import_time.py
 	$(PY) -m fastattn bench $(ARGS)
 
@@ -82,7 +85,7 @@ clean:  ## remove everything that the other targets made
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(VENV)/base: pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "fastattn needs Python 3.11"'
@@ -97,6 +100,10 @@ $(BUILT): $(SOURCES) $(VENV)/base
 
 $(VENV)/extra-torch: pyproject.toml $(VENV)/base
 	$(PIP) $(TORCH)
+	@touch $@
+
+$(VENV)/group-%: pyproject.toml $(VENV)/base
+	$(PIP) $(call requirements,p["dependency-groups"]["$*"])
 	@touch $@
 
 $(VENV)/extra-%: pyproject.toml $(VENV)/base

@@ -1,5 +1,6 @@
 """The calls of NumPy: the reference, attention as it is defined, its two matrix products alone."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,9 @@ from fastattn.layers import MultiHeadAttention
 def reference(workload: Workload, num_threads: int) -> Call:
     """`fastattn.reference`, the specification, in float64."""
     only_dtypes(workload, "float32", "float64", "float16", "bfloat16")
-    no_layer(workload)
     options = workload.options()
+    if workload.layer:
+        return _layer(workload, lambda *operands: specification.attention(*operands, **options))
     if workload.gradients:
         q, k, v = workload.arrays()
         grad_out = workload.grad_out()
@@ -48,7 +50,13 @@ def numpy(workload: Workload, num_threads: int) -> Call:
     only_dtypes(workload, "float32", "float64", "float16", "bfloat16")
     if workload.layer:
         only_options(workload)
-        return _layer(workload)
+        settings = _Settings(workload)
+
+        def attend(*operands: Array) -> Array:
+            made = settings.attend(*(grouped(workload, x) for x in operands))
+            return made.reshape(workload.q_shape)
+
+        return _layer(workload, attend)
     if workload.gradients:
         only_options(workload)
         return _both_passes(workload)
@@ -140,14 +148,12 @@ def _one_by_one(workload: Workload) -> Call:
     return Call(call, read)
 
 
-def _layer(workload: Workload) -> Call:
-    """The layer of fastattn, whose projections are NumPy's, around NumPy's attention."""
-    settings = _Settings(workload)
+def _layer(workload: Workload, attend: Callable[..., Array]) -> Call:
+    """The layer of fastattn, whose projections are NumPy's, around another attention."""
 
     class Layer(MultiHeadAttention):
         def attend(self, q: Array, k: Array, v: Array, **options: Any) -> None:
-            made = settings.attend(*(grouped(workload, x) for x in (q, k, v)))
-            options["out"][...] = made.reshape(workload.q_shape)
+            options["out"][...] = attend(q, k, v)
 
     layer = Layer(*workload.layer_weights(), num_heads=workload.num_heads)
     x = workload.layer_input()
