@@ -117,11 +117,12 @@ def attention(
         Bound on the scores, greater than 0: ``softcap * tanh(score / softcap)``.
     bias : array_like, broadcastable to (..., num_heads, seqlen_q, seqlen_k), optional
         Added to the scores, after `softcap`; of any of q's dtypes, whatever q's own is.  Where it
-        is -inf, the weight is exactly 0.
+        is -inf, the weight is exactly 0.  Its axes are those of `mask`.
     alibi_slopes : array_like, (num_heads,) or broadcastable to (..., num_heads), optional
         Adds ``-slope * abs(i + q_offset - j)`` to the score of query ``i`` and key ``j``.
     mask : array_like of bool, broadcastable to (..., num_heads, seqlen_q, seqlen_k), optional
-        True = this key takes part for this query.
+        True = this key takes part for this query.  Which axis is which: "Masks and biases" below;
+        one of (batch, seqlen_k) is ``mask[:, None, None, :]``.
     causal : bool, optional
         Query ``i`` sees keys ``j <= i + q_offset`` only (drawn below).
     window : pair of int or None, optional
@@ -203,6 +204,37 @@ def attention(
     Any strides do, also zero and negative ones: ``x.reshape(batch, seqlen, heads, head_dim)
     .swapaxes(1, 2)`` is read in place, and gives a result that is laid out the same way.
 
+    **Masks and biases.**  Axes are counted from the last one, as NumPy broadcasts, whatever else
+    their lengths would fit.  With as many batch entries as queries, (batch, seqlen_k) has the shape
+    of (seqlen_q, seqlen_k) and is read as that; with as many batch entries as heads, (batch,
+    seqlen_q, seqlen_k) is read as (heads, seqlen_q, seqlen_k).  For q of (batch, heads, seqlen_q,
+    head_dim), a mask or bias of each number of dimensions has one value for each
+
+    ==========  =======================================  ========================================
+    dimensions  shape                                    one value for each
+    ==========  =======================================  ========================================
+    0           ()                                       call
+    1           (seqlen_k,)                              key
+    2           (seqlen_q, seqlen_k)                     query and key
+    3           (heads, seqlen_q, seqlen_k)              head, query and key
+    4           (batch, heads, seqlen_q, seqlen_k)       batch entry, head, query and key
+    ==========  =======================================  ========================================
+
+    An axis of length 1 has one value for all.  What has other axes gets those it lacks:
+
+    ===========================  =========================  ================================
+    an array of                  is passed as               of shape
+    ===========================  =========================  ================================
+    (batch, seqlen_k)            ``x[:, None, None, :]``    (batch, 1, 1, seqlen_k)
+    (batch, seqlen_q, seqlen_k)  ``x[:, None, :, :]``       (batch, 1, seqlen_q, seqlen_k)
+    (batch, heads, seqlen_k)     ``x[:, :, None, :]``       (batch, heads, 1, seqlen_k)
+    (heads, seqlen_k)            ``x[:, None, :]``          (heads, 1, seqlen_k)
+    (seqlen_q,)                  ``x[:, None]``             (seqlen_q, 1)
+    ===========================  =========================  ================================
+
+    For q of (heads, seqlen_q, head_dim) the scores have no batch axis, for 2-D q, k and v no head
+    axis either; more dimensions than the scores have are refused.
+
     **Order.**  The score of query i and key j is ``scale * q_i @ k_j``, then `softcap`, then plus
     `bias` and ALiBi.  Then `mask`, `causal`, `window`, `kv_lengths` and `segment_ids` take keys out
     of the softmax altogether: whatever those keys and values hold, NaN included, changes nothing.
@@ -260,6 +292,20 @@ def attention(
     >>> out_causal, lse = fa.attention(q, k, v, causal=True, return_lse=True)
     >>> bool(np.allclose(out_causal[..., -1, :], out[..., -1, :], atol=1e-5)), lse.shape
     (True, (2, 4, 16))
+
+    A mask by batch entry and key needs its axes between them; scores of 0 make exp(lse) the number
+    of keys that a query sees:
+
+    >>> x = np.zeros((2, 1, 2, 8))  # as many batch entries as queries
+    >>> keep = np.array([[True, False], [True, True]])
+    >>> _, lse = fa.attention(x, x, x, mask=keep[:, None, None, :], return_lse=True)
+    >>> np.exp(lse[:, 0]).round()  # batch entry by query
+    array([[1., 1.],
+           [2., 2.]])
+    >>> _, lse = fa.attention(x, x, x, mask=keep, return_lse=True)  # read as query by key
+    >>> np.exp(lse[:, 0]).round()
+    array([[1., 2.],
+           [1., 2.]])
 
     With every key masked out there is nothing to average:
 

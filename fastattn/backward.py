@@ -65,7 +65,8 @@ def attention_backward(
         What the forward call returned, with ``return_lse=True``.
     scale, softcap, bias, alibi_slopes, mask, causal, window, q_offset, kv_lengths, segment_ids, \
 sinks, softmax_axis, dropout_p, dropout_seed : optional
-        The options of the forward call; see `attention`.
+        The options of the forward call; see `attention`, also for the axes of `mask` and `bias`, of
+        which one of (batch, seqlen_k) is ``mask[:, None, None, :]``.
     residual : array_like, optional
         That of the forward call: `out` minus `residual` is what the gradients need.  The gradient
         by `residual` is `grad_out`.

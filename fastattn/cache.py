@@ -481,7 +481,8 @@ class KVCache(TokenStore):
                 Position of query 0.  Default: ``lengths - seqlen_q``.  After a ragged append it is
                 what `lengths` were before; the rows after ``counts[b]`` are then of no use.
             bias, mask, segment_ids
-                Their seqlen_k is ``lengths.max()``.
+                Their seqlen_k is ``lengths.max()``.  A mask of (batch_size, seqlen_k) is
+                ``mask[:, None, None, :]``.
             kv_lengths
                 Is the cache's.
 
