@@ -133,7 +133,7 @@ def core_arguments(
     elif type(num_threads) is not int or not 1 <= num_threads <= MAX_C_INT:
         num_threads = min(count("num_threads", num_threads), MAX_C_INT)
     dropout_value, seed_value = 0.0, 0
-    if dropout_p != 0.0 or dropout_seed is not None:
+    if type(dropout_p) is not float or dropout_p != 0.0 or dropout_seed is not None:
         dropout_value, seed_value = _dropout(dropout_p, dropout_seed)
 
     if bias is not None:
@@ -322,6 +322,13 @@ def as_array(name: str, x: ArrayLike) -> Array:
                 f"`{name}` must be an array or a regular nested sequence of numbers, "
                 f"got a {type(x).__name__}: {error}"
             ) from error
+        except MemoryError:
+            raise
+        except Exception as error:  # of an `__array__`: a tensor that has a gradient, for example
+            raise TypeError(
+                f"`{name}` must be an array or what NumPy makes one of, "
+                f"got a {type(x).__name__}: {error}"
+            ) from error
     if not array.dtype.isnative:
         raise TypeError(f"`{name}` must be in native byte order, got dtype {array.dtype.str}")
     return array
@@ -356,16 +363,23 @@ def _bool_array(name: str, x: ArrayLike) -> Array:
 def _real_array(name: str, x: ArrayLike) -> NDArray[np.float64]:
     """A float64 copy of a few real numbers."""
     array = as_array(name, x)
-    if array.dtype.kind not in "fiu":
+    if not _holds(array, "fiu", np.float64):
         raise TypeError(f"`{name}` must be real numbers, got {_kind(x, array)}")
     return array.astype(np.float64)
 
 
 def integer_array(name: str, x: ArrayLike) -> Array:
     array = as_array(name, x)
-    if array.dtype.kind not in "iu":
+    if not _holds(array, "iu", np.int64):
         raise TypeError(f"`{name}` must be integers of at most 64 bits, got {_kind(x, array)}")
-    return array
+    return array.astype(np.int64) if array.dtype.kind == "V" else array
+
+
+def _holds(array: Array, kinds: str, widest: type[np.generic]) -> bool:
+    """Whether the dtype is a number's of these kinds, or one of ml_dtypes that is part of
+    `widest`: those have the kind of raw memory, which no cast makes numbers of."""
+    dtype = array.dtype
+    return dtype.kind in kinds or (dtype.kind == "V" and np.can_cast(dtype, widest))
 
 
 def _kind(x: object, array: Array) -> str:
@@ -408,12 +422,25 @@ def flag(name: str, x: object) -> bool:
     return bool(x)
 
 
+def _scalar(name: str, x: object) -> object:
+    """A number as Python's own, out of a NumPy or ml_dtypes scalar or an array of no dimensions;
+    anything else as it is."""
+    if not hasattr(x, "__array__"):
+        return x
+    try:
+        array = as_array(name, x)
+    except TypeError:  # the caller says what it must be
+        return x
+    return x if array.ndim != 0 or array.dtype == object else array.item()
+
+
 def _integer(name: str, x: object, rule: str) -> int:
     if type(x) is int:
         return x
-    if not isinstance(x, bool | np.bool_ | ndarray):
+    value = _scalar(name, x)
+    if not isinstance(value, bool | ndarray):
         try:
-            return operator.index(x)  # type: ignore[arg-type]
+            return operator.index(value)  # type: ignore[arg-type]
         except TypeError:
             pass
     raise TypeError(f"`{name}` must be {rule}, got {x!r}")
@@ -428,10 +455,11 @@ def count(name: str, x: object) -> int:
 
 
 def real(name: str, x: object) -> float:
-    if isinstance(x, bool | np.bool_) or not isinstance(x, numbers.Real):
+    number = x if type(x) is float else _scalar(name, x)
+    if isinstance(number, bool) or not isinstance(number, numbers.Real):
         raise TypeError(f"`{name}` must be a real number, got {x!r}")
     try:
-        value = float(x)
+        value = float(number)
     except OverflowError:
         value = math.inf
     if not math.isfinite(value):

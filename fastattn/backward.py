@@ -279,4 +279,6 @@ def _grad_sinks(sinks: Array, call: dict[str, Any]) -> Array:
             weight = np.exp(float(sinks[head]) - head_lse)
             terms = np.where(head_lse == -np.inf, 0.0, weight * delta[..., head, :])
         total[head] = -terms.sum()
-    return total.astype(sinks.dtype) if sinks.dtype.kind == "f" else total
+    if sinks.dtype.kind in "iu" or np.can_cast(sinks.dtype, np.int64):  # or of ml_dtypes
+        return total
+    return round_once(total, sinks.dtype)
