@@ -10,6 +10,10 @@ def attention(
     q: NDArray[Any],
     k: NDArray[Any],
     v: NDArray[Any],
+    q_shape: tuple[int, ...],
+    num_kv_heads: int,
+    seqlen_k: int,
+    head_dim_v: int,
     out: NDArray[Any],
     lse: NDArray[Any] | None,
     residual: NDArray[Any] | None,
@@ -35,13 +39,16 @@ def attention(
     page_table: NDArray[np.int64] | None = None,
     q_starts: NDArray[np.int64] | None = None,
     k_starts: NDArray[np.int64] | None = None,
-    paged_seqlen_k: int = 0,
 ) -> None: ...
 def attention_backward(
     isa: str,
     q: NDArray[Any],
     k: NDArray[Any],
     v: NDArray[Any],
+    q_shape: tuple[int, ...],
+    num_kv_heads: int,
+    seqlen_k: int,
+    head_dim_v: int,
     out: NDArray[Any],
     lse: NDArray[Any],
     residual: NDArray[Any] | None,
@@ -77,6 +84,10 @@ def describe(
     q: NDArray[Any],
     k: NDArray[Any],
     v: NDArray[Any],
+    q_shape: tuple[int, ...],
+    num_kv_heads: int,
+    seqlen_k: int,
+    head_dim_v: int,
     out: NDArray[Any],
     lse: NDArray[Any] | None,
     residual: NDArray[Any] | None,
@@ -102,7 +113,6 @@ def describe(
     page_table: NDArray[np.int64] | None = None,
     q_starts: NDArray[np.int64] | None = None,
     k_starts: NDArray[np.int64] | None = None,
-    paged_seqlen_k: int = 0,
 ) -> dict[str, int]: ...
 def probe_fma(
     isa: str, double_precision: bool, rounds: int, num_threads: int

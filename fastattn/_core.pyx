@@ -2,8 +2,12 @@
 # cython: freethreading_compatible=True
 """The one door to C: arrays to pointers and strides, one call without the GIL, status to exception.
 
-Arguments arrive validated, broadcast and allocated (attention.py).  Arrays are read through the
+Arguments arrive validated, broadcast and allocated (_validate.py).  Arrays are read through the
 buffer protocol, so that neither NumPy's headers nor its ABI are needed.
+
+Another thread may have given an array another shape since it was validated.  So each array's shape
+and strides are read here once, from the buffer that is held during the call, and compared with the
+sizes that the call was planned for.
 """
 import os
 
@@ -52,119 +56,196 @@ cdef void release(views *held) noexcept:
         PyBuffer_Release(&held.view[i])
 
 
-cdef inline int64_t next_stride(const Py_buffer *view, int *axis) noexcept:
+cdef struct axes:
+    # The shape that an operand must have; -1 for an axis that it lacks.
+    const int64_t *batch
+    int64_t batch_ndim, head, row, col
+
+
+cdef int refuse(const char *name, object found) except -1:
+    raise ValueError(
+        f"`{(<bytes>name).decode()}` must keep its shape and dtype during the call, but has {found} "
+        "now"
+    )
+
+
+cdef inline int64_t next_stride(
+    const char *name, const Py_buffer *view, int *axis, int64_t size
+) except? -1:
+    if view.shape[axis[0]] != size:
+        refuse(name, f"shape {tuple([view.shape[i] for i in range(view.ndim)])}")
     axis[0] += 1
     return view.strides[axis[0] - 1]
 
 
-cdef int read_input(
-    fa_input *to, views *held, object array, int64_t batch_ndim, bint head, bint row, bint col
-) except -1:
-    """Point `to` at an array with axes (batch..., head, row, col), those of the last three that it
-    has."""
-    cdef Py_buffer *view
+cdef Py_buffer *read_array(
+    fa_input *to, views *held, const char *name, object array, const axes *has, int64_t itemsize,
+    int flags,
+) except NULL:
+    """Point `to` at an array with the axes (batch..., head, row, col) of `has`, and no others.
+
+    `itemsize` 0 leaves the element's size to the caller.
+    """
+    cdef Py_buffer *view = acquire(held, array, flags)
     cdef int axis = 0
-    if array is None:
-        return 0
-    view = acquire(held, array, PyBUF_STRIDES | PyBUF_FORMAT)
+    if view.ndim != has.batch_ndim + (has.head >= 0) + (has.row >= 0) + (has.col >= 0):
+        refuse(name, f"{view.ndim} dimensions")
+    if itemsize != 0 and view.itemsize != itemsize:
+        refuse(name, f"elements of {view.itemsize} bytes")
     to.data = view.buf
-    for i in range(batch_ndim):
-        to.batch[i] = next_stride(view, &axis)
-    to.head = next_stride(view, &axis) if head else 0
-    to.row = next_stride(view, &axis) if row else 0
-    to.col = next_stride(view, &axis) if col else 0
+    for i in range(has.batch_ndim):
+        to.batch[i] = next_stride(name, view, &axis, has.batch[i])
+    to.head = 0 if has.head < 0 else next_stride(name, view, &axis, has.head)
+    to.row = 0 if has.row < 0 else next_stride(name, view, &axis, has.row)
+    to.col = 0 if has.col < 0 else next_stride(name, view, &axis, has.col)
+    return view
+
+
+cdef int read_input(
+    fa_input *to, views *held, const char *name, object array, const axes *has, int64_t itemsize
+) except -1:
+    if array is not None:
+        read_array(to, held, name, array, has, itemsize, PyBUF_STRIDES)
+    return 0
+
+
+cdef int read_typed(
+    fa_input *to, fa_dtype *dtype, views *held, const char *name, object array, const axes *has
+) except -1:
+    """Like `read_input`, of an array whose dtype is its own."""
+    cdef Py_buffer *view = read_array(
+        to, held, name, array, has, 0, PyBUF_STRIDES | PyBUF_FORMAT
+    )
+    # What is not aligned has a byte order before its type: "=e".
+    cdef char letter = view.format[0] if view.format[1] == 0 else view.format[1]
+    if letter == b"f":
+        dtype[0] = FA_F32
+    elif letter == b"d":
+        dtype[0] = FA_F64
+    elif letter == b"e":
+        dtype[0] = FA_F16
+    elif letter == b"H":  # bfloat16, which the buffer protocol does not know
+        dtype[0] = FA_BF16
+    elif letter == b"b":
+        dtype[0] = FA_I8
+    else:
+        refuse(name, f"elements of format {(<bytes>view.format).decode()!r}")
     return 0
 
 
 cdef int read_output(
-    fa_output *to, views *held, object array, int64_t batch_ndim, bint col
+    fa_output *to, views *held, const char *name, object array, const axes *has, int64_t itemsize
 ) except -1:
-    cdef Py_buffer *view
-    cdef int axis = 0
+    cdef fa_input place
     if array is None:
         return 0
-    view = acquire(held, array, PyBUF_STRIDED)
-    to.data = view.buf
-    for i in range(batch_ndim):
-        to.batch[i] = next_stride(view, &axis)
-    to.head = next_stride(view, &axis)
-    to.row = next_stride(view, &axis)
-    to.col = next_stride(view, &axis) if col else 0
+    to.data = read_array(&place, held, name, array, has, itemsize, PyBUF_STRIDED).buf
+    for i in range(has.batch_ndim):
+        to.batch[i] = place.batch[i]
+    to.head = place.head
+    to.row = place.row
+    to.col = place.col
     return 0
 
 
-cdef const int64_t *read_starts(views *held, object array) except? NULL:
-    if array is None:
-        return NULL
-    return <const int64_t *>acquire(held, array, PyBUF_SIMPLE).buf
-
-
-cdef inline fa_dtype dtype_of(const Py_buffer *view) noexcept:
-    """bfloat16, which the buffer protocol does not know, comes as uint16."""
-    if view.itemsize == 4:
-        return FA_F32
-    if view.itemsize == 8:
-        return FA_F64
-    if view.itemsize == 1:
-        return FA_I8
-    # What is not aligned has a byte order before its type: "=e".
-    return FA_F16 if view.format[0] == b"e" or view.format[1] == b"e" else FA_BF16
+cdef const int64_t *read_starts(
+    views *held, const char *name, object array, int64_t count, int64_t total
+) except NULL:
+    """Where each of `count` packed sequences begins, a private copy that varlen.py checked."""
+    cdef Py_buffer *view = acquire(held, array, PyBUF_SIMPLE)
+    cdef const int64_t *starts = <const int64_t *>view.buf
+    if view.len != (count + 1) * <int64_t>sizeof(int64_t) or starts[count] != total:
+        refuse(name, f"{view.len} bytes")
+    return starts
 
 
 cdef int fill(
-    fa_attention_params *p, views *held, object q, object k, object v, object out, object lse,
+    fa_attention_params *p, views *held, object q, object k, object v, tuple q_shape,
+    int64_t num_kv_heads, int64_t seqlen_k, int64_t head_dim_v, object out, object lse,
     object residual, double scale, double softcap, object bias, object alibi_slopes, object sinks,
     object mask, object kv_lengths, object q_offset, object q_segment_ids, object k_segment_ids,
     bint causal, int64_t window_left, int64_t window_right, bint softmax_over_queries,
     int num_threads, double dropout_p, uint64_t dropout_seed, object k_scale, object v_scale,
-    object page_table, object q_starts, object k_starts, int64_t paged_seqlen_k,
+    object page_table, object q_starts, object k_starts,
 ) except -1:
-    cdef Py_buffer *view
-    cdef int64_t nb, kv_nb
+    cdef int64_t nb, itemsize, lse_itemsize, num_pages, table_pages
+    cdef axes rows, keys, has
+    cdef const int64_t *batch = p.batch_shape
+    cdef fa_dtype v_dtype
     memset(p, 0, sizeof(fa_attention_params))
     held.count = 0
 
-    view = acquire(held, q, PyBUF_STRIDES | PyBUF_FORMAT)
-    nb = view.ndim - 3
-    p.dtype = dtype_of(view)
+    nb = len(q_shape) - 3
     p.batch_ndim = nb
     for i in range(nb):
-        p.batch_shape[i] = view.shape[i]
-        p.q.batch[i] = view.strides[i]
-    p.num_heads = view.shape[nb]
-    p.seqlen_q = view.shape[nb + 1]
-    p.head_dim = view.shape[nb + 2]
-    p.q.data = view.buf
-    p.q.head = view.strides[nb]
-    p.q.row = view.strides[nb + 1]
-    p.q.col = view.strides[nb + 2]
+        p.batch_shape[i] = q_shape[i]
+    p.num_heads = q_shape[nb]
+    p.seqlen_q = q_shape[nb + 1]
+    p.head_dim = q_shape[nb + 2]
+    p.num_kv_heads = num_kv_heads
+    p.seqlen_k = seqlen_k
+    p.head_dim_v = head_dim_v
+    rows = axes(batch, nb, p.num_heads, p.seqlen_q, p.head_dim)
+    read_typed(&p.q, &p.dtype, held, b"q", q, &rows)
+    itemsize = fa_dtype_size(p.dtype)
+    lse_itemsize = 8 if p.dtype == FA_F64 else 4
 
-    # Pages stand where the batch axis would.
-    kv_nb = nb if page_table is None else 1
-    read_input(&p.k, held, k, kv_nb, True, True, True)
-    view = &held.view[1]
-    p.kv_dtype = dtype_of(view)
-    p.num_kv_heads = view.shape[kv_nb]
-    p.seqlen_k = view.shape[kv_nb + 1]
-    read_input(&p.v, held, v, kv_nb, True, True, True)
-    p.head_dim_v = held.view[2].shape[kv_nb + 2]
-    read_output(&p.out, held, out, nb, True)
-    read_output(&p.lse, held, lse, nb, False)
-    read_input(&p.residual, held, residual, nb, True, True, True)
+    keys = axes(batch, nb, num_kv_heads, seqlen_k, p.head_dim)
+    if page_table is not None:
+        # Pages stand where the batch axis would.  A cache's storage keeps its shape.
+        num_pages, _, p.page_size, _ = k.shape
+        keys = axes(&num_pages, 1, num_kv_heads, p.page_size, p.head_dim)
+    read_typed(&p.k, &p.kv_dtype, held, b"k", k, &keys)
+    keys.col = head_dim_v
+    read_typed(&p.v, &v_dtype, held, b"v", v, &keys)
+    keys.col = -1
+    read_input(&p.k_scale, held, b"k", k_scale, &keys, 4)
+    read_input(&p.v_scale, held, b"v", v_scale, &keys, 4)
+    if v_dtype != p.kv_dtype:
+        refuse(b"v", "another dtype than `k`")
+    if (p.kv_dtype == FA_F64) != (p.dtype == FA_F64) or (p.kv_dtype == FA_I8) != (
+        k_scale is not None and v_scale is not None
+    ):
+        refuse(b"k", "another dtype than `q`")
+
+    rows.col = head_dim_v
+    read_output(&p.out, held, b"out", out, &rows, itemsize)
+    read_input(&p.residual, held, b"residual", residual, &rows, itemsize)
+    rows.col = -1
+    if softmax_over_queries:
+        rows.row = seqlen_k
+    read_output(&p.lse, held, b"lse", lse, &rows, lse_itemsize)
 
     p.scale = scale
     p.softcap = softcap
+    has = axes(batch, nb, p.num_heads, p.seqlen_q, seqlen_k)
     if bias is not None:
-        read_input(&p.bias, held, bias, nb, True, True, True)
-        p.bias_dtype = dtype_of(&held.view[held.count - 1])
-    read_input(&p.alibi_slopes, held, alibi_slopes, nb, True, False, False)
-    read_input(&p.sinks, held, sinks, 0, True, False, False)
-    read_input(&p.mask, held, mask, nb, True, True, True)
-    read_input(&p.kv_lengths, held, kv_lengths, nb, False, False, False)
-    # Packed sequences have no batch axis, but a position each.
-    read_input(&p.q_offset, held, q_offset, nb if q_starts is None else 1, False, False, False)
-    read_input(&p.q_segment_ids, held, q_segment_ids, nb, False, True, False)
-    read_input(&p.k_segment_ids, held, k_segment_ids, nb, False, True, False)
+        read_typed(&p.bias, &p.bias_dtype, held, b"bias", bias, &has)
+    read_input(&p.mask, held, b"mask", mask, &has, 1)
+    has = axes(batch, nb, p.num_heads, -1, -1)
+    read_input(&p.alibi_slopes, held, b"alibi_slopes", alibi_slopes, &has, 8)
+    has.batch_ndim = 0
+    read_input(&p.sinks, held, b"sinks", sinks, &has, 8)
+    has = axes(batch, nb, -1, p.seqlen_q, -1)
+    read_input(&p.q_segment_ids, held, b"segment_ids", q_segment_ids, &has, 8)
+    has.row = seqlen_k
+    read_input(&p.k_segment_ids, held, b"segment_ids", k_segment_ids, &has, 8)
+    has.row = -1
+    read_input(&p.kv_lengths, held, b"kv_lengths", kv_lengths, &has, 8)
+    if page_table is not None:
+        table_pages = page_table.shape[nb]
+        has.row = table_pages
+        read_input(&p.page_table, held, b"page_table", page_table, &has, 8)
+        if table_pages * p.page_size < seqlen_k:
+            refuse(b"page_table", f"{table_pages} pages of {p.page_size} keys")
+        has.row = -1
+    if q_starts is not None:
+        # Packed sequences have no batch axis, but a position each.
+        p.batch_ndim = has.batch_ndim = 1
+        p.batch_shape[0] = len(q_starts) - 1
+        p.q_starts = read_starts(held, b"cu_seqlens_q", q_starts, p.batch_shape[0], p.seqlen_q)
+        p.k_starts = read_starts(held, b"cu_seqlens_k", k_starts, p.batch_shape[0], seqlen_k)
+    read_input(&p.q_offset, held, b"q_offset", q_offset, &has, 8)
     p.causal = causal
     p.window_left = window_left
     p.window_right = window_right
@@ -172,18 +253,6 @@ cdef int fill(
     p.num_threads = num_threads
     p.dropout_p = dropout_p
     p.dropout_seed = dropout_seed
-
-    read_input(&p.k_scale, held, k_scale, kv_nb, True, True, False)
-    read_input(&p.v_scale, held, v_scale, kv_nb, True, True, False)
-    if page_table is not None:
-        read_input(&p.page_table, held, page_table, nb, False, True, False)
-        p.page_size = p.seqlen_k
-        p.seqlen_k = paged_seqlen_k
-    if q_starts is not None:
-        p.batch_ndim = 1
-        p.batch_shape[0] = len(q_starts) - 1
-        p.q_starts = read_starts(held, q_starts)
-        p.k_starts = read_starts(held, k_starts)
     return 0
 
 
@@ -232,11 +301,12 @@ cdef const fa_kernels *find_kernels(str isa) except NULL:
 
 
 def attention(
-    str isa, q, k, v, out, lse, residual, double scale, double softcap, bias, alibi_slopes, sinks,
-    mask, kv_lengths, q_offset, q_segment_ids, k_segment_ids, bint causal, int64_t window_left,
+    str isa, q, k, v, tuple q_shape, int64_t num_kv_heads, int64_t seqlen_k, int64_t head_dim_v,
+    out, lse, residual, double scale, double softcap, bias, alibi_slopes, sinks, mask, kv_lengths,
+    q_offset, q_segment_ids, k_segment_ids, bint causal, int64_t window_left,
     int64_t window_right, bint softmax_over_queries, int num_threads, double dropout_p,
     uint64_t dropout_seed, k_scale=None, v_scale=None, page_table=None, q_starts=None,
-    k_starts=None, int64_t paged_seqlen_k=0,
+    k_starts=None,
 ):
     cdef fa_attention_params params
     cdef views held
@@ -245,10 +315,10 @@ def attention(
     cdef list raised = []
     try:
         fill(
-            &params, &held, q, k, v, out, lse, residual, scale, softcap, bias, alibi_slopes, sinks,
-            mask, kv_lengths, q_offset, q_segment_ids, k_segment_ids, causal, window_left,
-            window_right, softmax_over_queries, num_threads, dropout_p, dropout_seed, k_scale,
-            v_scale, page_table, q_starts, k_starts, paged_seqlen_k,
+            &params, &held, q, k, v, q_shape, num_kv_heads, seqlen_k, head_dim_v, out, lse,
+            residual, scale, softcap, bias, alibi_slopes, sinks, mask, kv_lengths, q_offset,
+            q_segment_ids, k_segment_ids, causal, window_left, window_right, softmax_over_queries,
+            num_threads, dropout_p, dropout_seed, k_scale, v_scale, page_table, q_starts, k_starts,
         )
         params.poll = poll_signals
         params.poll_arg = <void *>raised
@@ -260,42 +330,58 @@ def attention(
 
 
 def attention_backward(
-    str isa, q, k, v, out, lse, residual, double scale, double softcap, bias, alibi_slopes, sinks,
-    mask, kv_lengths, q_offset, q_segment_ids, k_segment_ids, bint causal, int64_t window_left,
+    str isa, q, k, v, tuple q_shape, int64_t num_kv_heads, int64_t seqlen_k, int64_t head_dim_v,
+    out, lse, residual, double scale, double softcap, bias, alibi_slopes, sinks, mask, kv_lengths,
+    q_offset, q_segment_ids, k_segment_ids, bint causal, int64_t window_left,
     int64_t window_right, bint softmax_over_queries, int num_threads, double dropout_p,
     uint64_t dropout_seed, grad_out, grad_lse=None, grad_q=None, grad_k=None, grad_v=None,
     grad_bias=None, delta=None, q_starts=None, k_starts=None,
 ):
     cdef fa_backward_params params
+    cdef fa_attention_params *forward = &params.attention
     cdef views held
     cdef fa_status status
-    cdef int64_t nb
+    cdef int64_t nb = len(q_shape) - 3, itemsize, lse_itemsize
+    cdef const int64_t *batch = forward.batch_shape
+    cdef axes has
     cdef const fa_kernels *kernels = find_kernels(isa)
     cdef list raised = []
     memset(&params, 0, sizeof(params))
     try:
         fill(
-            &params.attention, &held, q, k, v, None, None, residual, scale, softcap, bias,
-            alibi_slopes, sinks, mask, kv_lengths, q_offset, q_segment_ids, k_segment_ids, causal,
-            window_left, window_right, softmax_over_queries, num_threads, dropout_p, dropout_seed,
-            None, None, None, q_starts, k_starts, 0,
+            forward, &held, q, k, v, q_shape, num_kv_heads, seqlen_k, head_dim_v, None, None,
+            residual, scale, softcap, bias, alibi_slopes, sinks, mask, kv_lengths, q_offset,
+            q_segment_ids, k_segment_ids, causal, window_left, window_right, softmax_over_queries,
+            num_threads, dropout_p, dropout_seed, None, None, None, q_starts, k_starts,
         )
-        nb = params.attention.batch_ndim if q_starts is None else 0
-        read_input(&params.out, &held, out, nb, True, True, True)
-        read_input(&params.lse, &held, lse, nb, True, True, False)
-        read_input(&params.grad_out, &held, grad_out, nb, True, True, True)
-        read_input(&params.grad_lse, &held, grad_lse, nb, True, True, False)
-        params.grad_dtype = params.attention.dtype
+        if q_starts is not None:
+            nb = 0
+        itemsize = fa_dtype_size(forward.dtype)
+        lse_itemsize = 8 if forward.dtype == FA_F64 else 4
+        has = axes(batch, nb, forward.num_heads, forward.seqlen_q, head_dim_v)
+        read_input(&params.out, &held, b"out", out, &has, itemsize)
+        read_input(&params.grad_out, &held, b"grad_out", grad_out, &has, itemsize)
+        has.col = -1
+        if softmax_over_queries:
+            has.row = seqlen_k
+        read_input(&params.lse, &held, b"lse", lse, &has, lse_itemsize)
+        read_input(&params.grad_lse, &held, b"grad_lse", grad_lse, &has, lse_itemsize)
+        read_output(&params.delta, &held, b"delta", delta, &has, lse_itemsize)
+        params.grad_dtype = forward.dtype
         for array in (grad_q, grad_k, grad_v):
             if array is not None and array.itemsize == 4:
                 params.grad_dtype = FA_F32
-        read_output(&params.grad_q, &held, grad_q, nb, True)
-        read_output(&params.grad_k, &held, grad_k, nb, True)
-        read_output(&params.grad_v, &held, grad_v, nb, True)
-        read_output(&params.grad_bias, &held, grad_bias, nb, True)
-        read_output(&params.delta, &held, delta, nb, False)
-        params.attention.poll = poll_signals
-        params.attention.poll_arg = <void *>raised
+        itemsize = fa_dtype_size(params.grad_dtype)
+        has = axes(batch, nb, forward.num_heads, forward.seqlen_q, forward.head_dim)
+        read_output(&params.grad_q, &held, b"q", grad_q, &has, itemsize)
+        has = axes(batch, nb, num_kv_heads, seqlen_k, forward.head_dim)
+        read_output(&params.grad_k, &held, b"k", grad_k, &has, itemsize)
+        has.col = head_dim_v
+        read_output(&params.grad_v, &held, b"v", grad_v, &has, itemsize)
+        has = axes(batch, nb, forward.num_heads, forward.seqlen_q, seqlen_k)
+        read_output(&params.grad_bias, &held, b"bias", grad_bias, &has, lse_itemsize)
+        forward.poll = poll_signals
+        forward.poll_arg = <void *>raised
         with nogil:
             status = fa_attention_backward(&params, kernels)
     finally:
@@ -304,11 +390,12 @@ def attention_backward(
 
 
 def describe(
-    str isa, q, k, v, out, lse, residual, double scale, double softcap, bias, alibi_slopes, sinks,
-    mask, kv_lengths, q_offset, q_segment_ids, k_segment_ids, bint causal, int64_t window_left,
+    str isa, q, k, v, tuple q_shape, int64_t num_kv_heads, int64_t seqlen_k, int64_t head_dim_v,
+    out, lse, residual, double scale, double softcap, bias, alibi_slopes, sinks, mask, kv_lengths,
+    q_offset, q_segment_ids, k_segment_ids, bint causal, int64_t window_left,
     int64_t window_right, bint softmax_over_queries, int num_threads, double dropout_p,
     uint64_t dropout_seed, k_scale=None, v_scale=None, page_table=None, q_starts=None,
-    k_starts=None, int64_t paged_seqlen_k=0,
+    k_starts=None,
 ):
     cdef fa_attention_params params
     cdef fa_attention_plan plan
@@ -318,10 +405,10 @@ def describe(
     cdef list raised = []
     try:
         fill(
-            &params, &held, q, k, v, out, lse, residual, scale, softcap, bias, alibi_slopes, sinks,
-            mask, kv_lengths, q_offset, q_segment_ids, k_segment_ids, causal, window_left,
-            window_right, softmax_over_queries, num_threads, dropout_p, dropout_seed, k_scale,
-            v_scale, page_table, q_starts, k_starts, paged_seqlen_k,
+            &params, &held, q, k, v, q_shape, num_kv_heads, seqlen_k, head_dim_v, out, lse,
+            residual, scale, softcap, bias, alibi_slopes, sinks, mask, kv_lengths, q_offset,
+            q_segment_ids, k_segment_ids, causal, window_left, window_right, softmax_over_queries,
+            num_threads, dropout_p, dropout_seed, k_scale, v_scale, page_table, q_starts, k_starts,
         )
         params.poll = poll_signals
         params.poll_arg = <void *>raised

@@ -20,6 +20,8 @@ cdef extern from "fastattn.h" nogil:
         FA_BF16
         FA_I8
 
+    int64_t fa_dtype_size(fa_dtype dtype) noexcept
+
     enum fa_softmax_axis:
         FA_SOFTMAX_KEYS
         FA_SOFTMAX_QUERIES

@@ -280,8 +280,6 @@ def attend(
         refuse_overlap(result, k=k, v=v)
     core_call = dict(zip(CORE_ARGUMENTS, arguments, strict=True))
     k_scale, v_scale = scales or (None, None)
-    core_call |= {"k": k, "v": v, "k_scale": k_scale, "v_scale": v_scale}
-    if page_table is not None:
-        core_call |= {"page_table": page_table, "paged_seqlen_k": seqlen_k}
+    core_call |= {"k": k, "v": v, "k_scale": k_scale, "v_scale": v_scale, "page_table": page_table}
     _core.attention(**core_call)
     return result if lse is None else (result, lse)

@@ -1,9 +1,14 @@
 """From what a caller passes to what the C core takes.
 
-Every check of a call is made here, before C sees a pointer.  Arrays are broadcast to their full
-shapes as views; only small per-head and per-batch-entry arrays are copied, so that no other thread
-can change a length after its check.  Errors read "`name` must <rule>, got <what was given>":
-TypeError for a wrong dtype or kind, ValueError for a wrong shape or value.
+Every check of a call is made here, before C sees a pointer, and what was checked is what is used:
+each argument is converted to an array once, numbers that say where memory is read (lengths,
+offsets, starts of sequences) are copied before they are looked at, and the sizes that a call was
+planned for go to the core, which compares each array's own with them.  Arrays are broadcast to
+their full shapes as views, never copied whole.  Other values, of q or a mask for example, may
+change while a call reads them: they change its result and nothing else.
+
+Errors read "`name` must <rule>, got <what was given>": TypeError for a wrong dtype or kind,
+ValueError for a wrong shape or value.
 """
 
 from __future__ import annotations
@@ -51,6 +56,10 @@ CORE_ARGUMENTS = (
     "q",
     "k",
     "v",
+    "q_shape",
+    "num_kv_heads",
+    "seqlen_k",
+    "head_dim_v",
     "out",
     "lse",
     "residual",
@@ -110,14 +119,16 @@ def core_arguments(
     out, lse : array, array or None
         The results as the caller sees them: views of, or the same as, the ones in `arguments`.
     """
-    if _are_plain(q, k, v):
+    shapes = _plain_shapes(q, k, v)
+    if shapes is not None:
+        q_shape, v_shape = shapes
         given_q, single_head = q, False
     else:
         q, k, v, given_q, single_head = _operands(q, k, v)
-    q_shape = q.shape
+        q_shape, v_shape = q.shape, v.shape
     batch_shape = q_shape[:-3]
     num_heads, seqlen_q, head_dim = q_shape[-3:]
-    seqlen_k, head_dim_v = v.shape[-2:]
+    num_kv_heads, seqlen_k, head_dim_v = v_shape[-3:]
     dtype = q.dtype
 
     scale_value = _core.default_scale(head_dim) if scale is None else real("scale", scale)
@@ -181,6 +192,10 @@ def core_arguments(
         core_q,
         core_k,
         core_v,
+        q_shape,
+        num_kv_heads,
+        seqlen_k,
+        head_dim_v,
         core_out[np.newaxis] if single_head else core_out,
         lse[np.newaxis] if single_head and lse is not None else lse,
         core_residual[np.newaxis] if single_head and core_residual is not None else core_residual,
@@ -221,24 +236,28 @@ def core_arguments(
 # --- q, k, v ----------------------------------------------------------------------------------
 
 
-def _are_plain(q: Any, k: Any, v: Any) -> bool:
-    """Whether q, k and v can go to the core as they are: nothing to convert or to broadcast."""
+def _plain_shapes(q: Any, k: Any, v: Any) -> tuple[Shape, Shape] | None:
+    """The shapes of q and v, where all three can go to the core as they are, with nothing to
+    convert or to broadcast; else None.  They are the caller's own arrays, whose shapes the core
+    compares with these."""
     if not (type(q) is ndarray and type(k) is ndarray and type(v) is ndarray):
-        return False
+        return None
     dtype = q.dtype
     known = dtype is FLOAT32 or dtype is FLOAT64 or dtype is FLOAT16 or dtype is BFLOAT16_BITS
     if not (known and k.dtype is dtype and v.dtype is dtype):
-        return False
+        return None
     # Whole shapes first: comparing those is quicker than taking them apart.
     q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
     if len(q_shape) < 3 or (v_shape != k_shape and v_shape[:-1] != k_shape[:-1]):
-        return False
-    return q_shape == k_shape or (
+        return None
+    if q_shape == k_shape or (
         len(q_shape) == len(k_shape)
         and q_shape[:-3] == k_shape[:-3]
         and q_shape[-1] == k_shape[-1]
         and (q_shape[-3] == k_shape[-3] or (k_shape[-3] > 0 and q_shape[-3] % k_shape[-3] == 0))
-    )
+    ):
+        return q_shape, v_shape
+    return None
 
 
 def _operands(
@@ -303,10 +322,10 @@ def _joint_shape(a: Shape, b: Shape) -> Shape | None:
 # --- arrays -----------------------------------------------------------------------------------
 
 
-def as_array(name: str, x: ArrayLike) -> Array:
-    """`x` as a base-class array in native byte order."""
+def as_array(name: str, x: ArrayLike, *, any_byte_order: bool = False) -> Array:
+    """`x` as a base-class array in native byte order, whose shape and dtype are nobody else's."""
     if type(x) is ndarray:
-        array: Array = x
+        array: Array = x.view()
     else:
         # numpy.ma is not imported for the question: a masked array exists only if it is.
         ma = sys.modules.get("numpy.ma")
@@ -316,7 +335,8 @@ def as_array(name: str, x: ArrayLike) -> Array:
                 "(pass its data, and what takes part as `mask`)"
             )
         try:
-            array = np.asarray(x)
+            # Of an `__array__` that gives out one array again and again, a view too.
+            array = np.asarray(x).view()
         except ValueError as error:
             raise ValueError(
                 f"`{name}` must be an array or a regular nested sequence of numbers, "
@@ -329,7 +349,7 @@ def as_array(name: str, x: ArrayLike) -> Array:
                 f"`{name}` must be an array or what NumPy makes one of, "
                 f"got a {type(x).__name__}: {error}"
             ) from error
-    if not array.dtype.isnative:
+    if not (array.dtype.isnative or any_byte_order):
         raise TypeError(f"`{name}` must be in native byte order, got dtype {array.dtype.str}")
     return array
 
@@ -369,6 +389,11 @@ def _real_array(name: str, x: ArrayLike) -> NDArray[np.float64]:
 
 
 def integer_array(name: str, x: ArrayLike) -> Array:
+    """A copy, so that what is found out about its values stays true."""
+    return _of_integers(name, x).copy()
+
+
+def _of_integers(name: str, x: ArrayLike) -> Array:
     array = as_array(name, x)
     if not _holds(array, "iu", np.int64):
         raise TypeError(f"`{name}` must be integers of at most 64 bits, got {_kind(x, array)}")
@@ -537,7 +562,7 @@ def _kv_lengths(kv_lengths: ArrayLike, batch_shape: Shape, seqlen_k: int) -> Arr
     wrong = array[(array < 0) | (array > seqlen_k)]
     if wrong.size:
         raise ValueError(f"`kv_lengths` must be 0 to seqlen_k {seqlen_k}, got {wrong[0]}")
-    return _broadcast("kv_lengths", array.astype(np.int64), batch_shape)
+    return _broadcast("kv_lengths", array.astype(np.int64, copy=False), batch_shape)
 
 
 def q_offsets(q_offset: ArrayLike, batch_shape: Shape) -> Array:
@@ -546,7 +571,7 @@ def q_offsets(q_offset: ArrayLike, batch_shape: Shape) -> Array:
     array = integer_array("q_offset", q_offset)
     if array.dtype == np.uint64:
         array = np.minimum(array, np.uint64(MAX_POSITION))
-    array = np.clip(array.astype(np.int64), -MAX_POSITION, MAX_POSITION)
+    array = np.clip(array.astype(np.int64, copy=False), -MAX_POSITION, MAX_POSITION)
     return _broadcast("q_offset", array, batch_shape)
 
 
@@ -557,14 +582,14 @@ def _segment_ids(
         raise TypeError(
             f"`segment_ids` must be a pair (q_ids, k_ids), got a {type(segment_ids).__name__}"
         )
-    if len(segment_ids) != 2:
-        raise ValueError(
-            f"`segment_ids` must be a pair (q_ids, k_ids), got {len(segment_ids)} entries"
-        )
+    pair = tuple(segment_ids)
+    if len(pair) != 2:
+        raise ValueError(f"`segment_ids` must be a pair (q_ids, k_ids), got {len(pair)} entries")
     ids = []
     for index, length in enumerate((seqlen_q, seqlen_k)):
         name = f"segment_ids[{index}]"
-        array = integer_array(name, segment_ids[index])
+        # Compared with each other, never an index: not copied.
+        array = _of_integers(name, pair[index])
         if array.dtype == np.uint64 and np.any(array > np.iinfo(np.int64).max):
             raise ValueError(f"`{name}` must be less than 2**63, got {array.max()}")
         array = array.astype(np.int64, copy=False)
@@ -589,11 +614,11 @@ def check_out(out: object, shape: Shape, dtype: np.dtype[Any], like: str) -> Arr
     """`out` as a base-class array that every element of a result can be written to."""
     if not isinstance(out, ndarray):
         raise TypeError(f"`out` must be a NumPy array, got a {type(out).__name__}")
-    if out.dtype != dtype:
-        raise TypeError(f"`out` must have dtype {dtype} like `{like}`, got {out.dtype.str}")
-    if out.shape != shape:
-        raise ValueError(f"`out` must have the result's shape {shape}, got shape {out.shape}")
-    array = as_array("out", out)
+    array = as_array("out", out, any_byte_order=True)
+    if array.dtype != dtype:
+        raise TypeError(f"`out` must have dtype {dtype} like `{like}`, got {array.dtype.str}")
+    if array.shape != shape:
+        raise ValueError(f"`out` must have the result's shape {shape}, got shape {array.shape}")
     if not array.flags.writeable:
         raise ValueError("`out` must be writeable, got a read-only array")
     if _overlaps_itself(array):

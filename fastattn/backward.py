@@ -131,11 +131,12 @@ sinks, softmax_axis, dropout_p, dropout_seed : optional
     True
     """
     wanted = wanted_gradients(needs, bias=bias, sinks=sinks)
+    # Converted here, once: the gradients are of these very arrays' shapes and dtypes.
+    given = {name: _validate.as_array(name, x) for name, x in (("q", q), ("k", k), ("v", v))}
     given_bias = None if bias is None else _validate.float_array("bias", bias)
+    given_sinks = None if sinks is None else _validate.as_array("sinks", sinks)
     arguments, made, made_lse = _validate.core_arguments(
-        q,
-        k,
-        v,
+        *given.values(),
         scale,
         softcap,
         given_bias,
@@ -146,7 +147,7 @@ sinks, softmax_axis, dropout_p, dropout_seed : optional
         q_offset,
         kv_lengths,
         segment_ids,
-        sinks,
+        given_sinks,
         softmax_axis,
         residual,
         False,
@@ -161,8 +162,10 @@ sinks, softmax_axis, dropout_p, dropout_seed : optional
     if given_bias is not None and "bias" in wanted:
         grad_bias = _zeros(given_bias.shape, call["lse"].dtype)
         call["grad_bias"] = _as_broadcast(grad_bias, call["bias"].shape)
-    given = {name: _validate.as_array(name, x) for name, x in (("q", q), ("k", k), ("v", v))}
-    grads = compute_gradients(call, wanted, given, (made, made_lse), grad_out, grad_lse, sinks)
+    sinks_dtype = None if given_sinks is None else given_sinks.dtype
+    grads = compute_gradients(
+        call, wanted, given, (made, made_lse), grad_out, grad_lse, sinks_dtype
+    )
     if grad_bias is not None and given_bias is not None:
         grads = grads._replace(bias=round_once(grad_bias, given_bias.dtype))
     return grads
@@ -187,11 +190,13 @@ def compute_gradients(
     made: tuple[Array, Array | None],
     grad_out: ArrayLike,
     grad_lse: ArrayLike | None,
-    sinks: ArrayLike | None,
+    sinks_dtype: np.dtype[Any] | None,
 ) -> Gradients:
-    """Compute what is wanted but the gradient by `bias`, which `call` has a place for."""
-    for name in ("q", "v"):
-        width = call[name].shape[-1]
+    """Compute what is wanted but the gradient by `bias`, which `call` has a place for.
+
+    `given` are q, k and v as the call's operands were before they were broadcast.
+    """
+    for name, width in (("q", call["q_shape"][-1]), ("v", call["head_dim_v"])):
         if width > MAX_HEAD_DIM:
             of = "head_dim" if name == "q" else "head_dim_v"
             raise ValueError(
@@ -217,8 +222,8 @@ def compute_gradients(
         for name in finish:
             call[f"grad_{name}"].fill(0)
     grads = {name: done() for name, done in finish.items()}
-    if sinks is not None and "sinks" in wanted:
-        grads["sinks"] = _grad_sinks(_validate.as_array("sinks", sinks), call)
+    if sinks_dtype is not None and "sinks" in wanted:
+        grads["sinks"] = _grad_sinks(sinks_dtype, call)
     return Gradients(**{name: grads.get(name) for name in Gradients._fields})
 
 
@@ -268,10 +273,10 @@ def _as_broadcast(array: Array, shape: tuple[int, ...]) -> Array:
     return np.lib.stride_tricks.as_strided(array, shape, strides)
 
 
-def _grad_sinks(sinks: Array, call: dict[str, Any]) -> Array:
+def _grad_sinks(dtype: np.dtype[Any], call: dict[str, Any]) -> Array:
     """A sink takes part in each softmax of its head, with a value that is 0."""
-    lse, delta = call["lse"], call["delta"]
-    num_heads = call["q"].shape[-3]
+    sinks, lse, delta = call["sinks"], call["lse"], call["delta"]
+    num_heads = len(sinks)
     total = np.zeros(num_heads, np.float64)
     for head in range(num_heads):
         head_lse = lse[..., head, :].astype(np.float64)
@@ -279,6 +284,6 @@ def _grad_sinks(sinks: Array, call: dict[str, Any]) -> Array:
             weight = np.exp(float(sinks[head]) - head_lse)
             terms = np.where(head_lse == -np.inf, 0.0, weight * delta[..., head, :])
         total[head] = -terms.sum()
-    if sinks.dtype.kind in "iu" or np.can_cast(sinks.dtype, np.int64):  # or of ml_dtypes
+    if dtype.kind in "iu" or np.can_cast(dtype, np.int64):  # or of ml_dtypes
         return total
-    return round_once(total, sinks.dtype)
+    return round_once(total, dtype)

@@ -111,10 +111,9 @@ def attention_varlen(
     >>> bool(np.array_equal(out[:3], first.swapaxes(0, 1)))
     True
     """
+    heads_first = (_heads_first(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
     call, result, lse = _packed_arguments(
-        q,
-        k,
-        v,
+        *heads_first,
         cu_seqlens_q,
         cu_seqlens_k,
         q_offset=q_offset,
@@ -212,10 +211,12 @@ def attention_varlen_backward(
     (10, 2, 8)
     """
     wanted = wanted_gradients(needs, bias=None, sinks=sinks)
+    # Converted here, once: the gradients are of these very arrays' shapes and dtypes.
+    given = {name: _heads_first(name, x) for name, x in (("q", q), ("k", k), ("v", v))}
+    if sinks is not None:
+        sinks = _validate.as_array("sinks", sinks)
     call, result, made_lse = _packed_arguments(
-        q,
-        k,
-        v,
+        *given.values(),
         cu_seqlens_q,
         cu_seqlens_k,
         q_offset=q_offset,
@@ -231,9 +232,9 @@ def attention_varlen_backward(
         num_threads=num_threads,
         made=(out, lse),
     )
-    given = {name: _heads_first(name, x) for name, x in (("q", q), ("k", k), ("v", v))}
     grad = _result_like("grad_out", grad_out, result.swapaxes(0, 1).shape)
-    grads = compute_gradients(call, wanted, given, (result, made_lse), grad, grad_lse, sinks)
+    sinks_dtype = None if sinks is None else sinks.dtype
+    grads = compute_gradients(call, wanted, given, (result, made_lse), grad, grad_lse, sinks_dtype)
     q_k_v = {name: _swapped(getattr(grads, name)) for name in ("q", "k", "v")}
     return grads._replace(**q_k_v)
 
@@ -243,9 +244,9 @@ def _swapped(array: Array | None) -> Array | None:
 
 
 def _packed_arguments(
-    q: ArrayLike,
-    k: ArrayLike,
-    v: ArrayLike,
+    q: Array,
+    k: Array,
+    v: Array,
     cu_seqlens_q: ArrayLike,
     cu_seqlens_k: ArrayLike,
     *,
@@ -259,13 +260,15 @@ def _packed_arguments(
 ) -> tuple[dict[str, Any], Array, Array | None]:
     """What ``_core.attention`` takes, by name; the result, heads first; lse.
 
+    q, k and v are of `_heads_first`.
     `made` is the (out, lse) of an earlier call; see `_validate.core_arguments`.
     """
-    q, k, v = _heads_first("q", q), _heads_first("k", k), _heads_first("v", v)
-    if alibi_slopes is not None and np.ndim(alibi_slopes) != 1:
-        raise ValueError(
-            f"`alibi_slopes` must have one dimension, (num_heads,), got {np.ndim(alibi_slopes)}"
-        )
+    if alibi_slopes is not None:
+        alibi_slopes = _validate.as_array("alibi_slopes", alibi_slopes)
+        if alibi_slopes.ndim != 1:
+            raise ValueError(
+                f"`alibi_slopes` must have one dimension, (num_heads,), got {alibi_slopes.ndim}"
+            )
     q_starts = _starts("cu_seqlens_q", cu_seqlens_q, q.shape[1], "q")
     k_starts = _starts("cu_seqlens_k", cu_seqlens_k, k.shape[1], "k")
     if len(q_starts) != len(k_starts):
@@ -316,7 +319,6 @@ def _result_like(name: str, x: ArrayLike, shape: tuple[int, ...]) -> Any:
 
 
 def _starts(name: str, cu_seqlens: ArrayLike, total: int, of: str) -> NDArray[np.int64]:
-    """A checked copy, so that no other thread changes it afterwards."""
     array = _validate.integer_array(name, cu_seqlens)
     if array.ndim != 1 or array.size == 0:
         raise ValueError(
@@ -326,9 +328,8 @@ def _starts(name: str, cu_seqlens: ArrayLike, total: int, of: str) -> NDArray[np
         raise ValueError(f"`{name}` must begin with 0, got {array[0]}")
     if int(array[-1]) != total:
         raise ValueError(f"`{name}` must end with the {total} rows of `{of}`, got {array[-1]}")
-    starts = array.astype(np.int64)
     falls = np.flatnonzero(array[1:] < array[:-1])
     if falls.size:
         at = int(falls[0])
         raise ValueError(f"`{name}` must not decrease, got {array[at]} before {array[at + 1]}")
-    return starts
+    return array.astype(np.int64, copy=False)
