@@ -10,6 +10,7 @@ and strides are read here once, from the buffer that is held during the call, an
 sizes that the call was planned for.
 """
 import os
+from _thread import allocate_lock, get_ident
 
 from cpython.buffer cimport (
     PyBUF_FORMAT,
@@ -117,7 +118,7 @@ cdef int read_typed(
         to, held, name, array, has, 0, PyBUF_STRIDES | PyBUF_FORMAT
     )
     # What is not aligned has a byte order before its type: "=e".
-    cdef char letter = view.format[0] if view.format[1] == 0 else view.format[1]
+    cdef char letter = view.format[1] if view.format[0] == b"=" else view.format[0]
     if letter == b"f":
         dtype[0] = FA_F32
     elif letter == b"d":
@@ -506,6 +507,104 @@ def build_info():
         "switches": (<bytes>FA_BUILD_SWITCHES).decode(),
         "openmp": "yes" if fa_has_openmp() else "no",
     }
+
+
+# Counts the forks that led to this process: a lock that another thread held before is held for ever.
+cdef int forks = 0
+
+
+def _count_fork():
+    global forks
+    forks += 1
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_count_fork)
+
+
+cdef class Gate:
+    """What the threads that use a cache pass through: changes come one after the other, each whole,
+    and it is known which views of the storage are being read.
+
+    Here and not in Python, because no signal handler, and so no KeyboardInterrupt, runs between two
+    of its steps.
+    """
+    cdef object lock
+    cdef object owner  # thread that holds the lock, None if none does
+    cdef int forks
+    cdef dict views  # those being read, by id
+    cdef list pending  # assignments of a change that is not finished
+
+    def __cinit__(self):
+        self.reset()
+
+    def __reduce__(self):
+        return Gate, ()  # a copy of a cache is another cache
+
+    cdef int reset(self) except -1:
+        self.lock = allocate_lock()
+        self.owner = None
+        self.forks = forks
+        self.views = {}
+        if self.pending is None:
+            self.pending = []
+        return 0
+
+    cdef int enter(self) except -1:
+        if self.forks != forks:
+            self.reset()
+        thread = get_ident()
+        if self.owner == thread:
+            raise RuntimeError("the cache must not be used while this very thread changes it")
+        self.lock.acquire()  # a KeyboardInterrupt comes out of it only if it was not acquired
+        self.owner = thread
+        return 0
+
+    cdef int leave(self) except -1:
+        self.owner = None
+        self.lock.release()
+        return 0
+
+    cdef int finish(self) except -1:
+        # Each assignment may be repeated, so a failed one is made up for by whoever comes next.
+        for target, key, value in self.pending:
+            if value is None:
+                (<dict>target).pop(key, None)
+            else:
+                target[key] = value
+        self.pending = []
+        return 0
+
+    def change(self, prepare, *args):
+        """Let ``prepare(*args)``, which changes nothing that is there, return a result and a list
+        of assignments ``(target, key, value)`` (value None removes the key of a dict); make all of
+        these, or none if it raises."""
+        self.enter()
+        try:
+            self.finish()
+            result, self.pending = prepare(*args)
+            self.finish()
+        finally:
+            self.leave()
+        return result
+
+    def read(self, look, use, *args):
+        """``use(view, *args)`` of ``view = look()``, which no change interrupts.  The view is one
+        of `being_read` until `use` is done."""
+        self.enter()
+        try:
+            self.finish()
+            view = look()
+            self.views[id(view)] = view
+        finally:
+            self.leave()
+        try:
+            return use(view, *args)
+        finally:
+            del self.views[id(view)]
+
+    def being_read(self):
+        return list(self.views.values())
 
 
 def _select_isa():

@@ -28,6 +28,8 @@ from fastattn._validate import (
 from fastattn.attention import AttentionOptions, _refuse_unknown, attention
 
 Lengths = NDArray[np.int64]
+# Assignments ``(target, key, value)`` that make up a change; see `_core.Gate.change`.
+Changes = list[tuple[Any, Any, Any]]
 
 DTYPE_NAMES = (*FLOAT_NAMES, "int8")
 # What queries may be beside each storage: its own dtype, or float32 where it is smaller than that.
@@ -41,6 +43,8 @@ QUERY_NAMES = {
 INT8_MAX = 127  # -128 is not used: the codes are symmetric
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 FLOAT32_TINY = float(np.finfo(np.float32).tiny)
+# The scale of a row of the largest float32: one ulp more, and 127 times it would be infinite.
+MAX_SCALE = np.nextafter(np.float32(FLOAT32_MAX / INT8_MAX), np.float32(0))
 
 
 class TokenStore:
@@ -48,12 +52,20 @@ class TokenStore:
 
     ``_arrays`` is ``(k, v)``, or ``(k, v, k_scale, v_scale)`` for int8.  All have shape (blocks,
     num_kv_heads, slots, ...), so that one index finds the same tokens in each.
+
+    A method that changes a cache converts and checks what it is given, and then has ``_gate`` make
+    the change: a function prepares it, writing to slots that nobody looks at and nowhere else, and
+    returns the assignments that make it visible.  So an error or a KeyboardInterrupt, on whatever
+    line it comes, leaves the cache as it was before or as it is afterwards.  A method that reads
+    one takes a view of the storage, the lengths and the pages, all of one moment; what a view shows
+    is not written until its reader is done.
     """
 
     # What the constructor takes, in order.
     _PARAMETERS: tuple[str, ...]
+    _arrays: tuple[Array, ...]
 
-    def __init__(
+    def _configure_store(
         self,
         blocks: int,
         slots: int,
@@ -66,11 +78,15 @@ class TokenStore:
         self.head_dim = count("head_dim", head_dim)
         self.head_dim_v = self.head_dim if head_dim_v is None else count("head_dim_v", head_dim_v)
         self.dtype = _cache_dtype(dtype)
-        rows = (blocks, self.num_kv_heads, slots)
-        arrays = [_zeros((*rows, width), self.dtype) for width in (self.head_dim, self.head_dim_v)]
+        self._rows = (blocks, self.num_kv_heads, slots)
+        self._gate = _core.Gate()
+
+    def _new_storage(self) -> tuple[Array, ...]:
+        widths = (self.head_dim, self.head_dim_v)
+        arrays = [_zeros((*self._rows, width), self.dtype) for width in widths]
         if self.dtype == np.int8:
-            arrays += [_zeros(rows, np.dtype(np.float32)) for _ in range(2)]
-        self._arrays = tuple(arrays)
+            arrays += [_zeros(self._rows, np.dtype(np.float32)) for _ in range(2)]
+        return tuple(arrays)
 
     def _parameters(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self._PARAMETERS}
@@ -121,8 +137,9 @@ class TokenStore:
             real = np.arange(new) < taken[:, np.newaxis, np.newaxis]
             k, v = (np.where(real[..., np.newaxis], x, x.dtype.type(0)) for x in (k, v))
         # Views of this very storage would change while it is written.
+        arrays = self._arrays
         k, v = (
-            x.copy() if any(np.may_share_memory(x, array) for array in self._arrays) else x
+            x.copy() if any(np.may_share_memory(x, array) for array in arrays) else x
             for x in (k, v)
         )
         if self.dtype == np.int8:
@@ -130,9 +147,10 @@ class TokenStore:
             return (k, v, k_scale, v_scale), taken
         return (_rounded("k", k, self.dtype), _rounded("v", v, self.dtype)), taken
 
-    def _decode(self, index: Any) -> tuple[Array, Array]:
+    @staticmethod
+    def _decode(arrays: tuple[Array, ...], index: Any) -> tuple[Array, Array]:
         """Copies of stored keys and values, int8 times its scale in float32."""
-        k, v, *scales = (array[index].copy() for array in self._arrays)
+        k, v, *scales = (array[index].copy() for array in arrays)
         if scales:
             k, v = (x * scale[..., np.newaxis] for x, scale in zip((k, v), scales, strict=True))
         return k, v
@@ -233,8 +251,12 @@ def _quantize(name: str, x: Array) -> tuple[NDArray[np.int8], NDArray[np.float32
             f"`{name}` must be finite and within the range of float32 for int8, got {wrong:.6g}"
         )
     largest = magnitudes.max(axis=-1)
-    # A subnormal scale would be too coarse to code the largest element with 127.
-    scale = np.maximum(largest / INT8_MAX, FLOAT32_TINY).astype(np.float32)
+    scale = (largest / INT8_MAX).astype(np.float32)
+    # A rounded quotient may be below the exact one, by half an ulp.  That is nothing, but where
+    # scales are subnormal: there the next one up still reaches the largest element with 127.
+    low = (scale < FLOAT32_TINY) & (scale * np.float64(INT8_MAX) < largest)
+    scale = np.where(low, np.nextafter(scale, np.float32(1)), scale)
+    scale = np.minimum(scale, MAX_SCALE)
     scale[largest == 0] = 0
     divisor = np.where(scale == 0, np.float32(1), scale)
     codes = np.clip(np.rint(x / divisor[..., np.newaxis]), -INT8_MAX, INT8_MAX)

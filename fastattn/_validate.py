@@ -327,9 +327,10 @@ def as_array(name: str, x: ArrayLike, *, any_byte_order: bool = False) -> Array:
     if type(x) is ndarray:
         array: Array = x.view()
     else:
-        # numpy.ma is not imported for the question: a masked array exists only if it is.
-        ma = sys.modules.get("numpy.ma")
-        if ma is not None and isinstance(x, ma.MaskedArray):
+        # numpy.ma is not imported for the question: a masked array exists only if it is, and not
+        # while another thread imports it.
+        masked = getattr(sys.modules.get("numpy.ma"), "MaskedArray", None)
+        if masked is not None and isinstance(x, masked):
             raise TypeError(
                 f"`{name}` must be a plain array, got a numpy.ma.MaskedArray "
                 "(pass its data, and what takes part as `mask`)"

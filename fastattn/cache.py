@@ -6,13 +6,25 @@ lengths, positions and files.
 
 from __future__ import annotations
 
+import math
+import os
 from os import PathLike
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
+from numpy.lib import format as npy
 from numpy.typing import ArrayLike, DTypeLike
 
-from fastattn._storage import Lengths, TokenStore, at_slots, attend, copy_tokens, own_options
+from fastattn._storage import (
+    Changes,
+    Lengths,
+    TokenStore,
+    _zeros,
+    at_slots,
+    attend,
+    copy_tokens,
+    own_options,
+)
 from fastattn._validate import (
     MAX_POSITION,
     Array,
@@ -23,9 +35,36 @@ from fastattn._validate import (
     q_offsets,
 )
 
+if TYPE_CHECKING:
+    import zipfile
+
 # What a file of KVCache.save says that it is, and the names of its arrays.
 FILE_FORMAT = "fastattn.KVCache 1"
 ARRAY_NAMES = ("k", "v", "k_scale", "v_scale")
+# Characters of a file's header.  The eight parameters of a cache take some 200.
+MAX_HEADER = 4096
+
+
+class _View(NamedTuple):
+    """What a cache holds at one moment."""
+
+    arrays: tuple[Array, ...]
+    lengths: Lengths
+    evicted: Lengths
+
+    @property
+    def stored(self) -> Lengths:
+        return self.lengths - self.evicted
+
+
+class _Piece(NamedTuple):
+    """Tokens that are to lie in the slots of sequence `block` from `slot` on."""
+
+    block: int
+    slot: int
+    source: tuple[Array, ...]
+    index: Any
+    size: int
 
 
 class KVCache(TokenStore):
@@ -76,7 +115,11 @@ class KVCache(TokenStore):
     After an append of up to slack + 1 tokens all of the new queries find their whole window;
     queries whose window is not there any more are refused, never computed from what is left.
 
-    A cache does not lock: append to it from one thread at a time.
+    **Threads.**  Changes and reads from several threads are safe: changes wait for each other, and
+    `attention` computes with what the cache held at one moment, whatever is appended, truncated or
+    reordered meanwhile.  A change that would overwrite what a running `attention` reads goes to new
+    storage.  A method that fails, or is interrupted by Ctrl-C, leaves the cache as it was before or
+    as it is after the change, nothing between.
 
     See Also
     --------
@@ -130,6 +173,22 @@ class KVCache(TokenStore):
         window: int | None = None,
         num_sinks: int = 0,
     ) -> None:
+        self._configure(
+            batch_size, num_kv_heads, max_seqlen, head_dim, head_dim_v, dtype, window, num_sinks
+        )
+        self._arrays = self._new_storage()
+
+    def _configure(
+        self,
+        batch_size: int,
+        num_kv_heads: int,
+        max_seqlen: int,
+        head_dim: int,
+        head_dim_v: int | None,
+        dtype: DTypeLike,
+        window: int | None,
+        num_sinks: int,
+    ) -> None:
         self.batch_size = count("batch_size", batch_size)
         self.max_seqlen = count("max_seqlen", max_seqlen)
         self.window = None if window is None else count("window", window)
@@ -143,16 +202,19 @@ class KVCache(TokenStore):
                 f"`max_seqlen` must be at least num_sinks {self.num_sinks} + window {self.window}, "
                 f"got {self.max_seqlen}"
             )
-        super().__init__(
+        self._configure_store(
             self.batch_size, self.max_seqlen, num_kv_heads, head_dim, head_dim_v, dtype
         )
-        self._lengths: Lengths = np.zeros(self.batch_size, np.int64)
-        # The token at position p is in slot p if it is a sink, and else in slot p - evicted: the
-        # tokens that are gone are always the first ones after the sinks.
-        self._evicted: Lengths = np.zeros(self.batch_size, np.int64)
+        # Two rows: lengths, and how many tokens are gone.  The token at position p is in slot p if
+        # it is a sink, and else in slot p - evicted: the tokens that are gone are always the first
+        # ones after the sinks.
+        self._counts: Lengths = _zeros((2, self.batch_size), np.dtype(np.int64))
 
     def __repr__(self) -> str:
-        return f"{self._call()}: {self._lengths.sum():,} tokens"
+        return f"{self._call()}: {self._counts[0].sum():,} tokens"
+
+    def _look(self) -> _View:
+        return _View(self._arrays, *self._counts.copy())
 
     # --- what is there ---
 
@@ -162,7 +224,7 @@ class KVCache(TokenStore):
 
         A read-only view, which follows the cache; copy it to keep it.
         """
-        return _read_only(self._lengths)
+        return _read_only(self._counts[0])
 
     @property
     def k(self) -> Array:
@@ -170,16 +232,12 @@ class KVCache(TokenStore):
 
         Of sequence b the first ``len(cache.positions(b))`` are alive.
         """
-        return _read_only(self._arrays[0][:, :, : self._stored.max()])
+        return self._gate.read(self._look, _stored_view, 0)
 
     @property
     def v(self) -> Array:
         """Stored values, (batch_size, num_kv_heads, longest, head_dim_v): a read-only view."""
-        return _read_only(self._arrays[1][:, :, : self._stored.max()])
-
-    @property
-    def _stored(self) -> Lengths:
-        return self._lengths - self._evicted
+        return self._gate.read(self._look, _stored_view, 1)
 
     def positions(self, index: int) -> Lengths:
         """Positions of the tokens of one sequence that are stored, in the order of storage.
@@ -204,9 +262,11 @@ class KVCache(TokenStore):
         >>> print(cache.positions(0))
         [0 6 7 8]
         """
-        index = self._index(index)
-        slots = np.arange(self._stored[index])
-        return slots + np.where(slots < self.num_sinks, 0, self._evicted[index])
+        return self._gate.read(self._look, self._positions, self._index(index))
+
+    def _positions(self, view: _View, index: int) -> Lengths:
+        slots = np.arange(view.stored[index])
+        return slots + np.where(slots < self.num_sinks, 0, view.evicted[index])
 
     def to_arrays(self, index: int) -> tuple[Array, Array]:
         """Copies of the stored keys and values of one sequence.
@@ -232,7 +292,10 @@ class KVCache(TokenStore):
         array([[[1.       , 0.2992126]]], dtype=float32)
         """
         index = self._index(index)
-        return self._decode(at_slots(index, 0, self._stored[index]))
+        return self._gate.read(
+            self._look,
+            lambda view: self._decode(view.arrays, at_slots(index, 0, view.stored[index])),
+        )
 
     def _index(self, index: int) -> int:
         value = _integer("index", index, f"an int from 0 to {self.batch_size - 1}")
@@ -280,42 +343,49 @@ class KVCache(TokenStore):
         [3 1]
         """
         tokens, taken = self._encode(k, v, (self.batch_size,), counts)
+        self._gate.change(self._appended, tokens, taken)
+
+    def _appended(self, tokens: tuple[Array, ...], taken: Lengths) -> tuple[None, Changes]:
+        lengths = self._counts[0]
         if self.window is None:
-            full = np.flatnonzero(self._lengths + taken > self.max_seqlen)
+            full = np.flatnonzero(lengths + taken > self.max_seqlen)
             if full.size:
                 b = full[0]
                 raise ValueError(
-                    f"`k` must have at most {self.max_seqlen - self._lengths[b]} new tokens for "
-                    f"sequence {b}, which has {self._lengths[b]} of max_seqlen {self.max_seqlen}, "
+                    f"`k` must have at most {self.max_seqlen - lengths[b]} new tokens for "
+                    f"sequence {b}, which has {lengths[b]} of max_seqlen {self.max_seqlen}, "
                     f"got {taken[b]}"
                 )
+        after = self._counts.copy()
+        after[0] += taken
+        pieces: list[_Piece] = []
         for b, new in enumerate(taken.tolist()):
             if new:
-                self._write(b, tokens, new)
-        self._lengths += taken
+                start, evicted = self._counts[:, b].tolist()
+                if start - evicted + new > self.max_seqlen:
+                    kept, evicted = self._evict(b, start, evicted, new)
+                    pieces.append(kept)
+                    after[1, b] = evicted
+                pieces += self._new_pieces(b, tokens, start, evicted, new)
+        return None, [*self._write(pieces), (self._counts, ..., after)]
 
-    def _write(self, b: int, tokens: tuple[Array, ...], new: int) -> None:
-        start = int(self._lengths[b])
+    def _new_pieces(
+        self, b: int, tokens: tuple[Array, ...], start: int, evicted: int, new: int
+    ) -> list[_Piece]:
         stop = start + new
-        if start - self._evicted[b] + new > self.max_seqlen:
-            self._evict(b, new)
-        evicted = int(self._evicted[b])
         # A long chunk may itself be sinks and what is still in the window, with a gap between.
         sinks = (start, min(stop, self.num_sinks), 0)
         others = (max(start, self.num_sinks + evicted), stop, evicted)
-        for first, last, shift in (sinks, others):
-            if first < last:
-                copy_tokens(
-                    self._arrays,
-                    at_slots(b, first - shift, last - shift),
-                    tokens,
-                    at_slots(b, first - start, last - start),
-                )
+        return [
+            _Piece(b, first - shift, tokens, at_slots(b, first - start, last - start), last - first)
+            for first, last, shift in (sinks, others)
+            if first < last
+        ]
 
-    def _evict(self, b: int, new: int) -> None:
-        """Move the window of sequence b to the front, to make room for `new` tokens."""
+    def _evict(self, b: int, length: int, before: int, new: int) -> tuple[_Piece, int]:
+        """The window of sequence b, to be moved to the front to make room for `new` tokens, and
+        how many tokens are gone then."""
         assert self.window is not None
-        length, before = int(self._lengths[b]), int(self._evicted[b])
         # The first of the new queries sees window - 1 tokens from before.  If even that leaves no
         # room, as many of the last tokens as possible stay.
         evicted = max(
@@ -325,13 +395,34 @@ class KVCache(TokenStore):
         )
         kept = max(length - self.num_sinks - evicted, 0)
         source = self.num_sinks + evicted - before
-        copy_tokens(
-            self._arrays,
-            at_slots(b, self.num_sinks, self.num_sinks + kept),
-            self._arrays,
-            at_slots(b, source, source + kept),
-        )
-        self._evicted[b] = evicted
+        index = at_slots(b, source, source + kept)
+        return _Piece(b, self.num_sinks, self._arrays, index, kept), evicted
+
+    def _write(self, pieces: list[_Piece]) -> Changes:
+        """Write tokens to slots that hold none, and return the assignments that write the others.
+
+        Where a running call reads those slots, all goes to new storage, which one assignment puts
+        in the place of the old.
+        """
+        arrays, live = self._arrays, self._counts[0] - self._counts[1]
+        changes: Changes = []
+        views = [view for view in self._gate.being_read() if view.arrays is arrays]
+        if any(piece.slot < view.stored[piece.block] for view in views for piece in pieces):
+            arrays = self._new_storage()
+            for b, stored in enumerate(live.tolist()):
+                copy_tokens(arrays, at_slots(b, 0, stored), self._arrays, at_slots(b, 0, stored))
+            live = np.zeros_like(live)
+            changes.append((self.__dict__, "_arrays", arrays))
+        for block, slot, source, index, size in pieces:
+            to = at_slots(block, slot, slot + size)
+            if slot >= live[block]:
+                copy_tokens(arrays, to, source, index)
+            else:
+                changes += [
+                    (array[to], ..., tokens[index].copy())
+                    for array, tokens in zip(arrays, source, strict=True)
+                ]
+        return changes
 
     def truncate(self, lengths: ArrayLike) -> None:
         """Forget the last tokens, for example those of a rejected draft.
@@ -366,16 +457,17 @@ class KVCache(TokenStore):
                 f"`lengths` must be an int or have shape ({self.batch_size},), "
                 f"got shape {array.shape}"
             )
-        new = np.broadcast_to(array, (self.batch_size,))
-        wrong = np.flatnonzero((new < 0) | (new > self._lengths))
+        self._gate.change(self._truncated, np.broadcast_to(array, (self.batch_size,)))
+
+    def _truncated(self, new: Array) -> tuple[None, Changes]:
+        lengths, evicted = self._counts
+        wrong = np.flatnonzero((new < 0) | (new > lengths))
         if wrong.size:
             b = wrong[0]
-            raise ValueError(
-                f"`lengths` must be 0 to {self._lengths[b]} for sequence {b}, got {new[b]}"
-            )
+            raise ValueError(f"`lengths` must be 0 to {lengths[b]} for sequence {b}, got {new[b]}")
         new = new.astype(np.int64)
         # Sinks are never gone, so a sequence of sinks alone is whole.
-        evicted = np.where(new > self.num_sinks, self._evicted, 0)
+        evicted = np.where(new > self.num_sinks, evicted, 0)
         shortest = self._first_exact(evicted)
         wrong = np.flatnonzero(new < shortest)
         if wrong.size:
@@ -384,8 +476,7 @@ class KVCache(TokenStore):
                 f"`lengths` must be at least {shortest[b]} for sequence {b} (or at most num_sinks "
                 f"{self.num_sinks}), whose earlier tokens have left the window, got {new[b]}"
             )
-        self._lengths[...] = new
-        self._evicted[...] = evicted
+        return None, [(self._counts, ..., np.stack([new, evicted]))]
 
     def _first_exact(self, evicted: Lengths) -> Lengths:
         """The first position whose window, or whole past, is stored."""
@@ -425,7 +516,7 @@ class KVCache(TokenStore):
 
         Notes
         -----
-        Beside the storage this takes the memory of one head of the sequences that move.
+        Beside the storage this takes, until it is done, the memory of the tokens that move.
         `PagedKVCache.fork` shares tokens instead of copying them.
 
         Examples
@@ -447,17 +538,16 @@ class KVCache(TokenStore):
         wrong = array[(array < 0) | (array >= self.batch_size)]
         if wrong.size:
             raise ValueError(f"`indices` must be 0 to {self.batch_size - 1}, got {wrong[0]}")
-        source = array.astype(np.int64)
-        moved = np.flatnonzero(source != np.arange(self.batch_size))
-        if not moved.size:
-            return
-        longest = int(self._stored[source[moved]].max())
-        for array in self._arrays:
-            for head in range(self.num_kv_heads):
-                # Fancy indexing reads all of a head before any of it is written.
-                array[moved, head, :longest] = array[source[moved], head, :longest]
-        self._lengths[...] = self._lengths[source]
-        self._evicted[...] = self._evicted[source]
+        self._gate.change(self._reordered, array.astype(np.int64, copy=False))
+
+    def _reordered(self, source: Lengths) -> tuple[None, Changes]:
+        stored = self._counts[0] - self._counts[1]
+        moved = np.flatnonzero(source != np.arange(self.batch_size)).tolist()
+        pieces = [
+            _Piece(b, 0, self._arrays, at_slots(int(source[b]), 0, n), n)
+            for b, n in zip(moved, stored[source[moved]].tolist(), strict=True)
+        ]
+        return None, [*self._write(pieces), (self._counts, ..., self._counts[:, source])]
 
     # --- attention ---
 
@@ -521,14 +611,19 @@ class KVCache(TokenStore):
         """
         q = self._queries(q, self.batch_size)
         options = own_options("KVCache.attention", options)
+        return self._gate.read(self._look, self._attend, q, options)
+
+    def _attend(
+        self, view: _View, q: Array, options: dict[str, Any]
+    ) -> Array | tuple[Array, Array]:
         if self.window is not None:
-            options = self._window_options(q.shape[2], self.window, options)
-        longest = int(self._stored.max(initial=0))
-        arrays = tuple(array[:, :, :longest] for array in self._arrays)
-        return attend(q, arrays, self._stored, options)
+            options = self._window_options(view, q.shape[2], self.window, options)
+        longest = int(view.stored.max())
+        arrays = tuple(array[:, :, :longest] for array in view.arrays)
+        return attend(q, arrays, view.stored, options)
 
     def _window_options(
-        self, seqlen_q: int, window: int, options: dict[str, Any]
+        self, view: _View, seqlen_q: int, window: int, options: dict[str, Any]
     ) -> dict[str, Any]:
         """Options that make `attention` see, in slots, what the queries see in positions."""
         if not flag("causal", options["causal"]):
@@ -547,18 +642,18 @@ class KVCache(TokenStore):
 
         given = options.get("q_offset")
         if given is None:
-            offset = self._lengths - seqlen_q
+            offset = view.lengths - seqlen_q
         else:
             offset = q_offsets(given, (self.batch_size,))
         first = np.maximum(offset, 0)
-        earliest = self._first_exact(self._evicted)
+        earliest = self._first_exact(view.evicted)
         # Rows before the first token or after the last one are nobody's queries.
-        is_query = (offset + seqlen_q > 0) & (first < self._lengths) & (seqlen_q > 0)
+        is_query = (offset + seqlen_q > 0) & (first < view.lengths) & (seqlen_q > 0)
         wrong = np.flatnonzero(is_query & (first < earliest))
         if wrong.size:
             b = wrong[0]
             rule = (
-                f"`q` must have at most {self._lengths[b] - earliest[b]} queries"
+                f"`q` must have at most {view.lengths[b] - earliest[b]} queries"
                 if given is None
                 else f"`q_offset` must be at least {earliest[b]}"
             )
@@ -567,14 +662,14 @@ class KVCache(TokenStore):
                 f"got {seqlen_q if given is None else offset[b]}"
             )
 
-        options = {**options, "q_offset": offset - self._evicted}
+        options = {**options, "q_offset": offset - view.evicted}
         if not self.num_sinks:
             return {**options, "window": (window - 1, 0)}
         before_window = offset[:, np.newaxis] + np.arange(seqlen_q) - window
-        if np.any(before_window >= (self.num_sinks + self._evicted)[:, np.newaxis]):
-            slots = np.arange(self._stored.max())
+        if np.any(before_window >= (self.num_sinks + view.evicted)[:, np.newaxis]):
+            slots = np.arange(view.stored.max())
             is_sink = slots < self.num_sinks
-            positions = slots + np.where(is_sink, 0, self._evicted[:, np.newaxis])
+            positions = slots + np.where(is_sink, 0, view.evicted[:, np.newaxis])
             seen = is_sink | (positions[:, np.newaxis] > before_window[..., np.newaxis])
             options["mask"] = seen[:, np.newaxis]
         return options
@@ -595,12 +690,15 @@ class KVCache(TokenStore):
         KVCache(batch_size=1, num_kv_heads=1, max_seqlen=4, head_dim=2, dtype=float32): 0 tokens
         """
         other = type(self)(**self._parameters())
-        for b, stored in enumerate(self._stored):
-            live = at_slots(b, 0, stored)  # the rest of the storage stays untouched
-            copy_tokens(other._arrays, live, self._arrays, live)
-        other._lengths[...] = self._lengths
-        other._evicted[...] = self._evicted
+        self._gate.read(self._look, other._fill)
         return other
+
+    def _fill(self, view: _View) -> None:
+        """Take over what another cache holds."""
+        for b, stored in enumerate(view.stored.tolist()):
+            live = at_slots(b, 0, stored)  # the rest of the storage stays untouched
+            copy_tokens(self._arrays, live, view.arrays, live)
+        self._counts[...] = view.lengths, view.evicted
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the cache to a file, which holds its live tokens only.
@@ -630,16 +728,19 @@ class KVCache(TokenStore):
         ...     fa.KVCache.load(path)
         KVCache(batch_size=1, num_kv_heads=1, max_seqlen=4, head_dim=2, dtype=float32): 3 tokens
         """
+        self._gate.read(self._look, self._save, path)
+
+    def _save(self, view: _View, path: str | PathLike[str]) -> None:
         import json  # not with the package: few processes write or read a file
 
-        stored = self._stored.tolist()
+        stored = view.stored.tolist()
         header = {"format": FILE_FORMAT, **self._parameters(), "dtype": self.dtype.name}
         members: dict[str, Any] = {
             "header": np.array(json.dumps(header)),
-            "lengths": self._lengths,
-            "evicted": self._evicted,
+            "lengths": view.lengths,
+            "evicted": view.evicted,
         }
-        for name, array in zip(ARRAY_NAMES, self._arrays, strict=False):
+        for name, array in zip(ARRAY_NAMES, view.arrays, strict=False):
             live = [array[b, :, :n].swapaxes(0, 1) for b, n in enumerate(stored)]
             members[name] = _as_plain(np.concatenate(live))
         with open(path, "wb") as file:
@@ -664,17 +765,20 @@ class KVCache(TokenStore):
         OSError
             The file cannot be opened.
         ValueError
-            The file is damaged, or of another kind.
+            The file is damaged, or of another kind.  Its members' sizes, dtypes and shapes are
+            compared with its header before memory is taken for any: reading takes, besides the
+            storage of the cache that the header describes, no more than the file's own size.
         ImportError
             It holds bfloat16, and ``ml_dtypes``, which defines that, has not been imported.
         MemoryError
             The storage cannot be allocated.
         """
+        import zipfile
+
         with open(path, "rb") as file:
             try:
-                with np.load(file, allow_pickle=False) as archive:
-                    members = {name: archive[name] for name in archive.files}
-                return cls._restore(members)
+                with zipfile.ZipFile(file) as archive:
+                    return cls._restore(_Members(archive, os.fstat(file.fileno()).st_size))
             except (ImportError, MemoryError):
                 raise
             except Exception as error:  # whatever zipfile, json and NumPy find
@@ -683,26 +787,33 @@ class KVCache(TokenStore):
                 ) from error
 
     @classmethod
-    def _restore(cls, members: dict[str, Array]) -> Self:
+    def _restore(cls, members: _Members) -> Self:
         import json
 
-        header = json.loads(str(members["header"]))
-        file_format = header.pop("format")
+        header = json.loads(str(members.header()))
+        if not isinstance(header, dict):
+            raise ValueError(f"its header is a {type(header).__name__}")
+        file_format = header.pop("format", None)
         if file_format != FILE_FORMAT:
             raise ValueError(f"its format is {file_format!r}, not {FILE_FORMAT!r}")
-        if header["dtype"] == "bfloat16":
+        if header.get("dtype") == "bfloat16":
             try:
                 np.dtype("bfloat16")
             except TypeError:
                 raise ImportError(
                     "`path` holds bfloat16: import ml_dtypes before loading"
                 ) from None
-        cache = cls(**header)
+        # Lengths are the first thing whose size the header gives.
+        batch_size = header.get("batch_size")
+        if type(batch_size) is int and batch_size > 0:
+            members.expect("lengths", np.dtype(np.int64), (batch_size,))
+            members.expect("evicted", np.dtype(np.int64), (batch_size,))
+        cache = cls.__new__(cls)
+        cache._configure(**header)
+        names = ARRAY_NAMES if cache.dtype == np.int8 else ARRAY_NAMES[:2]
+        members.expect_names("header", "lengths", "evicted", *names)
 
-        lengths, evicted = members["lengths"], members["evicted"]
-        for array in (lengths, evicted):
-            if array.dtype != np.int64 or array.shape != (cache.batch_size,):
-                raise ValueError("its lengths are not one per sequence")
+        lengths, evicted = members.read("lengths"), members.read("evicted")
         stored = lengths - evicted
         if not (
             np.all((evicted >= 0) & (lengths < MAX_POSITION) & (stored <= cache.max_seqlen))
@@ -710,17 +821,77 @@ class KVCache(TokenStore):
             and (cache.window is not None or not evicted.any())
         ):
             raise ValueError("its lengths are not those of a cache")
-        cache._lengths[...], cache._evicted[...] = lengths, evicted
-
         ends = np.cumsum(stored)
-        for name, array in zip(ARRAY_NAMES, cache._arrays, strict=False):
-            packed = members[name]
-            expected = (ends[-1], *array.shape[1:2], *array.shape[3:])
-            if packed.dtype != _as_plain(array).dtype or packed.shape != expected:
-                raise ValueError(f"its {name!r} is {packed.dtype} of shape {packed.shape}")
-            for b, (end, n) in enumerate(zip(ends, stored, strict=True)):
+        rows = (int(ends[-1]), cache.num_kv_heads)
+        plain = _plain_dtype(cache.dtype)
+        members.expect("k", plain, (*rows, cache.head_dim))
+        members.expect("v", plain, (*rows, cache.head_dim_v))
+        for name in names[2:]:
+            members.expect(name, np.dtype(np.float32), rows)
+
+        cache._arrays = cache._new_storage()
+        for name, array in zip(names, cache._arrays, strict=True):
+            packed = members.read(name)
+            for b, (end, n) in enumerate(zip(ends.tolist(), stored.tolist(), strict=True)):
                 array[b, :, :n] = packed[end - n : end].view(array.dtype).swapaxes(0, 1)
+        cache._counts[...] = lengths, evicted
         return cache
+
+
+class _Members:
+    """The arrays in a file of `KVCache.save`, each of which is looked at before it is read."""
+
+    def __init__(self, archive: zipfile.ZipFile, file_size: int) -> None:
+        self.archive = archive
+        self.info: dict[str, zipfile.ZipInfo] = {}
+        for info in archive.infolist():
+            name = info.filename.removesuffix(".npy")
+            if name in self.info:
+                raise ValueError(f"it holds {name!r} twice")
+            # `save` does not compress: what is read is no larger than what is there.
+            if info.compress_type != 0 or not info.compress_size == info.file_size < file_size:
+                raise ValueError(f"its {name!r} is compressed, or larger than the file")
+            self.info[name] = info
+
+    def expect_names(self, *names: str) -> None:
+        unknown = sorted(self.info.keys() - set(names))
+        if unknown:
+            raise ValueError(f"it holds {unknown[0]!r}, which is no part of this cache")
+
+    def _look(self, name: str) -> tuple[Any, tuple[int, ...], bool, np.dtype[Any]]:
+        if name not in self.info:
+            raise ValueError(f"it lacks {name!r}")
+        stream = self.archive.open(self.info[name])
+        if npy.read_magic(stream) != (1, 0):
+            raise ValueError(f"its {name!r} is of another version of NumPy's format")
+        return stream, *npy.read_array_header_1_0(stream)
+
+    def expect(self, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+        stream, found_shape, _, found_dtype = self._look(name)
+        if found_dtype != dtype or found_shape != shape:
+            raise ValueError(
+                f"its {name!r} is {found_dtype} of shape {found_shape}, not {dtype} of {shape}"
+            )
+        size = self.info[name].file_size - stream.tell()
+        if size != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"its {name!r} of shape {shape} has {size} bytes")
+
+    def header(self) -> Array:
+        _, shape, _, dtype = self._look("header")
+        if shape != () or dtype.kind != "U" or dtype.itemsize > 4 * MAX_HEADER:
+            raise ValueError(f"its 'header' is {dtype} of shape {shape}")
+        self.expect("header", dtype, ())
+        return self.read("header")
+
+    def read(self, name: str) -> Array:
+        """An array that is as expected."""
+        stream, shape, fortran_order, dtype = self._look(name)
+        array = np.frombuffer(stream.read(), dtype)
+        return array.reshape(shape, order="F" if fortran_order else "C")
+
+
+def _stored_view(view: _View, which: int) -> Array:
+    return _read_only(view.arrays[which][:, :, : view.stored.max()])
 
 
 def _read_only(array: Array) -> Array:
@@ -729,6 +900,10 @@ def _read_only(array: Array) -> Array:
     return view
 
 
+def _plain_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """A dtype of NumPy's own for the same bits."""
+    return np.dtype(np.uint16) if dtype.name == "bfloat16" else dtype
+
+
 def _as_plain(array: Array) -> Array:
-    """`array` in a dtype of NumPy's own."""
-    return array.view(np.uint16) if array.dtype.name == "bfloat16" else array
+    return array.view(_plain_dtype(array.dtype))

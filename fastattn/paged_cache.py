@@ -6,16 +6,23 @@ which pages hold which tokens.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastattn._storage import Lengths, TokenStore, at_slots, attend, copy_tokens, own_options
+from fastattn._storage import (
+    Changes,
+    Lengths,
+    TokenStore,
+    at_slots,
+    attend,
+    copy_tokens,
+    own_options,
+)
 from fastattn._validate import Array, _integer, count
 
 
@@ -36,10 +43,17 @@ class OutOfPagesError(MemoryError):
     """
 
 
-@dataclasses.dataclass(slots=True)
-class _Sequence:
-    pages: list[int]  # always ceil(length / page_size) of them
+class _Sequence(NamedTuple):
+    pages: tuple[int, ...]  # always ceil(length / page_size) of them
     length: int
+
+
+class _View(NamedTuple):
+    """What a cache holds of some sequences at one moment."""
+
+    arrays: tuple[Array, ...]
+    table: NDArray[np.int64]
+    lengths: Lengths
 
 
 class PagedKVCache(TokenStore):
@@ -78,7 +92,11 @@ class PagedKVCache(TokenStore):
     Sequences are ints, which are not used again.  One that is unknown or freed is a ValueError.
     Appending is all or nothing: with too few pages nothing changes.
 
-    A cache does not lock: change it from one thread at a time.
+    **Threads.**  Changes and reads from several threads are safe: changes wait for each other, and
+    `attention` computes with what its sequences held at one moment, whatever is appended, truncated
+    or freed meanwhile.  Pages that it reads are free again when it is done; until then an append
+    may find too few.  A method that fails, or is interrupted by Ctrl-C, leaves the cache as it was
+    before or as it is after the change, every page accounted for.
 
     See Also
     --------
@@ -134,15 +152,16 @@ class PagedKVCache(TokenStore):
     ) -> None:
         self.num_pages = count("num_pages", num_pages)
         self.page_size = count("page_size", page_size)
-        super().__init__(self.num_pages, self.page_size, num_kv_heads, head_dim, head_dim_v, dtype)
+        self._configure_store(
+            self.num_pages, self.page_size, num_kv_heads, head_dim, head_dim_v, dtype
+        )
+        self._arrays = self._new_storage()
         self._ids = itertools.count()
         self._sequences: dict[int, _Sequence] = {}
-        self._forget_all()
-
-    def _forget_all(self) -> None:
-        self._sequences.clear()
         self._num_users = [0] * self.num_pages  # sequences that hold each page
-        self._free_pages = list(reversed(range(self.num_pages)))  # the next one is the last
+        # The first `_num_free` entries are free pages, the last of these the next to be taken.
+        self._free_pages = list(reversed(range(self.num_pages)))
+        self._num_free = self.num_pages
 
     def __repr__(self) -> str:
         return f"{self._call()}: {len(self._sequences)} sequences, {self.num_free_pages} free pages"
@@ -152,7 +171,7 @@ class PagedKVCache(TokenStore):
     @property
     def num_free_pages(self) -> int:
         """Pages that no sequence holds."""
-        return len(self._free_pages)
+        return self._num_free
 
     @property
     def seq_ids(self) -> list[int]:
@@ -171,7 +190,7 @@ class PagedKVCache(TokenStore):
         -------
         int
         """
-        return self._sequence("seq_id", seq_id).length
+        return self._sequence("seq_id", _seq_id("seq_id", seq_id)).length
 
     def lengths(self, seq_ids: Iterable[int]) -> Lengths:
         """Tokens of several sequences.
@@ -192,7 +211,8 @@ class PagedKVCache(TokenStore):
         >>> cache.lengths([cache.add(), cache.add()])
         array([0, 0])
         """
-        return _lengths_of(self._lookup(seq_ids))
+        ids = _seq_ids(seq_ids)
+        return self._gate.read(lambda: self._look(ids), lambda view: view.lengths)
 
     def page_table(self, seq_ids: Iterable[int]) -> NDArray[np.int64]:
         """The pages of several sequences, in the order of their tokens.
@@ -217,7 +237,8 @@ class PagedKVCache(TokenStore):
         array([[ 0,  1],
                [ 2, -1]])
         """
-        return _table_of(self._lookup(seq_ids))
+        ids = _seq_ids(seq_ids)
+        return self._gate.read(lambda: self._look(ids), lambda view: view.table)
 
     def to_arrays(self, seq_id: int) -> tuple[Array, Array]:
         """Copies of the keys and values of one sequence.
@@ -233,27 +254,39 @@ class PagedKVCache(TokenStore):
             In the storage's dtype; float32 for int8, codes times scales.
         v : ndarray, (num_kv_heads, length, head_dim_v)
         """
-        sequence = self._sequence("seq_id", seq_id)
+        seq_id = _seq_id("seq_id", seq_id)
+        return self._gate.read(lambda: self._look([seq_id], "seq_id"), self._decode_sequence)
+
+    def _decode_sequence(self, view: _View) -> tuple[Array, Array]:
         k, v = (
-            pages.swapaxes(0, 1).reshape(self.num_kv_heads, -1, width)[:, : sequence.length]
+            pages.swapaxes(0, 1).reshape(self.num_kv_heads, -1, width)[:, : view.lengths[0]]
             for pages, width in zip(
-                self._decode(sequence.pages), (self.head_dim, self.head_dim_v), strict=True
+                self._decode(view.arrays, view.table[0]),
+                (self.head_dim, self.head_dim_v),
+                strict=True,
             )
         )
         return k, v
 
     def _sequence(self, name: str, seq_id: int) -> _Sequence:
-        sequence = self._sequences.get(_integer(name, seq_id, "the int that `add` returned"))
+        sequence = self._sequences.get(seq_id)
         if sequence is None:
             raise ValueError(f"`{name}` must be a sequence of this cache, got {seq_id}")
         return sequence
 
-    def _lookup(self, seq_ids: Iterable[int]) -> list[_Sequence]:
-        try:
-            ids = list(seq_ids)
-        except TypeError:
-            raise TypeError(f"`seq_ids` must be a sequence of ints, got {seq_ids!r}") from None
-        return [self._sequence(f"seq_ids[{i}]", seq_id) for i, seq_id in enumerate(ids)]
+    def _lookup(self, seq_ids: Sequence[int], name: str | None = None) -> list[_Sequence]:
+        return [
+            self._sequence(name or f"seq_ids[{i}]", seq_id) for i, seq_id in enumerate(seq_ids)
+        ]
+
+    def _look(self, seq_ids: Sequence[int], name: str | None = None) -> _View:
+        sequences = self._lookup(seq_ids, name)
+        lengths = np.array([sequence.length for sequence in sequences], np.int64)
+        most = max((len(sequence.pages) for sequence in sequences), default=0)
+        table = np.full((len(sequences), most), -1, np.int64)
+        for row, sequence in zip(table, sequences, strict=True):
+            row[: len(sequence.pages)] = sequence.pages
+        return _View(self._arrays, table, lengths)
 
     # --- sequences ---
 
@@ -279,16 +312,22 @@ class PagedKVCache(TokenStore):
         OutOfPagesError
             There are too few free pages.  Nothing has changed.
         """
-        sequence = _Sequence([], 0)
-        if k is not None and v is not None:
-            tokens, taken = self._encode(k, v, ())
-            self._extend([sequence], tuple(x[np.newaxis] for x in tokens), taken)
-        elif k is not None or v is not None:
+        if k is None and v is None:
+            return self._gate.change(self._added)
+        if k is None or v is None:
             given = "v" if k is None else "k"
             raise ValueError(f"`k` and `v` must be given together, got only `{given}`")
+        tokens, taken = self._encode(k, v, ())
+        return self._gate.change(self._added, tuple(x[np.newaxis] for x in tokens), taken)
+
+    def _added(
+        self, tokens: tuple[Array, ...] = (), taken: Lengths | None = None
+    ) -> tuple[int, Changes]:
+        sequence, pages = _Sequence((), 0), _Pages(self)
+        if taken is not None:
+            (sequence,) = self._extended([sequence], tokens, taken, pages)
         seq_id = next(self._ids)
-        self._sequences[seq_id] = sequence
-        return seq_id
+        return seq_id, [(self._sequences, seq_id, sequence), *pages.changes()]
 
     def fork(self, seq_id: int) -> int:
         """Begin a sequence with all tokens of another one, sharing its pages.
@@ -321,12 +360,14 @@ class PagedKVCache(TokenStore):
         >>> cache.seq_ids
         [3, 4, 5]
         """
-        source = self._sequence("seq_id", seq_id)
-        for page in source.pages:
-            self._num_users[page] += 1
+        return self._gate.change(self._forked, _seq_id("seq_id", seq_id))
+
+    def _forked(self, seq_id: int) -> tuple[int, Changes]:
+        sequence, pages = self._sequence("seq_id", seq_id), _Pages(self)
+        for page in sequence.pages:
+            pages.share(page)
         new_id = next(self._ids)
-        self._sequences[new_id] = _Sequence(list(source.pages), source.length)
-        return new_id
+        return new_id, [(self._sequences, new_id, sequence), *pages.changes()]
 
     def free(self, seq_id: int) -> None:
         """End a sequence; pages that no other one holds return to the pool.
@@ -341,8 +382,13 @@ class PagedKVCache(TokenStore):
         TypeError, ValueError
             `seq_id` is no sequence of this cache.
         """
-        self._shorten(self._sequence("seq_id", seq_id), 0)
-        del self._sequences[seq_id]
+        self._gate.change(self._freed, _seq_id("seq_id", seq_id))
+
+    def _freed(self, seq_id: int) -> tuple[None, Changes]:
+        pages = _Pages(self)
+        for page in reversed(self._sequence("seq_id", seq_id).pages):
+            pages.release(page)
+        return None, [(self._sequences, seq_id, None), *pages.changes()]
 
     def truncate(self, seq_id: int, length: int) -> None:
         """Forget the last tokens of a sequence.
@@ -369,15 +415,31 @@ class PagedKVCache(TokenStore):
         >>> cache.length(a), cache.num_free_pages
         (2, 3)
         """
-        sequence = self._sequence("seq_id", seq_id)
-        length = _integer("length", length, "an int >= 0")
+        seq_id = _seq_id("seq_id", seq_id)
+        self._gate.change(self._truncated, seq_id, _integer("length", length, "an int >= 0"))
+
+    def _truncated(self, seq_id: int, length: int) -> tuple[None, Changes]:
+        sequence, pages = self._sequence("seq_id", seq_id), _Pages(self)
         if not 0 <= length <= sequence.length:
             raise ValueError(f"`length` must be 0 to {sequence.length}, got {length}")
-        self._shorten(sequence, length)
+        keep = self._pages_for(length)
+        for page in reversed(sequence.pages[keep:]):
+            pages.release(page)
+        shorter = _Sequence(sequence.pages[:keep], length)
+        return None, [(self._sequences, seq_id, shorter), *pages.changes()]
 
     def reset(self) -> None:
         """End every sequence."""
-        self._forget_all()
+        self._gate.change(self._emptied)
+
+    def _emptied(self) -> tuple[None, Changes]:
+        new = {
+            "_sequences": {},
+            "_num_users": [0] * self.num_pages,
+            "_free_pages": list(reversed(range(self.num_pages))),
+            "_num_free": self.num_pages,
+        }
+        return None, [(self.__dict__, name, value) for name, value in new.items()]
 
     def append(
         self,
@@ -407,10 +469,19 @@ class PagedKVCache(TokenStore):
         OutOfPagesError
             There are too few free pages.  Nothing has changed: no sequence has any of the tokens.
         """
-        sequences = self._lookup(seq_ids)
-        if len({id(sequence) for sequence in sequences}) < len(sequences):
+        ids = _seq_ids(seq_ids)
+        self._lookup(ids)
+        if len(set(ids)) < len(ids):
             raise ValueError("`seq_ids` must not repeat a sequence in `append`, got one twice")
-        self._extend(sequences, *self._encode(k, v, (len(sequences),), counts))
+        self._gate.change(self._appended, ids, *self._encode(k, v, (len(ids),), counts))
+
+    def _appended(
+        self, seq_ids: list[int], tokens: tuple[Array, ...], taken: Lengths
+    ) -> tuple[None, Changes]:
+        pages = _Pages(self)
+        longer = self._extended(self._lookup(seq_ids), tokens, taken, pages)
+        changes = zip(itertools.repeat(self._sequences), seq_ids, longer)
+        return None, [*changes, *pages.changes()]
 
     def attention(
         self, q: ArrayLike, seq_ids: Iterable[int], **options: Any
@@ -443,31 +514,29 @@ class PagedKVCache(TokenStore):
         TypeError, ValueError
             An argument has the wrong dtype, kind, shape or value, or there is no such option.
         """
-        sequences = self._lookup(seq_ids)
-        q = self._queries(q, len(sequences))
+        ids = _seq_ids(seq_ids)
+        self._lookup(ids)
+        q = self._queries(q, len(ids))
         options = own_options("PagedKVCache.attention", options)
-        table, lengths = _table_of(sequences), _lengths_of(sequences)
-        return attend(q, self._arrays, lengths, options, page_table=table)
+        return self._gate.read(lambda: self._look(ids), _attend, q, options)
 
     # --- pages ---
 
     def _pages_for(self, length: int) -> int:
         return -(-length // self.page_size)
 
-    def _shorten(self, sequence: _Sequence, length: int) -> None:
-        keep = self._pages_for(length)
-        released = sequence.pages[keep:]
-        del sequence.pages[keep:]
-        sequence.length = length
-        for page in reversed(released):
-            self._num_users[page] -= 1
-            if self._num_users[page] == 0:
-                self._free_pages.append(page)
+    def _extended(
+        self,
+        sequences: list[_Sequence],
+        tokens: tuple[Array, ...],
+        counts: Lengths,
+        pages: _Pages,
+    ) -> list[_Sequence]:
+        """The sequences with ``counts[i]`` more tokens in sequence i, if there are pages for all.
 
-    def _extend(
-        self, sequences: Sequence[_Sequence], tokens: tuple[Array, ...], counts: Lengths
-    ) -> None:
-        """Append ``counts[i]`` tokens to sequence i, if there are pages for all of them."""
+        Tokens are written to pages that are free, or behind the last token of one that no other
+        sequence holds: nobody looks there yet.
+        """
         given = enumerate(zip(sequences, counts.tolist(), strict=True))
         growing = [(i, sequence, new) for i, (sequence, new) in given if new]
         # Of the sequences that share a page and write to it now, the last one may keep it.
@@ -475,58 +544,123 @@ class PagedKVCache(TokenStore):
         needed = 0
         for _, sequence, new in growing:
             needed += self._pages_for(sequence.length + new) - len(sequence.pages)
-            if sequence.length % self.page_size:
-                page = sequence.pages[-1]
-                if self._num_users[page] - leaving[page] > 1:
-                    leaving[page] += 1
-                    needed += 1
-        if needed > self.num_free_pages:
+            used = sequence.length % self.page_size
+            if used and pages.is_shared(sequence.pages[-1], used, leaving):
+                leaving[sequence.pages[-1]] += 1
+                needed += 1
+        if needed > pages.num_available:
+            busy = pages.num_busy
             raise OutOfPagesError(
-                f"the cache must have {needed} free pages for `k`, got {self.num_free_pages} "
-                "(free or truncate sequences)"
+                f"the cache must have {needed} free pages for `k`, got {pages.num_available} "
+                f"({f'{busy} more are being read; ' if busy else ''}free or truncate sequences)"
             )
+        longer = list(sequences)
         for i, sequence, new in growing:
-            self._own_last_page(sequence)
-            stop = sequence.length + new
-            while len(sequence.pages) < self._pages_for(stop):
-                sequence.pages.append(self._take_page())
+            length, stop = sequence.length, sequence.length + new
+            held = list(sequence.pages)
+            used = length % self.page_size
+            if used and pages.is_shared(held[-1], used):
+                # Copy on write: the sequence gets a last page of its own.
+                own = pages.take()
+                live = at_slots(own, 0, used), self._arrays, at_slots(held[-1], 0, used)
+                copy_tokens(self._arrays, *live)
+                pages.release(held[-1])
+                held[-1] = own
+            held += [pages.take() for _ in range(self._pages_for(stop) - len(held))]
             done = 0
             while done < new:
-                block, slot = divmod(sequence.length + done, self.page_size)
+                block, slot = divmod(length + done, self.page_size)
                 size = min(new - done, self.page_size - slot)
                 copy_tokens(
                     self._arrays,
-                    at_slots(sequence.pages[block], slot, slot + size),
+                    at_slots(held[block], slot, slot + size),
                     tokens,
                     at_slots(i, done, done + size),
                 )
                 done += size
-            sequence.length = stop
+            longer[i] = _Sequence(tuple(held), stop)
+        return longer
 
-    def _take_page(self) -> int:
-        page = self._free_pages.pop()
-        self._num_users[page] = 1
+
+def _attend(view: _View, q: Array, options: dict[str, Any]) -> Array | tuple[Array, Array]:
+    return attend(q, view.arrays, view.lengths, options, page_table=view.table)
+
+
+class _Pages:
+    """The pages of a cache as a change will leave them: which are free, who holds the others.
+
+    Pages that a running call reads are not taken, nor written where it looks.
+    """
+
+    def __init__(self, cache: PagedKVCache) -> None:
+        self.cache = cache
+        self.users: dict[int, int] = {}  # where they differ from the cache's
+        self.moved: dict[int, int] = {}  # entries of the free pages, likewise
+        self.released: list[int] = []
+        self.num_available = cache._num_free
+        self.num_busy = 0
+        self.seen: NDArray[np.int64] | None = None  # slots of each page that running calls read
+        views = cache._gate.being_read()
+        if views:
+            self.seen = self._seen(views)
+            free = cache._free_pages[: cache._num_free]
+            busy = [page for page in free if self.seen[page]]
+            if busy:
+                self.num_busy = len(busy)
+                self.num_available -= self.num_busy
+                free = busy + [page for page in free if not self.seen[page]]
+                self.moved = dict(enumerate(free))
+
+    def _seen(self, views: list[_View]) -> NDArray[np.int64]:
+        size = self.cache.page_size
+        seen = np.zeros(self.cache.num_pages, np.int64)
+        for view in views:
+            first = np.arange(view.table.shape[1]) * size
+            slots = np.clip(view.lengths[:, np.newaxis] - first, 0, size)
+            np.maximum.at(seen, view.table[slots > 0], slots[slots > 0])
+        return seen
+
+    def is_shared(self, page: int, used: int, leaving: Counter[int] | None = None) -> bool:
+        """Whether who holds the first `used` slots of a page may not write the next ones."""
+        users = self._users(page) - (leaving[page] if leaving is not None else 0)
+        return users > 1 or (self.seen is not None and bool(self.seen[page] > used))
+
+    def _users(self, page: int) -> int:
+        return self.users.get(page, self.cache._num_users[page])
+
+    def share(self, page: int) -> None:
+        self.users[page] = self._users(page) + 1
+
+    def take(self) -> int:
+        self.num_available -= 1
+        place = self.num_available + self.num_busy
+        page = self.moved.get(place, self.cache._free_pages[place])
+        self.users[page] = 1
         return page
 
-    def _own_last_page(self, sequence: _Sequence) -> None:
-        """Copy on write: give a sequence a last page of its own, if that page is not full."""
-        used = sequence.length % self.page_size
-        if used and self._num_users[sequence.pages[-1]] > 1:
-            shared, own = sequence.pages[-1], self._take_page()
-            copy_tokens(
-                self._arrays, at_slots(own, 0, used), self._arrays, at_slots(shared, 0, used)
-            )
-            self._num_users[shared] -= 1
-            sequence.pages[-1] = own
+    def release(self, page: int) -> None:
+        self.users[page] = self._users(page) - 1
+        if self.users[page] == 0:
+            self.released.append(page)
+
+    def changes(self) -> Changes:
+        cache = self.cache
+        num_free = self.num_available + self.num_busy
+        free = self.moved | dict(enumerate(self.released, num_free))
+        return [
+            *((cache._num_users, page, users) for page, users in self.users.items()),
+            *((cache._free_pages, place, page) for place, page in free.items()),
+            (cache.__dict__, "_num_free", num_free + len(self.released)),
+        ]
 
 
-def _lengths_of(sequences: Sequence[_Sequence]) -> Lengths:
-    return np.array([sequence.length for sequence in sequences], np.int64)
+def _seq_id(name: str, seq_id: int) -> int:
+    return _integer(name, seq_id, "the int that `add` returned")
 
 
-def _table_of(sequences: Sequence[_Sequence]) -> NDArray[np.int64]:
-    most = max((len(sequence.pages) for sequence in sequences), default=0)
-    table = np.full((len(sequences), most), -1, np.int64)
-    for row, sequence in zip(table, sequences, strict=True):
-        row[: len(sequence.pages)] = sequence.pages
-    return table
+def _seq_ids(seq_ids: Iterable[int]) -> list[int]:
+    try:
+        ids = list(seq_ids)
+    except TypeError:
+        raise TypeError(f"`seq_ids` must be a sequence of ints, got {seq_ids!r}") from None
+    return [_seq_id(f"seq_ids[{i}]", seq_id) for i, seq_id in enumerate(ids)]

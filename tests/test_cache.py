@@ -1,10 +1,13 @@
 """KVCache and PagedKVCache against plain lists of arrays."""
 
+import io
 import itertools
 import os
 import re
 import subprocess
 import sys
+import tracemalloc
+import zipfile
 from contextlib import nullcontext
 from fractions import Fraction
 
@@ -31,6 +34,7 @@ from fastattn._rounding import round_once
 FLOAT_DTYPES = [np.dtype(t) for t in (np.float32, np.float64, np.float16, ml_dtypes.bfloat16)]
 DTYPES = [*FLOAT_DTYPES, np.dtype(np.int8)]
 NUM_KV_HEADS, HEAD_DIM, HEAD_DIM_V = 2, 6, 4
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 EXAMPLES = int(os.environ.get("FASTATTN_EXAMPLES", "0"))
 fuzzed = settings(
@@ -70,9 +74,10 @@ def snapshot(cache):
     """Everything that a cache holds, for comparison."""
     state = [array.tobytes() for array in cache._arrays]
     if isinstance(cache, fa.KVCache):
-        return [*state, cache._lengths.tolist(), cache._evicted.tolist()]
+        return [*state, cache._counts.tolist()]
     sequences = {i: (list(s.pages), s.length) for i, s in cache._sequences.items()}
-    return [*state, sequences, list(cache._free_pages), list(cache._num_users)]
+    free = cache._free_pages[: cache._num_free]
+    return [*state, sequences, free, list(cache._num_users)]
 
 
 def assert_same_tokens(cache, other):
@@ -431,16 +436,40 @@ def test_int8_keeps_within_half_a_scale(rng, source):
 @once
 @pytest.mark.parametrize(
     ("source", "value"),
-    [(np.float32, 1e-45), (np.float32, 3e38), (np.float64, 1e-300), (np.float64, 5e-324)],
+    [
+        (np.float32, 1e-45),
+        (np.float32, 1e-43),
+        (np.float32, 1e-40),
+        (np.float32, 1.5e-36),
+        (np.float32, 3e38),
+        (np.float32, FLOAT32_MAX),
+        (np.float32, np.nextafter(np.float32(FLOAT32_MAX), np.float32(0))),
+        (np.float64, FLOAT32_MAX),
+        (np.float64, 1e-40),
+        (np.float64, 1e-300),
+        (np.float64, 5e-324),
+        (np.float16, 65504.0),
+        (np.float16, 6e-8),
+    ],
 )
 def test_int8_at_the_ends_of_the_range(source, value):
-    x = np.array([value, value / 3, 0.0], source).reshape(1, 1, 1, 3)
-    cache = fa.KVCache(1, 1, 1, 3, dtype=np.int8)
-    with np.errstate(all="raise"):
+    row = [value, value / 3, -value, -value / 7, 0.0]
+    x = np.array(row, source).reshape(1, 1, 1, 5)
+    cache = fa.KVCache(1, 1, 1, 5, dtype=np.int8)
+    with np.errstate(all="raise", under="ignore"):
         cache.append(x, x)
+        decoded = cache.to_arrays(0)[0]
+    assert decoded.dtype == np.float32
+    assert np.isfinite(decoded).all()
     scale = float(cache._arrays[2][0, 0, 0])
-    assert np.isfinite(scale)
-    assert np.all(np.abs(cache._arrays[0] * scale - x) <= scale / 2)
+    # As fine as float32 allows: its smallest number bounds the scale of what is smaller.
+    assert scale <= max(float(value) / 127 * (1 + 2**-23), float(value) / 127 + 2**-149)
+    # The quotient, and the product with the scale, are rounded.
+    exact = x[0].astype(np.float64)
+    assert np.all(np.abs(cache._arrays[0][0] * scale - exact) <= scale * (0.5 + 1e-4))
+    np.testing.assert_allclose(decoded, exact, rtol=0, atol=scale * (0.5 + 1e-4))
+    q = np.zeros((1, 1, 1, 5), np.float32)
+    np.testing.assert_array_equal(cache.attention(q)[0], decoded)
 
 
 @once
@@ -785,23 +814,27 @@ def test_foreign_files(rng, tmp_path):
 
     path = tmp_path / "other.npz"
     for other, message in (
-        ({"x": np.zeros(3)}, "header"),
+        ({"x": np.zeros(3)}, "it lacks 'header'"),
         (changed(header=np.array("{")), "Expecting"),
         (changed(header=np.array("[]")), ""),
         (with_header("KVCache 1", "KVCache 2"), "its format is 'fastattn.KVCache 2'"),
         (with_header('"float32"', '"float8_e4m3fn"'), "`dtype` must be"),
         (with_header('"batch_size": 3', '"batch_size": 0'), "`batch_size` must be at least 1"),
-        (with_header('"batch_size": 3', '"batch_size": 2'), "its lengths are not one per sequence"),
+        (with_header('"batch_size": 3', '"batch_size": 2'), "its 'lengths' is int64 of shape (3,)"),
         (with_header('"num_sinks": 0', '"sinks": 0'), "unexpected keyword argument"),
         (changed(lengths=np.array([7, 0, 8])), "its lengths are not those of a cache"),
         (changed(evicted=np.array([1, 0, 1])), "its lengths are not those of a cache"),
         (changed(evicted=np.array([0, 1, 0])), "its lengths are not those of a cache"),
         (changed(evicted=np.array([0, -1, 0])), "its lengths are not those of a cache"),
-        (changed(lengths=np.array([7.0, 0.0, 7.0])), "its lengths are not one per sequence"),
+        (changed(lengths=np.array([7.0, 0.0, 7.0])), "its 'lengths' is float64 of shape (3,)"),
+        (changed(evicted=np.array([0])), "its 'evicted' is int64 of shape (1,)"),
         (changed(k=members["k"][:-1]), "its 'k' is float32 of shape"),
         (changed(v=members["v"].astype(np.float64)), "its 'v' is float64 of shape"),
-        (changed(v=members["v"].astype(object)), "Object arrays cannot be loaded"),
-        (changed(v=None), "v"),
+        (changed(v=members["v"].astype(object)), "its 'v' is object of shape"),
+        (changed(v=None), "it lacks 'v'"),
+        (changed(k_scale=members["k"]), "it holds 'k_scale', which is no part of this cache"),
+        (changed(header=np.array([header])), "its 'header' is <U"),
+        (changed(header=np.array(header + " " * 5000)), "its 'header' is <U"),
     ):
         np.savez(path, **other)
         with pytest.raises(ValueError, match="`path` must be a file that ") as caught:
@@ -814,6 +847,69 @@ def test_foreign_files(rng, tmp_path):
             fa.KVCache.load(tmp_path / name)
     with pytest.raises(FileNotFoundError):
         fa.KVCache.load(tmp_path / "absent")
+
+
+@once
+def test_small_files_take_little_memory(rng, tmp_path):
+    """Sizes are compared before anything is read: none of these files' claims is believed."""
+    cache = filled(rng)
+    path = tmp_path / "cache.npz"
+    cache.save(path)
+    with np.load(path) as archive:
+        members = dict(archive)
+
+    def refused(message):
+        tracemalloc.start()
+        with pytest.raises(ValueError, match="`path` must be a file that ") as caught:
+            fa.KVCache.load(path)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert message in str(caught.value)
+        assert peak < 2**20
+
+    np.savez_compressed(path, **{**members, "k": np.zeros((2**22, NUM_KV_HEADS, HEAD_DIM))})
+    assert path.stat().st_size < 2**20
+    refused("is compressed, or larger than the file")
+
+    def written(name, content, size=None):
+        """The file with one more member, or with this content of one that it has."""
+        with zipfile.ZipFile(path, "w") as archive:
+            for other, array in members.items():
+                buffer = io.BytesIO()
+                np.save(buffer, array)
+                mine = content if other == name else buffer.getvalue()
+                archive.writestr(f"{other}.npy", mine)
+            if name not in members:
+                archive.writestr(name, content)
+            if size is not None:
+                info = archive.getinfo(f"{name}.npy")
+                info.file_size = info.compress_size = size
+
+    def header_of(shape):
+        buffer = io.BytesIO()
+        np.lib.format.write_array_header_1_0(
+            buffer, {"descr": "<f4", "fortran_order": False, "shape": shape}
+        )
+        return buffer.getvalue()
+
+    shape = members["k"].shape
+    written("k", header_of(shape))
+    refused(f"its 'k' of shape {shape} has 0 bytes")
+    written("k", header_of((2**40, *shape[1:])))
+    refused("its 'k' is float32 of shape (1099511627776, ")
+    written("k", header_of(shape) + members["k"].tobytes(), size=2**33)
+    refused("its 'k' is compressed, or larger than the file")
+    written("readme", b"hello")
+    refused("it holds 'readme', which is no part of this cache")
+    with pytest.warns(UserWarning, match="Duplicate name"):
+        written("k.npy", header_of(shape))
+    refused("it holds 'k' twice")
+    written("v", b"not an array")
+    refused("magic string is not correct")
+    header = str(members["header"])
+    huge = header.replace('"batch_size": 3', f'"batch_size": {2**40}')
+    np.savez(path, **{**members, "header": np.array(huge)})
+    refused("its 'lengths' is int64 of shape (3,)")
 
 
 @once
@@ -952,7 +1048,7 @@ def test_pages_that_are_not_in_the_table_are_not_read(rng):
     seq_id = cache.add(*make_tokens(rng, new=3))
     long = cache.add(*make_tokens(rng, new=3))
     for array in cache._arrays:
-        array[cache._sequences[other].pages] = np.nan
+        array[list(cache._sequences[other].pages)] = np.nan
         array[cache._sequences[seq_id].pages[-1], :, 1] = np.nan  # after its last token
     q = make_queries(rng, 2, new=1)
     assert np.isfinite(cache.attention(q, [seq_id, long])).all()
@@ -1228,7 +1324,7 @@ class PagedMachine(RuleBasedStateMachine):
             for page in table:
                 users[page] += 1
         assert users == cache._num_users
-        assert sorted(cache._free_pages) == [p for p, n in enumerate(users) if n == 0]
+        assert sorted(cache._free_pages[: cache._num_free]) == [p for p, n in enumerate(users) if n == 0]
 
     def teardown(self):
         if not hasattr(self, "cache"):
