@@ -132,7 +132,6 @@ class DefaultFloatMode:
     def __enter__(self) -> None: ...
     def __exit__(self, *error: object) -> None: ...
 
-
 class Gate:
     def change(
         self, prepare: Callable[..., tuple[Any, list[tuple[Any, Any, Any]]]], *args: Any
