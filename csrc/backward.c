@@ -130,6 +130,7 @@ static void add_products(const struct fa_backward *b, const struct key_block *bl
             .c = block->sums + first * b->padded_k * size,
             .c_row = (size_t)b->padded_k,
             .accumulate = true,
+            .into_chain = (size_t)keys.lo % FA_CHAIN,
         };
         multiply(g, &product, false, block->finite);
     }

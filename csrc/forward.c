@@ -63,6 +63,7 @@ static void add_weighted_values(const struct fa_tile *tile, struct fa_workspace 
             .c = fa_state_from(g, &ws->part, tile->row_offset + r).acc,
             .c_row = (size_t)g->block_dv,
             .accumulate = true,
+            .into_chain = (size_t)(tile->begin + keys.lo) % FA_CHAIN,
         };
         ws->look_at_acc |= block->few || !block->finite;
         if (block->few) {

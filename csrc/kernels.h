@@ -27,6 +27,12 @@
 #define FA_TILE_Q 24
 #define FA_MAX_TILE_Q 32
 
+/* Multiply-adds of a chain: sums of products are cut at its multiples, counted from the start of head_dim, or of a
+ * block of keys or rows, and the chains are added in order.  One chain of n terms of one sign errs by up to n / 2
+ * rounding units; 64 keep the gauge of docs/design.md to head_dim 1024, and what ends a chain costs 1 / 64 of an
+ * addition per multiply-add.  A multiple of the most elements that few_template.h loads at a time. */
+#define FA_CHAIN 64
+
 /* Bytes of a cache line on the machines that the kernel sets are for. */
 #define FA_LINE 64
 
@@ -45,6 +51,7 @@ struct fa_keys {
     int64_t col_stride;
     enum fa_dtype dtype;
     const float *scale; /* of each key, up to a whole panel; NULL: 1.  Not part of the elements. */
+    size_t into_chain;  /* place of the first key in its chain: below FA_CHAIN */
 };
 
 /* c = (accumulate ? c : 0) + a b, in elements of the workspace's type, for i < rows, k < depth and
@@ -61,6 +68,7 @@ struct fa_product {
     void *c;
     size_t c_row;
     bool accumulate;
+    size_t into_chain; /* place of k = 0 in its chain: below FA_CHAIN */
     float factor; /* c is multiplied by it, where load_rows did not do that to a */
 };
 
@@ -171,13 +179,13 @@ struct fa_ops {
     size_t few_rows, few_cols; /* head_dim is few_cols at most */
     void (*few_scores)(size_t rows, size_t cols, size_t keys, size_t columns, const void *q,
                        const struct fa_keys *from, void *s, size_t ld, float factor);
-    /* acc[rows][cols] += weights[rows][keys] values.  scratch: [rows][ldacc].  False, and acc as it was, if
+    /* acc[rows][cols] += weights[rows][keys] values.  scratch: [chains of the keys][rows][ldacc].  False, and acc as it was, if
      * a sum is not finite, or a value is one that it does not take: only matmul_skip_zeros is then right. */
     bool (*few_values)(size_t rows, size_t keys, size_t cols, const void *weights, size_t ldw,
                        const struct fa_keys *from, void *scratch, void *acc, size_t ldacc);
 
-    /* Any number of rows; depth may be 0.  Each element is one chain of fused multiply-adds in order of
-     * depth, or what docs/kernels.md says of the set.  Asks for some of what is wanted on the way. */
+    /* Any number of rows; depth may be 0.  Each element is a sum of chains of FA_CHAIN fused multiply-adds in order
+     * of depth, or what docs/kernels.md says of the set.  Asks for some of what is wanted on the way. */
     void (*matmul)(const struct fa_product *product, struct fa_wanted *wanted);
     /* The same of weights and values: weights are as softmax_update, column_weights and apply_dropout leave
      * them, which a table of bfloat16 need not do in `real`.  So does matmul_skip_zeros take them. */

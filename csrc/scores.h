@@ -76,6 +76,7 @@ static inline struct fa_keys fa_keys_from(const struct fa_keys *keys, int64_t ke
     rest.row += key;
     rest.located -= (size_t)key;
     rest.scale = keys->scale == NULL ? NULL : keys->scale + key;
+    rest.into_chain = (size_t)key % FA_CHAIN;
     return rest;
 }
 

@@ -1,5 +1,6 @@
 /* Both products for a few rows, as in decoding: straight from caller memory, since packing pays only where
- * many rows share it.  The chains of multiply-adds are those of matmul_template.h, so are the bits.  Needs
+ * many rows share it.  The chains of multiply-adds are those of matmul_template.h, added in the same order, so are
+ * the bits.  Needs
  * storage_template.h.
  *
  * Cost per vector of keys with AVX-512: 1 load, 4 shuffles (2 for 16-bit types, 1 for int8), what takes the
@@ -32,58 +33,64 @@ FA_INLINE void FN(few_scores_tile)(const size_t rows, const size_t groups, size_
         .bytes = more ? row_bytes : 0,
         .far_bytes = key + groups * VL + far <= from->located ? row_bytes : 0,
     };
-    VEC acc[FEW_ROWS][FEW_ROWS];
-    size_t c = 0;
-    FA_UNROLL
-    for (size_t g = 0; g < groups; g++) {
+    size_t c = 0, end = 0;
+    _Static_assert(FA_CHAIN % (4 * VL) == 0, "a chain is a whole number of squares of any type");
+    do {
+        const bool add = c > 0;
+        VEC acc[FEW_ROWS][FEW_ROWS];
+        end = cols - c < FA_CHAIN ? cols : c + FA_CHAIN;
         FA_UNROLL
-        for (size_t r = 0; r < rows; r++) {
-            acc[r][g] = V(zero)();
-        }
-    }
-    for (; whole && c + step <= cols; c += step) {
-        VEC squares[FEW_ROWS][VL];
         for (size_t g = 0; g < groups; g++) {
-            VEC square[VL];
-            FN(load_square)(square, row + g * VL, (int64_t)c * size);
             FA_UNROLL
-            for (size_t u = 0; u < VL; u++) {
-                squares[g][u] = square[u];
+            for (size_t r = 0; r < rows; r++) {
+                acc[r][g] = V(zero)();
             }
         }
-        for (size_t u = 0; u < VL; u++) {
-            fetch_stretch(&wanted, groups * sizeof(VEC));
-            FA_UNROLL
-            for (size_t part = 0; part < parts; part++) {
-                const REAL *weight = q + c + u * parts + part;
+        for (; whole && c + step <= end; c += step) {
+            VEC squares[FEW_ROWS][VL];
+            for (size_t g = 0; g < groups; g++) {
+                VEC square[VL];
+                FN(load_square)(square, row + g * VL, (int64_t)c * size);
                 FA_UNROLL
-                for (size_t g = 0; g < groups; g++) {
-                    VEC x = FN(part)(squares[g][u], (int)part, dtype);
+                for (size_t u = 0; u < VL; u++) {
+                    squares[g][u] = square[u];
+                }
+            }
+            for (size_t u = 0; u < VL; u++) {
+                fetch_stretch(&wanted, groups * sizeof(VEC));
+                FA_UNROLL
+                for (size_t part = 0; part < parts; part++) {
+                    const REAL *weight = q + c + u * parts + part;
                     FA_UNROLL
-                    for (size_t r = 0; r < rows; r++) {
-                        acc[r][g] = V(fma)(V(broadcast)(weight + r * cols), x, acc[r][g]);
+                    for (size_t g = 0; g < groups; g++) {
+                        VEC x = FN(part)(squares[g][u], (int)part, dtype);
+                        FA_UNROLL
+                        for (size_t r = 0; r < rows; r++) {
+                            acc[r][g] = V(fma)(V(broadcast)(weight + r * cols), x, acc[r][g]);
+                        }
                     }
                 }
             }
         }
-    }
-    for (; c < cols; c++) {
-        FA_UNROLL
-        for (size_t g = 0; g < groups; g++) {
-            VEC x = FN(load_column)(row + g * VL, keys, (int64_t)c * from->col_stride, dtype);
+        for (; c < end; c++) {
             FA_UNROLL
-            for (size_t r = 0; r < rows; r++) {
-                acc[r][g] = V(fma)(V(broadcast)(q + r * cols + c), x, acc[r][g]);
+            for (size_t g = 0; g < groups; g++) {
+                VEC x = FN(load_column)(row + g * VL, keys, (int64_t)c * from->col_stride, dtype);
+                FA_UNROLL
+                for (size_t r = 0; r < rows; r++) {
+                    acc[r][g] = V(fma)(V(broadcast)(q + r * cols + c), x, acc[r][g]);
+                }
             }
         }
-    }
-    FA_UNROLL
-    for (size_t r = 0; r < rows; r++) {
         FA_UNROLL
-        for (size_t g = 0; g < groups; g++) {
-            V(store)(s + r * ld + g * VL, acc[r][g]);
+        for (size_t r = 0; r < rows; r++) {
+            FA_UNROLL
+            for (size_t g = 0; g < groups; g++) {
+                REAL *to = s + r * ld + g * VL;
+                V(store)(to, add ? V(add)(V(load)(to), acc[r][g]) : acc[r][g]);
+            }
         }
-    }
+    } while (end < cols);
 }
 
 FA_INLINE void FN(few_scores_rows)(const size_t rows, size_t cols, size_t keys, size_t columns,
@@ -268,15 +275,15 @@ FA_INLINE void FN(few_values_of)(size_t rows, size_t keys, size_t cols, const RE
     }
 }
 
-/* acc += sum, unless a sum is not finite.  Then some value may be infinite or NaN, which a weight of 0
- * spreads: false, and nothing is added. */
-static bool FN(add_sums)(size_t rows, size_t cols, const REAL *sum, size_t ldsum, REAL *acc,
-                         size_t ldacc)
+/* acc += each of `chains` sums in order, unless a sum is not finite.  Then some value may be infinite or NaN, which
+ * a weight of 0 spreads: false, and nothing is added. */
+static bool FN(add_sums)(size_t chains, size_t rows, size_t cols, const REAL *sum, REAL *acc,
+                         size_t ld)
 {
     VEC probe = V(zero)();
-    for (size_t r = 0; r < rows; r++) {
+    for (size_t r = 0; r < chains * rows; r++) {
         for (size_t c = 0; c < cols; c += VL) {
-            probe = V(fma)(V(load)(sum + r * ldsum + c), V(zero)(), probe);
+            probe = V(fma)(V(load)(sum + r * ld + c), V(zero)(), probe);
         }
     }
     REAL lanes[VL], total = 0;
@@ -289,21 +296,21 @@ static bool FN(add_sums)(size_t rows, size_t cols, const REAL *sum, size_t ldsum
     }
     for (size_t r = 0; r < rows; r++) {
         for (size_t c = 0; c < cols; c += VL) {
-            REAL *to = acc + r * ldacc + c;
-            V(store)(to, V(add)(V(load)(to), V(load)(sum + r * ldsum + c)));
+            REAL *to = acc + r * ld + c;
+            VEC total = V(load)(to);
+            for (size_t i = 0; i < chains; i++) {
+                total = V(add)(total, V(load)(sum + (i * rows + r) * ld + c));
+            }
+            V(store)(to, total);
         }
     }
     return true;
 }
 
-static bool FN(few_values)(size_t rows, size_t keys, size_t cols, const void *weights, size_t ldw,
-                           const struct fa_keys *from, void *scratch, void *acc, size_t ldacc)
+/* sum[rows][cols] = weights values, for one chain of keys. */
+static void FN(few_values_chain)(size_t rows, size_t keys, size_t cols, const REAL *weights,
+                                 size_t ldw, const struct fa_keys *from, REAL *sum, size_t ldacc)
 {
-    REAL *sum = scratch;
-    const size_t padded = (cols + VL - 1) / VL * VL;
-    for (size_t r = 0; r < rows; r++) {
-        memset(sum + r * ldacc + cols, 0, (padded - cols) * sizeof(REAL));
-    }
     switch (from->dtype) {
 #if WIDENS
     case FA_F16:
@@ -324,5 +331,26 @@ static bool FN(few_values)(size_t rows, size_t keys, size_t cols, const void *we
         break;
 #endif
     }
-    return FN(add_sums)(rows, padded, sum, ldacc, acc, ldacc);
+}
+
+static bool FN(few_values)(size_t rows, size_t keys, size_t cols, const void *weights, size_t ldw,
+                           const struct fa_keys *from, void *scratch, void *acc, size_t ldacc)
+{
+    REAL *sum = scratch;
+    const size_t padded = (cols + VL - 1) / VL * VL;
+    struct fa_keys rest = *from;
+    size_t chains = 0, end = FA_CHAIN - from->into_chain;
+    for (size_t key = 0; key < keys; chains++, sum += rows * ldacc) {
+        end = end < keys ? end : keys;
+        for (size_t r = 0; r < rows; r++) {
+            memset(sum + r * ldacc + cols, 0, (padded - cols) * sizeof(REAL));
+        }
+        FN(few_values_chain)(rows, end - key, cols, (const REAL *)weights + key, ldw, &rest, sum,
+                             ldacc);
+        rest.row += end - key;
+        rest.located -= end - key;
+        key = end;
+        end += FA_CHAIN;
+    }
+    return FN(add_sums)(chains, rows, padded, scratch, acc, ldacc);
 }

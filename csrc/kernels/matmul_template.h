@@ -3,9 +3,12 @@
  *
  * Cost of a register tile per step of depth: NR_VECTORS loads + MR broadcasts for NR_VECTORS * MR
  * fused multiply-adds; with 6 x 2 vectors 8 loads per 12, where the ports allow 2 of each per cycle.
- * Each element is one chain of multiply-adds in order of depth from 0, so its bits depend on no tiling;
- * what it accumulates into is added last, once: over many key blocks the rounding errors of a sum then
- * grow with the block's length plus the number of blocks, not with their product.
+ * Each element is a sum of chains of at most FA_CHAIN multiply-adds (kernels.h), each in order of depth from 0 and
+ * added to c in order, so its bits depend on no tiling.  Rounding errors of a sum whose terms have one sign then grow
+ * with the length of a chain plus the number of chains, not with their product.
+ *
+ * Cost of the end of a chain: MR * NR_VECTORS additions to c, which lies in L1, per FA_CHAIN times as many
+ * multiply-adds.  The next chain starts in fresh registers and does not wait for them.
  */
 
 /* c[rows][NR] (+)= a[rows][depth] b[depth][NR], rows a constant up to MR
@@ -17,46 +20,56 @@ FA_INLINE void FN(matmul_tile)(const size_t rows, const bool transposed, const s
 {
     const size_t depth = p->depth, a_stride = p->a_stride, c_row = p->c_row;
     const REAL *row[MR];
-    VEC acc[MR][NR_VECTORS];
+    size_t k = 0, end = FA_CHAIN - p->into_chain;
+    bool add = p->accumulate;
     FA_UNROLL
     for (size_t i = 0; i < rows; i++) {
         row[i] = transposed ? a + i : a + i * a_stride;
-        FA_UNROLL
-        for (size_t j = 0; j < NR_VECTORS; j++) {
-            acc[i][j] = V(zero)();
-        }
     }
-    for (size_t k = 0; k < depth; k++) {
-        VEC column[NR_VECTORS];
-        FA_UNROLL
-        for (size_t j = 0; j < NR_VECTORS; j++) {
-            column[j] = V(load)(b + k * NR + j * VL);
-        }
-        FA_UNROLL
-        for (size_t i = 0; i < rows; i++) {
-            VEC x = V(broadcast)(row[i] + (transposed ? k * a_stride : k));
-            FA_UNROLL
-            for (size_t j = 0; j < NR_VECTORS; j++) {
-                acc[i][j] = V(fma)(x, column[j], acc[i][j]);
-            }
-        }
-    }
-    if (p->accumulate) {
+    do {
+        VEC acc[MR][NR_VECTORS];
         FA_UNROLL
         for (size_t i = 0; i < rows; i++) {
             FA_UNROLL
             for (size_t j = 0; j < NR_VECTORS; j++) {
-                acc[i][j] = V(add)(V(load)(c + i * c_row + j * VL), acc[i][j]);
+                acc[i][j] = V(zero)();
             }
         }
-    }
-    FA_UNROLL
-    for (size_t i = 0; i < rows; i++) {
-        FA_UNROLL
-        for (size_t j = 0; j < NR_VECTORS; j++) {
-            V(store)(c + i * c_row + j * VL, acc[i][j]);
+        end = end < depth ? end : depth;
+        for (; k < end; k++) {
+            VEC column[NR_VECTORS];
+            FA_UNROLL
+            for (size_t j = 0; j < NR_VECTORS; j++) {
+                column[j] = V(load)(b + k * NR + j * VL);
+            }
+            FA_UNROLL
+            for (size_t i = 0; i < rows; i++) {
+                VEC x = V(broadcast)(row[i] + (transposed ? k * a_stride : k));
+                FA_UNROLL
+                for (size_t j = 0; j < NR_VECTORS; j++) {
+                    acc[i][j] = V(fma)(x, column[j], acc[i][j]);
+                }
+            }
         }
-    }
+        if (add) {
+            FA_UNROLL
+            for (size_t i = 0; i < rows; i++) {
+                FA_UNROLL
+                for (size_t j = 0; j < NR_VECTORS; j++) {
+                    acc[i][j] = V(add)(V(load)(c + i * c_row + j * VL), acc[i][j]);
+                }
+            }
+        }
+        FA_UNROLL
+        for (size_t i = 0; i < rows; i++) {
+            FA_UNROLL
+            for (size_t j = 0; j < NR_VECTORS; j++) {
+                V(store)(c + i * c_row + j * VL, acc[i][j]);
+            }
+        }
+        add = true;
+        end += FA_CHAIN;
+    } while (k < depth);
 }
 
 FA_NOINLINE void FN(matmul_tile_full)(const struct fa_product *p, const REAL *a, const REAL *b,
@@ -136,23 +149,29 @@ static void FN(matmul_skip_zeros)(const struct fa_product *p, bool transposed)
             const REAL *a = (const REAL *)p->a + (transposed ? r : r * p->a_stride);
             const size_t step = transposed ? p->a_stride : 1;
             REAL *c = (REAL *)p->c + r * p->c_row + panel * NR;
-            VEC acc[NR_VECTORS];
-            for (size_t j = 0; j < NR_VECTORS; j++) {
-                acc[j] = V(zero)();
-            }
-            for (size_t k = 0; k < p->depth; k++) {
-                const REAL x = a[k * step];
-                if (x == 0) {
-                    continue;
+            size_t k = 0, end = FA_CHAIN - p->into_chain;
+            bool add = p->accumulate;
+            do {
+                VEC acc[NR_VECTORS];
+                for (size_t j = 0; j < NR_VECTORS; j++) {
+                    acc[j] = V(zero)();
+                }
+                for (; k < end && k < p->depth; k++) {
+                    const REAL x = a[k * step];
+                    if (x == 0) {
+                        continue;
+                    }
+                    for (size_t j = 0; j < NR_VECTORS; j++) {
+                        acc[j] = V(fma)(V(set)(x), V(load)(b + k * NR + j * VL), acc[j]);
+                    }
                 }
                 for (size_t j = 0; j < NR_VECTORS; j++) {
-                    acc[j] = V(fma)(V(set)(x), V(load)(b + k * NR + j * VL), acc[j]);
+                    VEC before = add ? V(load)(c + j * VL) : V(zero)();
+                    V(store)(c + j * VL, V(add)(before, acc[j]));
                 }
-            }
-            for (size_t j = 0; j < NR_VECTORS; j++) {
-                VEC before = p->accumulate ? V(load)(c + j * VL) : V(zero)();
-                V(store)(c + j * VL, V(add)(before, acc[j]));
-            }
+                add = true;
+                end += FA_CHAIN;
+            } while (k < p->depth);
         }
     }
 }
