@@ -533,7 +533,7 @@ cdef class Gate:
     cdef object owner  # thread that holds the lock, None if none does
     cdef int forks
     cdef dict views  # those being read, by id
-    cdef list pending  # assignments of a change that is not finished
+    cdef list pending  # assignments that a change has yet to make, the next one last
 
     def __cinit__(self):
         self.reset()
@@ -542,7 +542,10 @@ cdef class Gate:
         return Gate, ()  # a copy of a cache is another cache
 
     cdef int reset(self) except -1:
-        self.lock = allocate_lock()
+        try:
+            self.lock = allocate_lock()
+        except RuntimeError:
+            raise MemoryError("not enough memory for a cache's lock") from None
         self.owner = None
         self.forks = forks
         self.views = {}
@@ -566,23 +569,27 @@ cdef class Gate:
         return 0
 
     cdef int finish(self) except -1:
-        # Each assignment may be repeated, so a failed one is made up for by whoever comes next.
-        for target, key, value in self.pending:
+        # An assignment may be repeated until the next one is begun, so whoever comes after one that
+        # failed goes on there.
+        while self.pending:
+            target, key, value = self.pending[len(self.pending) - 1]
             if value is None:
                 (<dict>target).pop(key, None)
             else:
                 target[key] = value
-        self.pending = []
+            self.pending.pop()
         return 0
 
     def change(self, prepare, *args):
         """Let ``prepare(*args)``, which changes nothing that is there, return a result and a list
-        of assignments ``(target, key, value)`` (value None removes the key of a dict); make all of
-        these, or none if it raises."""
+        of assignments ``(target, key, value)`` (value None removes the key of a dict); make these
+        one after the other, or none if it raises."""
         self.enter()
         try:
             self.finish()
-            result, self.pending = prepare(*args)
+            result, assignments = prepare(*args)
+            assignments.reverse()
+            self.pending = assignments
             self.finish()
         finally:
             self.leave()

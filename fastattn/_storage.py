@@ -28,7 +28,7 @@ from fastattn._validate import (
 from fastattn.attention import AttentionOptions, _refuse_unknown, attention
 
 Lengths = NDArray[np.int64]
-# Assignments ``(target, key, value)`` that make up a change; see `_core.Gate.change`.
+# The assignments ``(target, key, value)`` of a change; see `_core.Gate.change`.
 Changes = list[tuple[Any, Any, Any]]
 
 DTYPE_NAMES = (*FLOAT_NAMES, "int8")

@@ -346,27 +346,22 @@ class KVCache(TokenStore):
         self._gate.change(self._appended, tokens, taken)
 
     def _appended(self, tokens: tuple[Array, ...], taken: Lengths) -> tuple[None, Changes]:
-        lengths = self._counts[0]
-        if self.window is None:
-            full = np.flatnonzero(lengths + taken > self.max_seqlen)
-            if full.size:
-                b = full[0]
-                raise ValueError(
-                    f"`k` must have at most {self.max_seqlen - lengths[b]} new tokens for "
-                    f"sequence {b}, which has {lengths[b]} of max_seqlen {self.max_seqlen}, "
-                    f"got {taken[b]}"
-                )
-        after = self._counts.copy()
-        after[0] += taken
+        starts, gone = self._counts.tolist()
         pieces: list[_Piece] = []
         for b, new in enumerate(taken.tolist()):
+            start = starts[b]
+            if start - gone[b] + new > self.max_seqlen:
+                if self.window is None:
+                    raise ValueError(
+                        f"`k` must have at most {self.max_seqlen - start} new tokens for sequence "
+                        f"{b}, which has {start} of max_seqlen {self.max_seqlen}, got {new}"
+                    )
+                kept, gone[b] = self._evict(b, start, gone[b], new)
+                pieces.append(kept)
             if new:
-                start, evicted = self._counts[:, b].tolist()
-                if start - evicted + new > self.max_seqlen:
-                    kept, evicted = self._evict(b, start, evicted, new)
-                    pieces.append(kept)
-                    after[1, b] = evicted
-                pieces += self._new_pieces(b, tokens, start, evicted, new)
+                pieces += self._new_pieces(b, tokens, start, gone[b], new)
+        after = self._counts + taken
+        after[1] = gone
         return None, [*self._write(pieces), (self._counts, ..., after)]
 
     def _new_pieces(
@@ -404,14 +399,14 @@ class KVCache(TokenStore):
         Where a running call reads those slots, all goes to new storage, which one assignment puts
         in the place of the old.
         """
-        arrays, live = self._arrays, self._counts[0] - self._counts[1]
+        arrays, live = self._arrays, (self._counts[0] - self._counts[1]).tolist()
         changes: Changes = []
         views = [view for view in self._gate.being_read() if view.arrays is arrays]
         if any(piece.slot < view.stored[piece.block] for view in views for piece in pieces):
             arrays = self._new_storage()
-            for b, stored in enumerate(live.tolist()):
+            for b, stored in enumerate(live):
                 copy_tokens(arrays, at_slots(b, 0, stored), self._arrays, at_slots(b, 0, stored))
-            live = np.zeros_like(live)
+            live = [0] * self.batch_size
             changes.append((self.__dict__, "_arrays", arrays))
         for block, slot, source, index, size in pieces:
             to = at_slots(block, slot, slot + size)
@@ -516,7 +511,8 @@ class KVCache(TokenStore):
 
         Notes
         -----
-        Beside the storage this takes, until it is done, the memory of the tokens that move.
+        Beside the storage this takes the memory of one head of the sequences that move; while
+        another thread's `attention` reads the cache, that of a second storage.
         `PagedKVCache.fork` shares tokens instead of copying them.
 
         Examples
@@ -542,12 +538,25 @@ class KVCache(TokenStore):
 
     def _reordered(self, source: Lengths) -> tuple[None, Changes]:
         stored = self._counts[0] - self._counts[1]
-        moved = np.flatnonzero(source != np.arange(self.batch_size)).tolist()
-        pieces = [
-            _Piece(b, 0, self._arrays, at_slots(int(source[b]), 0, n), n)
-            for b, n in zip(moved, stored[source[moved]].tolist(), strict=True)
-        ]
-        return None, [*self._write(pieces), (self._counts, ..., self._counts[:, source])]
+        moved = np.flatnonzero(source != np.arange(self.batch_size))
+        sizes = stored[source[moved]]
+        after = (self._counts, ..., self._counts[:, source])
+        if self._gate.being_read():
+            pieces = [
+                _Piece(b, 0, self._arrays, at_slots(int(source[b]), 0, n), n)
+                for b, n in zip(moved.tolist(), sizes.tolist(), strict=True)
+            ]
+            return None, [*self._write(pieces), after]
+        # In place, head by head: read all of a head, then write it.
+        longest = int(sizes.max(initial=0))
+        changes: Changes = []
+        for array in self._arrays:
+            buffer = np.empty((len(moved), longest, *array.shape[3:]), array.dtype)
+            for head in range(self.num_kv_heads):
+                rows = array[:, head, :longest]
+                changes += [(buffer[i], ..., rows[b]) for i, b in enumerate(source[moved])]
+                changes += [(rows[b], ..., buffer[i]) for i, b in enumerate(moved)]
+        return None, [*changes, after]
 
     # --- attention ---
 
@@ -618,9 +627,10 @@ class KVCache(TokenStore):
     ) -> Array | tuple[Array, Array]:
         if self.window is not None:
             options = self._window_options(view, q.shape[2], self.window, options)
-        longest = int(view.stored.max())
+        stored = view.stored
+        longest = int(stored.max())
         arrays = tuple(array[:, :, :longest] for array in view.arrays)
-        return attend(q, arrays, view.stored, options)
+        return attend(q, arrays, stored, options)
 
     def _window_options(
         self, view: _View, seqlen_q: int, window: int, options: dict[str, Any]

@@ -269,15 +269,15 @@ class PagedKVCache(TokenStore):
         return k, v
 
     def _sequence(self, name: str, seq_id: int) -> _Sequence:
-        sequence = self._sequences.get(seq_id)
-        if sequence is None:
-            raise ValueError(f"`{name}` must be a sequence of this cache, got {seq_id}")
-        return sequence
+        return self._lookup([seq_id], name)[0]
 
     def _lookup(self, seq_ids: Sequence[int], name: str | None = None) -> list[_Sequence]:
-        return [
-            self._sequence(name or f"seq_ids[{i}]", seq_id) for i, seq_id in enumerate(seq_ids)
-        ]
+        try:
+            return [self._sequences[seq_id] for seq_id in seq_ids]
+        except KeyError as error:
+            [unknown] = error.args
+            name = name or f"seq_ids[{list(seq_ids).index(unknown)}]"
+            raise ValueError(f"`{name}` must be a sequence of this cache, got {unknown}") from None
 
     def _look(self, seq_ids: Sequence[int], name: str | None = None) -> _View:
         sequences = self._lookup(seq_ids, name)
@@ -470,7 +470,6 @@ class PagedKVCache(TokenStore):
             There are too few free pages.  Nothing has changed: no sequence has any of the tokens.
         """
         ids = _seq_ids(seq_ids)
-        self._lookup(ids)
         if len(set(ids)) < len(ids):
             raise ValueError("`seq_ids` must not repeat a sequence in `append`, got one twice")
         self._gate.change(self._appended, ids, *self._encode(k, v, (len(ids),), counts))
@@ -515,7 +514,6 @@ class PagedKVCache(TokenStore):
             An argument has the wrong dtype, kind, shape or value, or there is no such option.
         """
         ids = _seq_ids(seq_ids)
-        self._lookup(ids)
         q = self._queries(q, len(ids))
         options = own_options("PagedKVCache.attention", options)
         return self._gate.read(lambda: self._look(ids), _attend, q, options)
@@ -557,7 +555,7 @@ class PagedKVCache(TokenStore):
         longer = list(sequences)
         for i, sequence, new in growing:
             length, stop = sequence.length, sequence.length + new
-            held = list(sequence.pages)
+            held = sequence.pages
             used = length % self.page_size
             if used and pages.is_shared(held[-1], used):
                 # Copy on write: the sequence gets a last page of its own.
@@ -565,8 +563,10 @@ class PagedKVCache(TokenStore):
                 live = at_slots(own, 0, used), self._arrays, at_slots(held[-1], 0, used)
                 copy_tokens(self._arrays, *live)
                 pages.release(held[-1])
-                held[-1] = own
-            held += [pages.take() for _ in range(self._pages_for(stop) - len(held))]
+                held = (*held[:-1], own)
+            missing = self._pages_for(stop) - len(held)
+            if missing:
+                held = (*held, *(pages.take() for _ in range(missing)))
             done = 0
             while done < new:
                 block, slot = divmod(length + done, self.page_size)
@@ -578,7 +578,7 @@ class PagedKVCache(TokenStore):
                     at_slots(i, done, done + size),
                 )
                 done += size
-            longer[i] = _Sequence(tuple(held), stop)
+            longer[i] = _Sequence(held, stop)
         return longer
 
 
@@ -663,4 +663,6 @@ def _seq_ids(seq_ids: Iterable[int]) -> list[int]:
         ids = list(seq_ids)
     except TypeError:
         raise TypeError(f"`seq_ids` must be a sequence of ints, got {seq_ids!r}") from None
-    return [_seq_id(f"seq_ids[{i}]", seq_id) for i, seq_id in enumerate(ids)]
+    return [
+        x if type(x) is int else _seq_id(f"seq_ids[{i}]", x) for i, x in enumerate(ids)
+    ]
