@@ -1,10 +1,12 @@
 """The one door to C.  Every argument is already validated, broadcast and allocated."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+Result = TypeVar("Result")
 
 def attention(
     isa: str,
@@ -134,7 +136,9 @@ class DefaultFloatMode:
 
 class Gate:
     def change(
-        self, prepare: Callable[..., tuple[Any, list[tuple[Any, Any, Any]]]], *args: Any
-    ) -> Any: ...
-    def read(self, look: Callable[[], Any], use: Callable[..., Any], *args: Any) -> Any: ...
+        self,
+        prepare: Callable[..., tuple[Result, list[tuple[Any, Any, Any]]]],
+        *args: Any,
+    ) -> Result: ...
+    def read(self, look: Callable[[], Any], use: Callable[..., Result], *args: Any) -> Result: ...
     def being_read(self) -> list[Any]: ...

@@ -65,8 +65,8 @@ cdef struct axes:
 
 cdef int refuse(const char *name, object found) except -1:
     raise ValueError(
-        f"`{(<bytes>name).decode()}` must keep its shape and dtype during the call, but has {found} "
-        "now"
+        f"`{(<bytes>name).decode()}` must keep its shape and dtype during the call, "
+        f"but has {found} now"
     )
 
 
@@ -509,7 +509,7 @@ def build_info():
     }
 
 
-# Counts the forks that led to this process: a lock that another thread held before is held for ever.
+# Forks that led to this process.  A lock that another thread held at one of them is never released.
 cdef int forks = 0
 
 

@@ -674,14 +674,15 @@ def _share_memory(a: Array, b: Array) -> bool:
 
 def empty_result(q: Array, shape: Shape) -> Array:
     """An array of `shape` whose axes lie in memory in the order of q's, if it has as many."""
-    if q.flags.c_contiguous or q.ndim != len(shape):
+    strides = q.strides  # once: q may be an array that another thread gives a new shape
+    if q.flags.c_contiguous or len(strides) != len(shape):
         return allocate(shape, q.dtype)
     # Outermost first.  An axis that was broadcast has no place in memory of its own, and comes
     # before the others as leading dimensions do; np.empty_like would put it innermost.
-    strides = [abs(stride) or sys.maxsize for stride in q.strides]
-    order = sorted(range(q.ndim), key=strides.__getitem__, reverse=True)
+    places = [abs(stride) or sys.maxsize for stride in strides]
+    order = sorted(range(len(shape)), key=places.__getitem__, reverse=True)
     result = allocate(tuple([shape[axis] for axis in order]), q.dtype)
-    return result.transpose([order.index(axis) for axis in range(q.ndim)])
+    return result.transpose([order.index(axis) for axis in range(len(shape))])
 
 
 def allocate(shape: Shape, dtype: np.dtype[Any]) -> Array:

@@ -688,8 +688,7 @@ def explain(
     arguments, result, _ = _validate.core_arguments(q, k, v, **all_options)
     call = dict(zip(_validate.CORE_ARGUMENTS, arguments, strict=True))
     plan = _core.describe(**call)
-    *batch_shape, num_heads, seqlen_q, head_dim = call["q"].shape
-    num_kv_heads, seqlen_k, head_dim_v = call["v"].shape[-3:]
+    *batch_shape, num_heads, seqlen_q, head_dim = call["q_shape"]
 
     if call["kv_lengths"] is not None and call["q_offset"] is None:
         # The default that `causal` and `window` keep when each is looked at alone.
@@ -716,11 +715,11 @@ def explain(
         ),
         batch_shape=tuple(batch_shape),
         num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
+        num_kv_heads=call["num_kv_heads"],
         seqlen_q=seqlen_q,
-        seqlen_k=seqlen_k,
+        seqlen_k=call["seqlen_k"],
         head_dim=head_dim,
-        head_dim_v=head_dim_v,
+        head_dim_v=call["head_dim_v"],
         num_threads_allowed=call["num_threads"],
         num_threads_reason=_threads_reason(
             options.get("num_threads"), call["num_threads"], plan["num_threads"]

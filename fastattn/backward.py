@@ -136,7 +136,9 @@ sinks, softmax_axis, dropout_p, dropout_seed : optional
     given_bias = None if bias is None else _validate.float_array("bias", bias)
     given_sinks = None if sinks is None else _validate.as_array("sinks", sinks)
     arguments, made, made_lse = _validate.core_arguments(
-        *given.values(),
+        given["q"],
+        given["k"],
+        given["v"],
         scale,
         softcap,
         given_bias,

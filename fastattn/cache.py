@@ -105,7 +105,8 @@ class KVCache(TokenStore):
     **Precision.**  Appended floats are converted to the storage's dtype with one rounding.  int8
     stores ``rint(x / scale)`` with one float32 scale per token and head, ``max(abs(x)) / 127``, for
     keys and values each: every element is kept to within half a scale, 0.4 % of the largest element
-    of its row.  A row of zeros has scale 0.
+    of its row.  A row of zeros has scale 0.  Where all are as small as 127 times float32's smallest
+    number, that bounds the scale.  Whatever is stored comes back finite.
 
     **Window.**  Storage is the sinks, the window and slack: ``max_seqlen - num_sinks - window``
     slots.  When a sequence is full, `append` moves its last ``window - 1`` tokens to the front,

@@ -663,6 +663,4 @@ def _seq_ids(seq_ids: Iterable[int]) -> list[int]:
         ids = list(seq_ids)
     except TypeError:
         raise TypeError(f"`seq_ids` must be a sequence of ints, got {seq_ids!r}") from None
-    return [
-        x if type(x) is int else _seq_id(f"seq_ids[{i}]", x) for i, x in enumerate(ids)
-    ]
+    return [x if type(x) is int else _seq_id(f"seq_ids[{i}]", x) for i, x in enumerate(ids)]

@@ -111,9 +111,10 @@ def attention_varlen(
     >>> bool(np.array_equal(out[:3], first.swapaxes(0, 1)))
     True
     """
-    heads_first = (_heads_first(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
     call, result, lse = _packed_arguments(
-        *heads_first,
+        _heads_first("q", q),
+        _heads_first("k", k),
+        _heads_first("v", v),
         cu_seqlens_q,
         cu_seqlens_k,
         q_offset=q_offset,
@@ -216,7 +217,9 @@ def attention_varlen_backward(
     if sinks is not None:
         sinks = _validate.as_array("sinks", sinks)
     call, result, made_lse = _packed_arguments(
-        *given.values(),
+        given["q"],
+        given["k"],
+        given["v"],
         cu_seqlens_q,
         cu_seqlens_k,
         q_offset=q_offset,

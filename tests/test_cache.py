@@ -1324,7 +1324,8 @@ class PagedMachine(RuleBasedStateMachine):
             for page in table:
                 users[page] += 1
         assert users == cache._num_users
-        assert sorted(cache._free_pages[: cache._num_free]) == [p for p, n in enumerate(users) if n == 0]
+        free = cache._free_pages[: cache._num_free]
+        assert sorted(free) == [p for p, n in enumerate(users) if n == 0]
 
     def teardown(self):
         if not hasattr(self, "cache"):

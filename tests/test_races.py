@@ -240,9 +240,7 @@ def test_arrays_that_are_not_the_same_twice(rng):
 
     once = shrinking(q=q, k=k, v=v, **options)
     np.testing.assert_array_equal(fa.attention(**once), out)
-    once = shrinking(
-        grad_out=grad_out, q=q, k=k, v=v, out=out, lse=lse, grad_lse=lse, **options
-    )
+    once = shrinking(grad_out=grad_out, q=q, k=k, v=v, out=out, lse=lse, grad_lse=lse, **options)
     for got, same in zip(fa.attention_backward(**once), expected, strict=True):
         np.testing.assert_array_equal(got, same)
 
@@ -268,11 +266,12 @@ def test_arrays_that_are_not_the_same_twice(rng):
     np.testing.assert_array_equal(
         fa.self_attention(Shrinks(x, small), num_heads=2), fa.self_attention(x, num_heads=2)
     )
-    for name, make in (("KVCache", kv_cache), ("PagedKVCache", paged_cache)):
-        del name
+    for make in (kv_cache, paged_cache):
         cache, args = make()
         k = rng.standard_normal((2, 1, 3, 4))
-        cache.append(*args, Shrinks(k, small), Shrinks(-k, small), counts=Shrinks(np.array([3, 2]), other))
+        cache.append(
+            *args, Shrinks(k, small), Shrinks(-k, small), counts=Shrinks(np.array([3, 2]), other)
+        )
         stored_k, stored_v = cache.to_arrays(0)
         np.testing.assert_array_equal(stored_k, k[0].astype(np.float32))
         np.testing.assert_array_equal(stored_v, -stored_k)

@@ -1,4 +1,4 @@
-"""Whatever raises inside a change of a cache, the cache is as it was before or as it is after it."""
+"""Whatever raises inside a change of a cache, the cache is as it was before or as it is after."""
 
 import functools
 import itertools
@@ -29,9 +29,7 @@ def observe(cache: Any) -> list[Any]:
             for b in range(cache.batch_size)
         ]
         return [cache.lengths.tolist(), parts]
-    parts = [
-        (cache.length(i), [x.tobytes() for x in cache.to_arrays(i)]) for i in cache.seq_ids
-    ]
+    parts = [(cache.length(i), [x.tobytes() for x in cache.to_arrays(i)]) for i in cache.seq_ids]
     return [cache.num_free_pages, parts]
 
 
@@ -39,9 +37,7 @@ def check_pages(cache: Any) -> None:
     """Every page is free or held, and counted as often as it is held."""
     if isinstance(cache, fa.KVCache):
         return
-    held = Counter(
-        page for i in cache.seq_ids for page in cache.page_table([i]).ravel().tolist()
-    )
+    held = Counter(page for i in cache.seq_ids for page in cache.page_table([i]).ravel().tolist())
     assert -1 not in held
     assert cache._num_users == [held[page] for page in range(cache.num_pages)]
     free = cache._free_pages[: cache._num_free]
@@ -153,9 +149,7 @@ def test_interrupted_at_every_line(name: str, being_read: bool) -> None:
         elif isinstance(subject, fa.KVCache):
             subject._gate.read(subject._look, lambda view: change(subject))
         else:
-            subject._gate.read(
-                lambda: subject._look(subject.seq_ids), lambda view: change(subject)
-            )
+            subject._gate.read(lambda: subject._look(subject.seq_ids), lambda view: change(subject))
 
     subject = make()
     before = observe(subject)
