@@ -76,7 +76,7 @@ static struct team {
     int permits; /* sleepers that are to wake */
     int waiting; /* callers that sleep */
     int wanted; /* members, of the next region */
-    bool hosted; /* the host exists */
+    bool hosted; /* the host exists, and waits for `ending` or will look at `wanted` */
     bool ending; /* members leave the region */
     bool growing; /* the next region is on its way */
     int64_t next_growth; /* fa_nanoseconds: not before then */
@@ -95,8 +95,10 @@ static atomic_uint news;
 /* Forks between the process that loaded the library and this one. */
 static atomic_uint era;
 
-/* CPUs of this process, and the most threads for a call: set at import. */
+/* CPUs of this process, the most threads for a call, and bytes of stack that OpenMP is told to give
+ * its threads (0: the default): set at import. */
 static int cpus, limit;
+static size_t stack_bytes;
 
 /* A child of fork() has none of the threads, and locks as they happened to be. */
 static void forget_team(void)
@@ -105,9 +107,29 @@ static void forget_team(void)
     team = new_team;
 }
 
+/* OMP_STACKSIZE: a number with a unit, kilobytes if it has none. */
+static size_t read_stack_bytes(void)
+{
+    static const char units[] = "BKMG";
+    const char *text = getenv("OMP_STACKSIZE");
+    char *end;
+    if (text == NULL) {
+        return 0;
+    }
+    const unsigned long long number = strtoull(text, &end, 10);
+    while (*end == ' ') {
+        end++;
+    }
+    const char upper = (char)(*end >= 'a' && *end <= 'z' ? *end - 'a' + 'A' : *end);
+    const char *unit = upper == '\0' ? units + 1 : strchr(units, upper);
+    const int shift = unit == NULL ? 0 : 10 * (int)(unit - units);
+    return number > SIZE_MAX >> shift ? SIZE_MAX : (size_t)number << shift;
+}
+
 enum fa_status fa_team_init(void)
 {
     team = new_team;
+    stack_bytes = read_stack_bytes();
     cpus = omp_get_num_procs();
     limit = (int)fa_max(LEAST_LIMIT, fa_max(cpus, sysconf(_SC_NPROCESSORS_ONLN)));
     return pthread_atfork(NULL, NULL, forget_team) == 0 ? FA_OK : FA_NO_MEMORY;
@@ -119,8 +141,7 @@ bool fa_has_openmp(void) { return true; }
 
 int fa_openmp_max_threads(void) { return omp_get_max_threads(); }
 
-/* ---- offers: all with the mutex held
- * -------------------------------------------------------------------- */
+/* ---- offers: all with the mutex held ---- */
 
 /* Helpers that an offer has room for.  All callers and members together are no more threads than it
  * asks for: where many call, each works alone. */
@@ -166,8 +187,7 @@ static void announce(int wakes)
     }
 }
 
-/* ---- members
- * -------------------------------------------------------------------------------------------- */
+/* ---- members ---- */
 
 static void spin_while(const atomic_uint *value, unsigned old)
 {
@@ -246,8 +266,14 @@ static void serve(void)
     pthread_mutex_unlock(&team.mutex);
 }
 
-/* ---- the host
- * ------------------------------------------------------------------------------------------- */
+/* ---- the host ---- */
+
+/* Threads that are held while OpenMP makes its own. */
+struct probe {
+    pthread_mutex_t gate;
+    pthread_t *threads;
+    int held;
+};
 
 static void *pass_gate(void *gate)
 {
@@ -256,62 +282,49 @@ static void *pass_gate(void *gate)
     return NULL;
 }
 
-/* Bytes of stack that OpenMP gives its threads: OMP_STACKSIZE, in kilobytes if it names no unit; 0:
- * the default. */
-static size_t stack_bytes(void)
+/* How many more threads OpenMP can make, `most` at most: half of those that can be held.  libgomp
+ * ends the process where it cannot make one, and one that has ended still counts for a while. */
+static int hold_threads(struct probe *probe, int most)
 {
-    static const char units[] = "BKMG";
-    const char *text = getenv("OMP_STACKSIZE");
-    char *end;
-    if (text == NULL) {
-        return 0;
-    }
-    const unsigned long long number = strtoull(text, &end, 10);
-    while (*end == ' ') {
-        end++;
-    }
-    const char upper = (char)(*end >= 'a' && *end <= 'z' ? *end - 'a' + 'A' : *end);
-    const char *unit = upper == '\0' ? units + 1 : strchr(units, upper);
-    const int shift = unit == NULL ? 0 : 10 * (int)(unit - units);
-    return number > SIZE_MAX >> shift ? SIZE_MAX : (size_t)number << shift;
-}
-
-/* How many more threads can be had, `most` at most: so many at once are made, and end.  libgomp
- * ends the process where it cannot make one. */
-static int probe_threads(int most)
-{
-    pthread_mutex_t gate = PTHREAD_MUTEX_INITIALIZER;
+    const size_t wanted = 2 * (size_t)most;
     pthread_attr_t attributes;
-    int made = 0;
-    pthread_t *threads = calloc((size_t)most, sizeof *threads);
-    void *reserve = malloc(REGION_BYTES + (size_t)most * THREAD_BYTES);
-    if (threads != NULL && reserve != NULL && pthread_attr_init(&attributes) == 0) {
-        const size_t bytes = stack_bytes();
-        if (bytes > 0) {
-            pthread_attr_setstacksize(&attributes,
-                                      bytes); /* refused: as OpenMP, which then has the default */
+    *probe = (struct probe){.gate = PTHREAD_MUTEX_INITIALIZER};
+    probe->threads = calloc(wanted, sizeof *probe->threads);
+    void *reserve = malloc(REGION_BYTES + wanted * THREAD_BYTES);
+    pthread_mutex_lock(&probe->gate);
+    if (probe->threads != NULL && reserve != NULL && pthread_attr_init(&attributes) == 0) {
+        if (stack_bytes > 0) {
+            /* Where it is refused, OpenMP has the default, too. */
+            pthread_attr_setstacksize(&attributes, stack_bytes);
         }
-        pthread_mutex_lock(&gate);
-        while (made < most && pthread_create(threads + made, &attributes, pass_gate, &gate) == 0) {
-            made++;
-        }
-        pthread_mutex_unlock(&gate);
-        for (int i = 0; i < made; i++) {
-            pthread_join(threads[i], NULL);
+        while ((size_t)probe->held < wanted &&
+               pthread_create(probe->threads + probe->held, &attributes, pass_gate, &probe->gate) ==
+                   0) {
+            probe->held++;
         }
         pthread_attr_destroy(&attributes);
     }
     free(reserve);
-    free(threads);
-    return made;
+    return probe->held / 2;
+}
+
+static void release_threads(struct probe *probe)
+{
+    pthread_mutex_unlock(&probe->gate);
+    for (int i = 0; i < probe->held; i++) {
+        pthread_join(probe->threads[i], NULL);
+    }
+    free(probe->threads);
 }
 
 /* Thread 0 of a region of members + 1 threads, until the region is to end. */
-static void host_region(int members)
+static void host_region(int members, struct probe *probe)
 {
+    release_threads(probe);
     pthread_mutex_lock(&team.mutex);
     team.size = members;
     team.growing = false;
+    team.hosted = members > 0;
     if (members < team.wanted) {
         team.next_growth = fa_nanoseconds() + RETRY_TIME;
     }
@@ -324,12 +337,13 @@ static void host_region(int members)
 static void *host(void *unused)
 {
     int members = 0;
+    struct probe probe;
     (void)unused;
     do {
         pthread_mutex_lock(&team.mutex);
         const int wanted = team.wanted;
         pthread_mutex_unlock(&team.mutex);
-        members += probe_threads(wanted - members);
+        members += hold_threads(&probe, wanted - members);
         pthread_mutex_lock(&team.mutex);
         team.ending = false;
         team.sleeping = team.spinning = team.permits = 0;
@@ -339,18 +353,15 @@ static void *host(void *unused)
             {
                 if (omp_get_thread_num() == 0) {
                     members = omp_get_num_threads() - 1;
-                    host_region(members);
+                    host_region(members, &probe);
                 } else {
                     serve();
                 }
             }
         } else {
-            host_region(0);
+            host_region(0, &probe);
         }
     } while (members > 0);
-    pthread_mutex_lock(&team.mutex);
-    team.hosted = false;
-    pthread_mutex_unlock(&team.mutex);
     return NULL;
 }
 
@@ -399,8 +410,7 @@ static void grow_to(int members)
     }
 }
 
-/* ---- callers
- * -------------------------------------------------------------------------------------------- */
+/* ---- callers ---- */
 
 void fa_team_offer(struct fa_offer *offer)
 {
