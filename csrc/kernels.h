@@ -51,7 +51,7 @@ struct fa_keys {
     int64_t col_stride;
     enum fa_dtype dtype;
     const float *scale; /* of each key, up to a whole panel; NULL: 1.  Not part of the elements. */
-    size_t into_chain;  /* place of the first key in its chain: below FA_CHAIN */
+    size_t into_chain; /* place of the first key in its chain: below FA_CHAIN */
 };
 
 /* c = (accumulate ? c : 0) + a b, in elements of the workspace's type, for i < rows, k < depth and
