@@ -35,8 +35,8 @@ static int64_t head_key_blocks(const struct fa_head *head)
 }
 
 /* Tiles of some rows that some key takes part in. */
-static int64_t count_tiles(struct fa_workspace *ws, const struct fa_head *head, int64_t row,
-                           int64_t rows)
+static int64_t count_tiles(struct fa_job *job, int thread, struct fa_workspace *ws,
+                           const struct fa_head *head, int64_t row, int64_t rows)
 {
     const struct fa_geometry *g = head->geometry;
     const struct fa_key_range keys = fa_rows_keys(head, row, row + rows - 1);
@@ -48,7 +48,7 @@ static int64_t count_tiles(struct fa_workspace *ws, const struct fa_head *head, 
         return last - first;
     }
     int64_t count = 0;
-    for (int64_t block = first; block < last; block++) {
+    for (int64_t block = first; block < last && !fa_job_checkpoint(job, thread); block++) {
         struct fa_tile tile;
         count += fa_tile_init(&tile, head, ws, row, rows, 0, block * g->block_k);
     }
@@ -71,7 +71,7 @@ static void run_count(struct fa_job *job, int64_t index, int thread)
             return;
         }
         total += head_key_blocks(&head);
-        computed += count_tiles(&ws, &head, row, fa_min(g->tile_q, last - row));
+        computed += count_tiles(job, thread, &ws, &head, row, fa_min(g->tile_q, last - row));
     }
     atomic_fetch_add_explicit(&count->total, total, memory_order_relaxed);
     atomic_fetch_add_explicit(&count->computed, computed, memory_order_relaxed);

@@ -13,6 +13,7 @@
  * A member that has not woken when the work is done is not waited for.  A larger team is a new
  * region, when no member works. */
 #define _POSIX_C_SOURCE 200809L
+#define _DEFAULT_SOURCE /* syscall */
 
 #include "team.h"
 
@@ -37,6 +38,10 @@ int64_t fa_nanoseconds(void)
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
+
+#ifdef __linux__
+#include <sys/syscall.h>
+#endif
 
 #include "float_mode.h"
 
@@ -63,6 +68,11 @@ int64_t fa_nanoseconds(void)
  * ends the process where it cannot. */
 #define REGION_BYTES (256 * 1024)
 #define THREAD_BYTES (16 * 1024)
+
+/* Looks for a thread that has been joined, and nanoseconds between two: it leaves within
+ * microseconds unless its core is taken, and 0.1 s is more than a scheduler lets it wait. */
+#define GONE_LOOKS 1000
+#define GONE_PAUSE 100000
 
 static struct team {
     pthread_mutex_t mutex;
@@ -268,59 +278,69 @@ static void serve(void)
 
 /* ---- the host ---- */
 
-/* Threads that are held while OpenMP makes its own. */
 struct probe {
-    pthread_mutex_t gate;
-    pthread_t *threads;
-    int held;
+    pthread_mutex_t *gate;
+    pthread_t thread;
+    long id;
 };
 
-static void *pass_gate(void *gate)
+static void *pass_gate(void *arg)
 {
-    pthread_mutex_lock(gate);
-    pthread_mutex_unlock(gate);
+    struct probe *probe = arg;
+#ifdef __linux__
+    probe->id = syscall(SYS_gettid);
+#endif
+    pthread_mutex_lock(probe->gate);
+    pthread_mutex_unlock(probe->gate);
     return NULL;
 }
 
-/* How many more threads OpenMP can make, `most` at most: half of those that can be held.  libgomp
- * ends the process where it cannot make one, and one that has ended still counts for a while. */
-static int hold_threads(struct probe *probe, int most)
+/* Linux counts a thread that was joined until it has left the process. */
+static void wait_until_gone(const struct probe *probe)
 {
-    const size_t wanted = 2 * (size_t)most;
+    pthread_join(probe->thread, NULL);
+#ifdef __linux__
+    for (int i = 0; i < GONE_LOOKS && syscall(SYS_tgkill, getpid(), probe->id, 0) == 0; i++) {
+        nanosleep(&(struct timespec){.tv_nsec = GONE_PAUSE}, NULL);
+    }
+#endif
+}
+
+/* How many more threads can be had, `most` at most: so many at once are made, and end.  libgomp
+ * ends the process where it cannot make one. */
+static int probe_threads(int most)
+{
+    pthread_mutex_t gate = PTHREAD_MUTEX_INITIALIZER;
     pthread_attr_t attributes;
-    *probe = (struct probe){.gate = PTHREAD_MUTEX_INITIALIZER};
-    probe->threads = calloc(wanted, sizeof *probe->threads);
-    void *reserve = malloc(REGION_BYTES + wanted * THREAD_BYTES);
-    pthread_mutex_lock(&probe->gate);
-    if (probe->threads != NULL && reserve != NULL && pthread_attr_init(&attributes) == 0) {
+    int made = 0;
+    struct probe *probes = calloc((size_t)most, sizeof *probes);
+    void *reserve = malloc(REGION_BYTES + (size_t)most * THREAD_BYTES);
+    if (probes != NULL && reserve != NULL && pthread_attr_init(&attributes) == 0) {
         if (stack_bytes > 0) {
             /* Where it is refused, OpenMP has the default, too. */
             pthread_attr_setstacksize(&attributes, stack_bytes);
         }
-        while ((size_t)probe->held < wanted &&
-               pthread_create(probe->threads + probe->held, &attributes, pass_gate, &probe->gate) ==
-                   0) {
-            probe->held++;
+        pthread_mutex_lock(&gate);
+        for (; made < most; made++) {
+            probes[made].gate = &gate;
+            if (pthread_create(&probes[made].thread, &attributes, pass_gate, probes + made) != 0) {
+                break;
+            }
+        }
+        pthread_mutex_unlock(&gate);
+        for (int i = 0; i < made; i++) {
+            wait_until_gone(probes + i);
         }
         pthread_attr_destroy(&attributes);
     }
     free(reserve);
-    return probe->held / 2;
-}
-
-static void release_threads(struct probe *probe)
-{
-    pthread_mutex_unlock(&probe->gate);
-    for (int i = 0; i < probe->held; i++) {
-        pthread_join(probe->threads[i], NULL);
-    }
-    free(probe->threads);
+    free(probes);
+    return made;
 }
 
 /* Thread 0 of a region of members + 1 threads, until the region is to end. */
-static void host_region(int members, struct probe *probe)
+static void host_region(int members)
 {
-    release_threads(probe);
     pthread_mutex_lock(&team.mutex);
     team.size = members;
     team.growing = false;
@@ -337,13 +357,12 @@ static void host_region(int members, struct probe *probe)
 static void *host(void *unused)
 {
     int members = 0;
-    struct probe probe;
     (void)unused;
     do {
         pthread_mutex_lock(&team.mutex);
         const int wanted = team.wanted;
         pthread_mutex_unlock(&team.mutex);
-        members += hold_threads(&probe, wanted - members);
+        members += probe_threads(wanted - members);
         pthread_mutex_lock(&team.mutex);
         team.ending = false;
         team.sleeping = team.spinning = team.permits = 0;
@@ -353,13 +372,13 @@ static void *host(void *unused)
             {
                 if (omp_get_thread_num() == 0) {
                     members = omp_get_num_threads() - 1;
-                    host_region(members, &probe);
+                    host_region(members);
                 } else {
                     serve();
                 }
             }
         } else {
-            host_region(0, &probe);
+            host_region(0);
         }
     } while (members > 0);
     return NULL;
