@@ -115,6 +115,43 @@ static enum fa_status count_all(const struct fa_geometry *g, int64_t per_thread,
     return status;
 }
 
+static struct fa_attention_plan plan_of(const struct fa_geometry *g, int64_t num_tasks)
+{
+    return (struct fa_attention_plan){
+        .block_q = g->block_q,
+        .block_k = g->block_k,
+        .tile_q = g->tile_q,
+        .mr = (int64_t)g->ops->mr,
+        .nr = (int64_t)g->ops->nr,
+        .vl = (int64_t)g->ops->vl,
+        .num_tasks = num_tasks,
+        .num_threads = fa_min(g->num_threads, fa_max(num_tasks, 1)),
+    };
+}
+
+/* Of a call without results, whose sizes may be anything: the blocks of its widths, or of the widest that
+ * can be counted with, and no tasks. */
+static enum fa_status describe_nothing(const struct fa_attention_params *params,
+                                       const struct fa_kernels *kernels,
+                                       struct fa_attention_plan *plan)
+{
+    const struct fa_attention_params empty = {
+        .dtype = params->dtype,
+        .kv_dtype = params->kv_dtype,
+        .softmax_axis = params->softmax_axis,
+        .head_dim = fa_min(params->head_dim, INT32_MAX),
+        .head_dim_v = fa_min(params->head_dim_v, INT32_MAX),
+        .num_threads = params->num_threads,
+    };
+    struct fa_geometry g;
+    const struct fa_ops *ops = fa_attention_ops(&empty, kernels);
+    const enum fa_status status = fa_geometry_init(&g, &empty, ops, ops);
+    if (status == FA_OK) {
+        *plan = plan_of(&g, 0);
+    }
+    return status;
+}
+
 static enum fa_status describe(const struct fa_attention_params *params,
                                const struct fa_kernels *kernels, struct fa_attention_plan *plan)
 {
@@ -122,6 +159,9 @@ static enum fa_status describe(const struct fa_attention_params *params,
     struct fa_plan tasks;
     int64_t per_thread, total, part = 0;
     const struct fa_ops *ops = fa_attention_ops(params, kernels);
+    if (!fa_has_results(params)) {
+        return describe_nothing(params, kernels, plan);
+    }
     enum fa_status status = fa_geometry_init(&g, params, ops, ops);
     if (status == FA_OK) {
         status = fa_plan_init(&tasks, &g);
@@ -141,17 +181,8 @@ static enum fa_status describe(const struct fa_attention_params *params,
     if (params->softmax_axis == FA_SOFTMAX_QUERIES) {
         total += 2 * heads * g.key_blocks * g.block_k * (int64_t)g.ops->size;
     }
-    *plan = (struct fa_attention_plan){
-        .block_q = g.block_q,
-        .block_k = g.block_k,
-        .tile_q = g.tile_q,
-        .mr = (int64_t)g.ops->mr,
-        .nr = (int64_t)g.ops->nr,
-        .vl = (int64_t)g.ops->vl,
-        .num_tasks = num_tasks,
-        .num_threads = fa_min(g.num_threads, fa_max(num_tasks, 1)),
-        .workspace_bytes = total,
-    };
+    *plan = plan_of(&g, num_tasks);
+    plan->workspace_bytes = total;
     return count_all(&g, per_thread, plan);
 }
 

@@ -610,6 +610,9 @@ static enum fa_status attend(const struct fa_attention_params *params,
 {
     struct fa_geometry geometry;
     const struct fa_ops *ops = fa_attention_ops(params, kernels);
+    if (!fa_has_results(params)) {
+        return FA_OK;
+    }
     enum fa_status status = fa_geometry_init(&geometry, params, ops, ops);
     if (status != FA_OK) {
         return status;

@@ -93,6 +93,19 @@ static int choose_num_threads(const struct fa_geometry *g)
     return paid < most ? (int)paid : most;
 }
 
+bool fa_has_results(const struct fa_attention_params *params)
+{
+    const bool over_keys = params->softmax_axis == FA_SOFTMAX_KEYS;
+    const int64_t sums = over_keys ? params->seqlen_q : params->seqlen_k;
+    bool some =
+        (params->seqlen_q > 0 && params->head_dim_v > 0) || (params->lse.data != NULL && sums > 0);
+    some = some && params->num_heads > 0;
+    for (int64_t i = 0; i < params->batch_ndim; i++) {
+        some = some && params->batch_shape[i] > 0;
+    }
+    return some;
+}
+
 static int64_t longest(const struct fa_geometry *g, const int64_t *starts, int64_t seqlen)
 {
     int64_t length = starts == NULL ? seqlen : 0;

@@ -46,6 +46,10 @@ struct fa_geometry {
     float value_scale;
 };
 
+/* Whether the call has an element to write.  If not, its other sizes may be anything: nothing is to be
+ * counted, allocated or visited. */
+bool fa_has_results(const struct fa_attention_params *params);
+
 /* FA_OVERFLOW if the problem cannot be counted in 64 bits.  `ops` may be of float64 whatever the arrays are. */
 enum fa_status fa_geometry_init(struct fa_geometry *geometry,
                                 const struct fa_attention_params *params, const struct fa_ops *ops,

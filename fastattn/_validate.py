@@ -430,11 +430,15 @@ def _to_scores(
     seqlen_q: int,
     seqlen_k: int,
     single_head: bool,
-) -> Array:
-    """`array` as a view of the scores' shape, with a head axis whatever the caller's shapes."""
-    if single_head:
-        return _broadcast(name, array, (seqlen_q, seqlen_k))[np.newaxis]
-    return _broadcast(name, array, (*batch_shape, num_heads, seqlen_q, seqlen_k))
+) -> Array | None:
+    """`array` as a view of the scores' shape, with a head axis whatever the caller's shapes; None
+    where there are no scores."""
+    shape = (*batch_shape, num_heads, seqlen_q, seqlen_k)
+    of_caller = shape[-2:] if single_head else shape
+    if 0 in shape and _joint_shape(of_caller, array.shape) == of_caller:
+        return None  # NumPy may have no view of the shape: it counts the other axes
+    view = _broadcast(name, array, of_caller)
+    return view[np.newaxis] if single_head else view
 
 
 # --- options ----------------------------------------------------------------------------------
@@ -568,7 +572,8 @@ def _kv_lengths(kv_lengths: ArrayLike, batch_shape: Shape, seqlen_k: int) -> Arr
 
 def q_offsets(q_offset: ArrayLike, batch_shape: Shape) -> Array:
     if type(q_offset) is int:  # which an array of integers may be too small for
-        return np.full(batch_shape, max(-MAX_POSITION, min(q_offset, MAX_POSITION)), np.int64)
+        position = np.array(max(-MAX_POSITION, min(q_offset, MAX_POSITION)))
+        return np.broadcast_to(position, batch_shape)
     array = integer_array("q_offset", q_offset)
     if array.dtype == np.uint64:
         array = np.minimum(array, np.uint64(MAX_POSITION))

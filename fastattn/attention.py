@@ -201,6 +201,8 @@ def attention(
     (batch, 8, seqlen_q, ..)     (8, seqlen_k, ..)           (batch, 8, seqlen_q, ..)
     ===========================  ==========================  ===========================
 
+    A result without elements comes at once, however large the other sizes are.
+
     Any strides do, also zero and negative ones: ``x.reshape(batch, seqlen, heads, head_dim)
     .swapaxes(1, 2)`` is read in place, and gives a result that is laid out the same way.
 
@@ -690,7 +692,7 @@ def explain(
     plan = _core.describe(**call)
     *batch_shape, num_heads, seqlen_q, head_dim = call["q_shape"]
 
-    if call["kv_lengths"] is not None and call["q_offset"] is None:
+    if call["kv_lengths"] is not None and call["q_offset"] is None and plan["num_tasks"] > 0:
         # The default that `causal` and `window` keep when each is looked at alone.
         call["q_offset"] = call["kv_lengths"] - seqlen_q
     without = call | {key: off for carried in _RULING_OUT.values() for key, off in carried.items()}

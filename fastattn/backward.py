@@ -163,7 +163,8 @@ sinks, softmax_axis, dropout_p, dropout_seed : optional
     grad_bias = None
     if given_bias is not None and "bias" in wanted:
         grad_bias = _zeros(given_bias.shape, call["lse"].dtype)
-        call["grad_bias"] = _as_broadcast(grad_bias, call["bias"].shape)
+        if call["bias"] is not None:
+            call["grad_bias"] = _as_broadcast(grad_bias, call["bias"].shape)
     sinks_dtype = None if given_sinks is None else given_sinks.dtype
     grads = compute_gradients(
         call, wanted, given, (made, made_lse), grad_out, grad_lse, sinks_dtype
@@ -210,6 +211,13 @@ def compute_gradients(
     if grad_lse is not None and lse is not None:
         checked = _validate.exact_array("grad_lse", grad_lse, lse.shape, lse.dtype)
         call["grad_lse"] = _like(call["lse"], checked)
+    if "sinks" not in wanted:
+        sinks_dtype = None
+    has_more = sinks_dtype is not None or "grad_bias" in call
+    if 0 in call["q"].shape[:-1] or not (
+        has_more or any(given[x].size for x in wanted & set(given))
+    ):
+        return _no_gradients(wanted, given, call["sinks"], sinks_dtype)
     call["delta"] = _validate.allocate(call["lse"].shape, call["lse"].dtype)
 
     finish: dict[str, Callable[[], Array]] = {}
@@ -220,13 +228,28 @@ def compute_gradients(
         if name in wanted:
             call[f"grad_{name}"], finish[name] = place.allocate(exact)
     _core.attention_backward(**call)
-    if call["q"].shape[-3] == 0:  # then the core visits no keys
-        for name in finish:
-            call[f"grad_{name}"].fill(0)
     grads = {name: done() for name, done in finish.items()}
-    if sinks_dtype is not None and "sinks" in wanted:
+    if sinks_dtype is not None:
         grads["sinks"] = _grad_sinks(sinks_dtype, call)
     return Gradients(**{name: grads.get(name) for name in Gradients._fields})
+
+
+def _no_gradients(
+    wanted: frozenset[str],
+    given: dict[str, Array],
+    sinks: Array | None,
+    sinks_dtype: np.dtype[Any] | None,
+) -> Gradients:
+    """Zeros, of a call without rows or without an element that has a gradient: its other sizes may
+    be anything."""
+    zeros = {
+        name: _validate.empty_result(x, x.shape) for name, x in given.items() if name in wanted
+    }
+    if sinks is not None and sinks_dtype is not None:
+        zeros["sinks"] = _validate.allocate(sinks.shape, _gradient_dtype(sinks_dtype))
+    for gradient in zeros.values():
+        gradient.fill(0)
+    return Gradients(**{name: zeros.get(name) for name in Gradients._fields})
 
 
 class _Place:
@@ -286,6 +309,10 @@ def _grad_sinks(dtype: np.dtype[Any], call: dict[str, Any]) -> Array:
             weight = np.exp(float(sinks[head]) - head_lse)
             terms = np.where(head_lse == -np.inf, 0.0, weight * delta[..., head, :])
         total[head] = -terms.sum()
-    if dtype.kind in "iu" or np.can_cast(dtype, np.int64):  # or of ml_dtypes
-        return total
-    return round_once(total, dtype)
+    return round_once(total, _gradient_dtype(dtype))
+
+
+def _gradient_dtype(sinks_dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Of the gradient by sinks of a dtype."""
+    integers = sinks_dtype.kind in "iu" or np.can_cast(sinks_dtype, np.int64)  # of ml_dtypes, too
+    return np.dtype(np.float64) if integers else sinks_dtype
