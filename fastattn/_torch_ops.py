@@ -53,6 +53,8 @@ PLAIN_OPTIONS = {
 OPTIONS = (*TENSOR_OPTIONS, *PLAIN_OPTIONS)
 DEFAULTS = dict.fromkeys(OPTIONS) | {"causal": False, "softmax_axis": "keys", "dropout_p": 0.0}
 RESIDUAL = 3 + TENSOR_OPTIONS.index("residual")
+# "meta" tensors have shapes alone, for which the fake kernels are enough.
+DEVICES = ("cpu", "meta")
 
 _OPTIONS_SCHEMA = ", ".join(
     [f"Tensor? {name}" for name in TENSOR_OPTIONS]
@@ -72,9 +74,25 @@ BACKWARD = torch.ops.fastattn.attention_backward.default
 # --- tensors and arrays -----------------------------------------------------------------------
 
 
+def out_of_place(x: Tensor, like: Tensor, like_name: str) -> str:
+    """What is wrong with where `x` lies, for an error after its name; empty if nothing is.
+
+    `like` is the tensor that the others go by, which may be `x` itself.
+    """
+    if x.is_nested or x.layout != torch.strided:
+        return f"must be a dense tensor, got {'a nested one' if x.is_nested else x.layout}"
+    if x.device != like.device:
+        return f"must be on {like.device} like `{like_name}`, got {x.device}"
+    if x.device.type not in DEVICES:
+        return f"must be on the CPU, got {x.device}"
+    return ""
+
+
 def as_array(tensor: Tensor) -> Array:
-    """The memory of a CPU tensor."""
+    """The memory of a CPU tensor, or a copy with the signs that a lazy negation only notes."""
     tensor = tensor.detach()
+    if tensor.is_neg():
+        tensor = tensor.resolve_neg()
     if tensor.dtype is torch.bfloat16:
         bits: Array = tensor.view(torch.int16).numpy()
         return bits.view(BFLOAT16_BITS)
@@ -130,6 +148,10 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Te
 
 
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    # Also the kernel of calls with any tensor on "meta", whose result would never be written.
+    for name, x in zip(("k", "v", *TENSOR_OPTIONS), (k, v, *options), strict=False):
+        if x is not None and x.device != q.device:
+            raise TypeError(f"`{name}` {out_of_place(x, q, 'q')}")
     if q.dim() == k.dim() == v.dim() == 2:
         lead: tuple[int, ...] = ()
     else:
@@ -274,9 +296,16 @@ def _wants_gradients(args: tuple[Any, ...]) -> bool:
     tensors = [x for x in args if isinstance(x, Tensor)]
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return True
-    # In forward mode, PyTorch says that the functions have no rule for it.
+    return has_tangent(tensors)  # for which PyTorch says that the functions have no rule
+
+
+def has_tangent(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether a derivative in forward mode is asked for."""
     return forward_ad._current_level >= 0 and any(
-        x.is_floating_point() and forward_ad.unpack_dual(x).tangent is not None for x in tensors
+        x is not None
+        and x.is_floating_point()
+        and forward_ad.unpack_dual(x).tangent is not None
+        for x in tensors
     )
 
 
@@ -306,34 +335,90 @@ def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Ten
 
 def _autocast_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     """In the region's dtype, as PyTorch's attention is; what is added to the scores is kept."""
-    dtype = torch.get_autocast_dtype("cpu")
     given = dict(zip(OPTIONS, options, strict=True))
-
-    def cast(x: Tensor | None) -> Tensor | None:
-        return x if x is None or x.dtype == torch.float64 else x.to(dtype)
-
-    given["residual"] = cast(given["residual"])
+    given["residual"] = autocast(given["residual"])
+    q, k, v = map(autocast, (q, k, v))
     with torch.autocast("cpu", enabled=False):
-        result: tuple[Tensor, Tensor] = FORWARD(cast(q), cast(k), cast(v), *given.values())
+        result: tuple[Tensor, Tensor] = FORWARD(q, k, v, *given.values())
     return result
 
 
-def _vmap_rule(operator: Any) -> Callable[..., Any]:
-    """One call after the other, each of which uses all threads."""
+def autocast(x: Any) -> Any:
+    """`x` as an autocast region that is in effect hands it to PyTorch's attention.
+
+    Only floats are cast, and no float64.
+    """
+    if not isinstance(x, Tensor) or not x.is_cpu or not x.is_floating_point():
+        return x
+    return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype("cpu"))
+
+
+def _vmap_rule(operator: Any, fake: Any) -> Callable[..., Any]:
+    """The rule for `torch.vmap`."""
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        results = [
-            operator(
-                *(
-                    x.select(dim, i) if isinstance(x, Tensor) and dim is not None else x
-                    for x, dim in zip(args, in_dims, strict=True)
-                )
-            )
-            for i in range(info.batch_size)
+        stacked = _one_by_one(operator, fake, info.batch_size, in_dims, args)
+        return stacked, type(stacked)(0 for _ in stacked)
+
+    return rule
+
+
+def _one_by_one(
+    operator: Any, fake: Any, size: int, dims: tuple[Any, ...], args: tuple[Any, ...]
+) -> Any:
+    """One call after the other, each of which uses all threads, and their results stacked."""
+
+    def entry(i: int) -> list[Any]:
+        return [
+            x.select(dim, i) if isinstance(x, Tensor) and dim is not None else x
+            for x, dim in zip(args, dims, strict=True)
         ]
-        kind = type(results[0])
-        stacked = kind(torch.stack(parts) for parts in zip(*results, strict=True))
-        return stacked, kind(0 for _ in stacked)
+
+    if size == 0:  # whose results have shapes nevertheless, those of any entry
+        args = tuple(
+            x.new_empty([1 if axis == dim else n for axis, n in enumerate(x.shape)])
+            if isinstance(x, Tensor) and dim is not None
+            else x
+            for x, dim in zip(args, dims, strict=True)
+        )
+        results = fake(*entry(0))
+        return type(results)(x.new_empty((0, *x.shape)) for x in results)
+    results = [operator(*entry(i)) for i in range(size)]
+    return type(results[0])(torch.stack(parts) for parts in zip(*results, strict=True))
+
+
+def _batched_rule(operator: Any, fake: Any) -> Callable[..., Any]:
+    """The rule for the older kind of batch: ``autograd.grad(is_grads_batched=True)`` and others.
+
+    Its tensors carry numbers of levels, one for each loop that they are inside of; an operator sees
+    those of all loops at once, and takes the innermost off first.
+    """
+
+    def rule(*args: Any) -> Any:
+        level = torch._C._vmapmode_increment_nesting() - 1
+        torch._C._vmapmode_decrement_nesting()
+        return unbatched(level, args)
+
+    def unbatched(level: int, args: tuple[Any, ...]) -> Any:
+        batched = torch._C._functorch.is_legacy_batchedtensor
+        inside = [isinstance(x, Tensor) and batched(x) for x in args]
+        if not any(inside):
+            return operator(*args)
+        # A tensor that is not of this level gets an axis of one entry.
+        bare = [
+            torch._remove_batch_dim(x, level, 1, 0) if is_inside else x
+            for x, is_inside in zip(args, inside, strict=True)
+        ]
+        lengths = [x.shape[0] for x, is_inside in zip(bare, inside, strict=True) if is_inside]
+        size = next((n for n in lengths if n != 1), 1)
+        bare = [
+            x.expand(size, *x.shape[1:]) if is_inside else x
+            for x, is_inside in zip(bare, inside, strict=True)
+        ]
+        dims = tuple(0 if is_inside else None for is_inside in inside)
+        outer = lambda *args: unbatched(level - 1, args)  # noqa: E731
+        stacked = _one_by_one(outer, fake, size, dims, tuple(bare))
+        return type(stacked)(torch._add_batch_dim(x, 0, level) for x in stacked)
 
     return rule
 
@@ -343,12 +428,12 @@ LIBRARY.impl("attention", _autocast_forward, "AutocastCPU")
 LIBRARY.impl("attention_backward", _backward, "CPU")
 torch.library.register_fake("fastattn::attention", _fake_forward, lib=LIBRARY)
 torch.library.register_fake("fastattn::attention_backward", _fake_backward, lib=LIBRARY)
-for _name, _operator, _function, _result in (
-    ("attention", FORWARD, _Attention, tuple),
-    ("attention_backward", BACKWARD, _AttentionBackward, list),
+for _name, _operator, _fake, _function, _result in (
+    ("attention", FORWARD, _fake_forward, _Attention, tuple),
+    ("attention_backward", BACKWARD, _fake_backward, _AttentionBackward, list),
 ):
     _rule = _autograd_rule(_operator, _function, _result)
     LIBRARY.impl(_name, _rule, "Autograd", with_keyset=True)
-if hasattr(torch.library, "register_vmap"):  # since torch 2.5; before, vmap says what is missing
-    for _operator in (FORWARD, BACKWARD):
-        torch.library.register_vmap(_operator, _vmap_rule(_operator), lib=LIBRARY)
+    LIBRARY.impl(_name, _batched_rule(_operator, _fake), "Batched")
+    if hasattr(torch.library, "register_vmap"):  # since torch 2.5; before, vmap says what misses
+        torch.library.register_vmap(_operator, _vmap_rule(_operator, _fake), lib=LIBRARY)

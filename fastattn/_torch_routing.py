@@ -9,6 +9,7 @@ CPU tensors beside that; they call fastattn, or the composite where fastattn doe
 from __future__ import annotations
 
 import dataclasses
+import math
 import threading
 from typing import Any, Literal
 
@@ -17,8 +18,19 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from fastattn._torch_ops import DEFAULTS, as_array, numpy_options, transforms_active
-from fastattn._torch_sdpa import DTYPES, scaled_dot_product_attention, translated
+from fastattn._torch_ops import (
+    DEFAULTS,
+    as_array,
+    has_tangent,
+    numpy_options,
+    transforms_active,
+)
+from fastattn._torch_sdpa import (
+    DTYPES,
+    as_in_autocast,
+    scaled_dot_product_attention,
+    translated,
+)
 from fastattn.attention import Explanation
 from fastattn.attention import explain as explain_arrays
 from fastattn.backward import MAX_HEAD_DIM
@@ -150,17 +162,21 @@ def _routed(
 ) -> Tensor:
     options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
     arguments = (query, key, value, attn_mask, dropout_p, is_causal)
-    if _why_not(query, key, value, attn_mask):
+    if _why_not(query, key, value, attn_mask, scale):
         result: Tensor = OPERATOR.decompose(*arguments, **options)
         return result
     return scaled_dot_product_attention(*arguments, **options)
 
 
-def _why_not(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> str:
+def _why_not(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, scale: float | None
+) -> str:
     """Why a call stays with PyTorch; empty if it does not."""
     for name, x in (("query", query), ("key", key), ("value", value), ("attn_mask", attn_mask)):
         if x is None:
             continue
+        if name == "attn_mask" and x.device != query.device:
+            continue  # refused by name: PyTorch would read memory that is not there
         if x.device.type != "cpu" or x.layout != torch.strided or x.is_nested:
             return f"`{name}` is not a dense CPU tensor"
         if type(x) not in (Tensor, torch.nn.Parameter) and not isinstance(x, TRACED):
@@ -171,8 +187,12 @@ def _why_not(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
         return "the flash backend is off (torch.nn.attention.sdpa_kernel), here for CPUs as well"
     if transforms_active():
         return "a transform of torch.func is active"
-    width = max(query.shape[-1], value.shape[-1])
+    if isinstance(scale, float) and not math.isfinite(scale):
+        return f"`scale` is {scale}"
     inputs = (query, key, value, attn_mask)
+    if has_tangent(inputs):
+        return "forward-mode gradients are asked for"
+    width = max(query.shape[-1], value.shape[-1])
     if width > MAX_HEAD_DIM and any(x is not None and x.requires_grad for x in inputs):
         return f"gradients of more than {MAX_HEAD_DIM} elements in a head, got {width}"
     return ""
@@ -216,7 +236,8 @@ def explain(
     Raises
     ------
     TypeError, RuntimeError
-        As `scaled_dot_product_attention`, where fastattn would do the call.
+        As `scaled_dot_product_attention`, where fastattn would do the call; TypeError for tensors
+        without values (``FakeTensor``).
 
     Examples
     --------
@@ -229,17 +250,24 @@ def explain(
     ...     fastattn.torch.explain(x, x, x).to
     'fastattn'
     """
-    why_not = _why_not(query, key, value, attn_mask)
+    if torch.is_autocast_enabled("cpu"):
+        query, key, value, attn_mask = as_in_autocast(query, key, value, attn_mask)
+    why_not = _why_not(query, key, value, attn_mask, scale)
     if why_not:
         return Route("torch", why_not, None)
     q, k, v, options = translated(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
+    for name, x in (("query", q), ("key", k), ("value", v), ("attn_mask", attn_mask)):
+        if isinstance(x, TRACED):
+            raise TypeError(f"`{name}` must hold values to explain, got a {type(x).__name__}")
     arrays = map(as_array, (q, k, v))
     given = numpy_options((DEFAULTS | options).values())
     if dropout_p > 0.0:
         given |= {"dropout_p": dropout_p, "dropout_seed": 0}
     plan = explain_arrays(*arrays, return_lse=True, **given)
+    # NumPy has no bfloat16 of its own, and calls it by its bits.
+    plan = dataclasses.replace(plan, dtype=str(query.dtype).removeprefix("torch."))
     if is_enabled():
         return Route("fastattn", "fastattn.torch.enable() is in effect", plan)
     return Route(

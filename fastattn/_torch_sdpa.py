@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
-from fastattn._torch_ops import attend
+from fastattn._torch_ops import attend, autocast, out_of_place
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -45,7 +45,7 @@ def scaled_dot_product_attention(
         Share of the weights that are set to 0, drawn from PyTorch's CPU generator
         (``torch.manual_seed``), whether the model is in training or not.
     is_causal : bool, optional
-        Query i sees keys j <= i only ("top-left").  Not together with `attn_mask`.
+        Query i sees keys j <= i only ("top-left"), of those that `attn_mask` leaves.
     scale : float, optional
         Factor of the products.  Default: ``1 / sqrt(E)``.
     enable_gqa : bool, optional
@@ -61,13 +61,17 @@ def scaled_dot_product_attention(
     TypeError
         An argument is not a tensor where it must be.
     RuntimeError
-        Dtypes or shapes do not match, as PyTorch raises it.
+        Dtypes, shapes or devices do not match, as PyTorch raises it.
+    ValueError
+        `scale` is infinite or NaN.
     NotImplementedError
         A second derivative is asked for.
 
     Notes
     -----
-    A query without keys gets 0 and has gradient 0.  Dropout draws other weights than PyTorch's own
+    A query without keys gets 0 and has gradient 0.  `attn_mask` and ``is_causal=True`` together,
+    which PyTorch computes in one of its kernels for CPUs and refuses in the other, always both
+    apply.  Dropout draws other weights than PyTorch's own
     function does from the same seed.
 
     Examples
@@ -82,12 +86,30 @@ def scaled_dot_product_attention(
     >>> torch.allclose(out, expected, atol=1e-5)
     True
     """
+    if torch.is_autocast_enabled("cpu"):
+        query, key, value, attn_mask = as_in_autocast(query, key, value, attn_mask)
     q, k, v, options = translated(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
     if dropout_p > 0.0:
-        options |= {"dropout_p": dropout_p, "dropout_seed": torch.randint(2**63 - 1, ())}
+        options |= {"dropout_p": dropout_p, "dropout_seed": drawn_seed(q)}
     return attend(q, k, v, **options)[0]
+
+
+def drawn_seed(like: Tensor) -> Tensor:
+    """A seed of dropout from PyTorch's generator, on the device of `like`."""
+    return torch.randint(2**63 - 1, (), dtype=torch.int64, device=like.device)
+
+
+def as_in_autocast(*arguments: Any) -> tuple[Any, ...]:
+    """query, key, value and attn_mask as an autocast region hands them to PyTorch's attention.
+
+    A mask in 16 bits becomes float32 instead, which goes with every dtype and rounds nothing.
+    """
+    *qkv, mask = arguments
+    if isinstance(mask, Tensor) and mask.dtype in (torch.float16, torch.bfloat16):
+        mask = mask.float()
+    return (*map(autocast, qkv), mask)
 
 
 def translated(
@@ -107,10 +129,10 @@ def translated(
         query, key, value = _matched(query, key, value, enable_gqa)
     options: dict[str, Any] = {"scale": scale}
     if is_causal:
-        if attn_mask is not None:
-            raise RuntimeError("`attn_mask` must be None with is_causal=True, got both")
         options |= {"causal": True, "q_offset": 0}
-    elif isinstance(attn_mask, CausalBias):
+    if isinstance(attn_mask, CausalBias):
+        if is_causal:
+            raise RuntimeError("`attn_mask` must be no CausalBias with is_causal=True, got both")
         options |= _causal_bias(query, key, attn_mask)
     elif attn_mask is not None:
         options |= _mask_option(query, key, value, attn_mask)
@@ -122,6 +144,8 @@ def _check(query: Any, key: Any, value: Any, dropout_p: float) -> None:
     for name, x in named.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"`{name}` must be a torch.Tensor, got a {type(x).__name__}")
+        if wrong := out_of_place(x, query, "query"):
+            raise RuntimeError(f"`{name}` {wrong}")
         if x.dim() < 2:
             raise RuntimeError(
                 f"`{name}` must have at least 2 dimensions, got shape {tuple(x.shape)}"
@@ -189,6 +213,8 @@ def _with_heads(x: Tensor, heads: int) -> Tensor:
 def _mask_option(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor) -> dict[str, Any]:
     if not isinstance(attn_mask, Tensor):
         raise TypeError(f"`attn_mask` must be a torch.Tensor, got a {type(attn_mask).__name__}")
+    if wrong := out_of_place(attn_mask, query, "query"):
+        raise RuntimeError(f"`attn_mask` {wrong}")
     if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
         raise RuntimeError(
             f"`attn_mask` must be bool, float32 or {query.dtype} like `query`, "
@@ -196,11 +222,17 @@ def _mask_option(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor) -
         )
     lead = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
     scores = (*lead, *query.shape[-3:-1], key.shape[-2])
-    if torch.broadcast_shapes(attn_mask.shape, scores) != scores:
+    if not _broadcasts(attn_mask.shape, scores):
         raise RuntimeError(
             f"`attn_mask` must broadcast to {tuple(scores)}, got shape {tuple(attn_mask.shape)}"
         )
     return {"mask" if attn_mask.dtype == torch.bool else "bias": attn_mask}
+
+
+def _broadcasts(shape: torch.Size, target: tuple[int, ...]) -> bool:
+    return len(shape) <= len(target) and all(
+        n in (1, wanted) for n, wanted in zip(reversed(shape), reversed(target), strict=False)
+    )
 
 
 def _causal_bias(query: Tensor, key: Tensor, bias: Any) -> dict[str, Any]:

@@ -17,13 +17,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, TypedDict, Unpack, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastattn import _validate
-from fastattn._torch_ops import attend
+from fastattn._torch_ops import attend, autocast, out_of_place
 from fastattn._torch_routing import Enabled, Route, disable, enable, explain, is_enabled
-from fastattn._torch_sdpa import scaled_dot_product_attention
+from fastattn._torch_sdpa import DTYPES, drawn_seed, scaled_dot_product_attention
 
 __all__ = [
     "Enabled",
@@ -35,6 +36,32 @@ __all__ = [
     "is_enabled",
     "scaled_dot_product_attention",
 ]
+
+
+_INTEGERS = (
+    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+    *(torch.int8, torch.int16, torch.int32, torch.int64),
+)
+_FLOATS = (DTYPES, "float16, bfloat16, float32 or float64", _validate.float_array)
+_REALS = ((*DTYPES, *_INTEGERS), "real numbers", _validate._real_array)
+_INDICES = (_INTEGERS, "integers of at most 64 bits", _validate.integer_array)
+# The options that are tensors: their dtypes, what an error calls those, and the check of what is
+# not a tensor yet, which becomes an array first, as in NumPy, so that no digit is lost.
+_KINDS: dict[str, tuple[tuple[torch.dtype, ...], str, Any]] = {
+    "bias": _FLOATS,
+    "residual": _FLOATS,
+    "sinks": _REALS,
+    "alibi_slopes": _REALS,
+    "mask": (
+        (torch.bool,),
+        "bool, True = takes part (a float mask, which is added to the scores, goes to `bias`)",
+        _validate._bool_array,
+    ),
+    "q_offset": _INDICES,
+    "kv_lengths": _INDICES,
+    "segment_ids[0]": _INDICES,
+    "segment_ids[1]": _INDICES,
+}
 
 
 class Options(TypedDict, total=False):
@@ -120,9 +147,11 @@ def attention(
         Values, of q's dtype.
     scale, softcap, bias, alibi_slopes, mask, causal, window, q_offset, kv_lengths, segment_ids, \
 sinks, softmax_axis, dropout_p, residual, num_threads : optional
-        As in `fastattn.attention`, with tensors for arrays.
-    dropout_seed : int or int64 Tensor of one element, optional
-        As in `fastattn.attention`.  Default: drawn from PyTorch's CPU generator, which
+        As in `fastattn.attention`, with tensors for arrays, on q's device.  Numbers, sequences and
+        arrays are read as NumPy does, whatever PyTorch's default dtype and device are.
+    dropout_seed : int or integer Tensor of one element, optional
+        As in `fastattn.attention`; an int64 Tensor that is negative is the seed with the same 64
+        bits.  Default: drawn from PyTorch's CPU generator, which
         ``torch.manual_seed`` seeds.
     return_lse : bool, optional
         Whether to return `lse` too.
@@ -137,7 +166,7 @@ sinks, softmax_axis, dropout_p, residual, num_threads : optional
     Raises
     ------
     TypeError
-        An argument has the wrong dtype or kind; the message names it.
+        An argument has the wrong dtype or kind, or is on another device; the message names it.
     ValueError
         An argument has the wrong shape or value, or requires a gradient and has none; the message
         names it.
@@ -153,6 +182,9 @@ sinks, softmax_axis, dropout_p, residual, num_threads : optional
     `out` and `lse` have gradients by `q`, `k`, `v`, `bias`, `sinks` and `residual`; see
     `fastattn.attention_backward`.
 
+    In an autocast region, `q`, `k`, `v` and `residual` are cast to the region's dtype before
+    anything is checked, unless they are float64.
+
     Examples
     --------
     >>> import torch
@@ -164,33 +196,53 @@ sinks, softmax_axis, dropout_p, residual, num_threads : optional
     >>> sinks.grad.shape
     torch.Size([8])
     """
+    if torch.is_autocast_enabled("cpu"):
+        q, k, v, residual = map(autocast, (q, k, v, residual))
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"`{name}` must be a torch.Tensor, got a {type(x).__name__}")
+        if wrong := out_of_place(x, q, "q"):
+            raise TypeError(f"`{name}` {wrong}")
         if x.dtype != q.dtype:
             raise TypeError(f"`{name}` must have dtype {q.dtype} like `q`, got {x.dtype}")
+    if q.dtype not in DTYPES:
+        raise TypeError(f"`q` must be {_FLOATS[1]}, got {q.dtype}")
     if not torch.compiler.is_compiling():  # where numbers may be symbols
-        _check_kinds(scale, softcap, causal, window, softmax_axis, dropout_p, num_threads)
+        scale = None if scale is None else _validate.real("scale", scale)
+        softcap = None if softcap is None else _validate.real("softcap", softcap)
+        dropout_p = _validate.real("dropout_p", dropout_p)
+        causal = _validate.flag("causal", causal)
+        _validate._is_over_queries(softmax_axis)
+        if window is not None:
+            window = [None if side < 0 else side for side in _validate._window(window)]
+        if num_threads is not None:
+            num_threads = min(_validate.count("num_threads", num_threads), _validate.MAX_C_INT)
+        if type(q_offset) is int:  # which a tensor may be too small for
+            furthest = _validate.MAX_POSITION
+            q_offset = max(-furthest, min(q_offset, furthest))
     left, right = (None, None) if window is None else window
-    q_ids, k_ids = (None, None) if segment_ids is None else _pair("segment_ids", segment_ids)
+    q_ids, k_ids = (None, None) if segment_ids is None else _pair(segment_ids)
     options: dict[str, Any] = {}
-    if isinstance(q_offset, int):
+    if isinstance(q_offset, int) and not isinstance(q_offset, bool):
         options["q_offset"] = q_offset
     else:
-        options["q_offsets"] = _tensor(q_offset)
+        options["q_offsets"] = _tensor("q_offset", q_offset, q)
+    residual = _tensor("residual", residual, q)
+    if residual is not None and residual.dtype != q.dtype:
+        raise TypeError(f"`residual` must have dtype {q.dtype} like `q`, got {residual.dtype}")
     out, lse = attend(
         q,
         k,
         v,
-        bias=_tensor(bias),
-        sinks=_tensor(sinks),
-        residual=_tensor(residual),
-        alibi_slopes=_tensor(alibi_slopes),
-        mask=_tensor(mask),
-        kv_lengths=_tensor(kv_lengths),
-        q_segment_ids=_tensor(q_ids),
-        k_segment_ids=_tensor(k_ids),
-        dropout_seed=_seed(dropout_p, dropout_seed),
+        bias=_tensor("bias", bias, q),
+        sinks=_tensor("sinks", sinks, q),
+        residual=residual,
+        alibi_slopes=_tensor("alibi_slopes", alibi_slopes, q),
+        mask=_tensor("mask", mask, q),
+        kv_lengths=_tensor("kv_lengths", kv_lengths, q),
+        q_segment_ids=_tensor("segment_ids[0]", q_ids, q),
+        k_segment_ids=_tensor("segment_ids[1]", k_ids, q),
+        dropout_seed=_seed(dropout_p, dropout_seed, q),
         scale=scale,
         softcap=softcap,
         causal=causal,
@@ -204,46 +256,56 @@ sinks, softmax_axis, dropout_p, residual, num_threads : optional
     return (out, lse) if return_lse else out
 
 
-def _tensor(x: Any) -> Tensor | None:
-    return x if x is None or isinstance(x, Tensor) else torch.as_tensor(x)
+def _tensor(name: str, x: Any, q: Tensor) -> Tensor | None:
+    """An option as a tensor on q's device, of a dtype that it may have."""
+    if x is None:
+        return None
+    dtypes, kind, check = _KINDS[name]
+    if not isinstance(x, Tensor):
+        if torch.compiler.is_compiling():  # which has tensors in the place of arrays
+            x = torch.as_tensor(x, device=q.device)
+            x = x.double() if x.is_floating_point() else x
+        else:
+            x = _from_array(check(name, x)).to(q.device)
+    if wrong := out_of_place(x, q, "q"):
+        raise TypeError(f"`{name}` {wrong}")
+    if x.dtype not in dtypes:
+        raise TypeError(f"`{name}` must be {kind}, got {x.dtype}")
+    return x
 
 
-def _check_kinds(
-    scale: Any,
-    softcap: Any,
-    causal: Any,
-    window: Any,
-    softmax_axis: Any,
-    dropout_p: Any,
-    num_threads: Any,
-) -> None:
-    """What an operator would refuse in words of its own; `fastattn.attention` checks the rest."""
-    for name, x in (("scale", scale), ("softcap", softcap), ("dropout_p", dropout_p)):
-        if x is not None:
-            _validate.real(name, x)
-    _validate.flag("causal", causal)
-    if window is not None:
-        _validate._window(window)
-    _validate._is_over_queries(softmax_axis)
-    if num_threads is not None:
-        _validate.count("num_threads", num_threads)
+def _from_array(array: Any) -> Tensor:
+    """A tensor of the same numbers, whatever dtype and device are PyTorch's defaults."""
+    array = np.require(array, requirements="CW")  # of which tensors are views
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
-def _pair(name: str, x: Any) -> tuple[Any, Any]:
-    try:
-        first, second = x
-    except (TypeError, ValueError):
-        raise ValueError(f"`{name}` must be a pair, got {x!r}") from None
-    return first, second
+def _pair(segment_ids: Any) -> tuple[Any, Any]:
+    rule = "`segment_ids` must be a pair (q_ids, k_ids), got"
+    if not isinstance(segment_ids, tuple | list):
+        raise TypeError(f"{rule} a {type(segment_ids).__name__}")
+    if len(segment_ids) != 2:
+        raise ValueError(f"{rule} {len(segment_ids)} entries")
+    return segment_ids[0], segment_ids[1]
 
 
-def _seed(dropout_p: float, dropout_seed: int | Tensor | None) -> Tensor | None:
+def _seed(dropout_p: float, dropout_seed: int | Tensor | None, q: Tensor) -> Tensor | None:
     """A seed as the operator takes it, from PyTorch's generator where none is given."""
     if dropout_seed is None:
-        return torch.randint(2**63 - 1, ()) if dropout_p else None
-    if isinstance(dropout_seed, Tensor):
-        return dropout_seed
-    if not 0 <= dropout_seed < 2**64:
-        raise ValueError(f"`dropout_seed` must be 0 to 2**64 - 1, got {dropout_seed}")
-    # The signed number with the same 64 bits.
-    return torch.tensor(dropout_seed - 2**64 if dropout_seed >= 2**63 else dropout_seed)
+        return drawn_seed(q) if dropout_p else None
+    if not isinstance(dropout_seed, Tensor):
+        if not torch.compiler.is_compiling():
+            _, dropout_seed = _validate._dropout(0.0, dropout_seed)
+        # The signed number with the same 64 bits.
+        signed = dropout_seed - 2**64 if dropout_seed >= 2**63 else dropout_seed
+        return torch.tensor(signed, dtype=torch.int64, device=q.device)
+    if wrong := out_of_place(dropout_seed, q, "q"):
+        raise TypeError(f"`dropout_seed` {wrong}")
+    if dropout_seed.dtype not in _INTEGERS:
+        raise TypeError(f"`dropout_seed` must be an integer, got {dropout_seed.dtype}")
+    if dropout_seed.numel() != 1:
+        shape = tuple(dropout_seed.shape)
+        raise ValueError(f"`dropout_seed` must be one integer, got shape {shape}")
+    return dropout_seed
