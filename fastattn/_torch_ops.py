@@ -302,9 +302,7 @@ def _wants_gradients(args: tuple[Any, ...]) -> bool:
 def has_tangent(tensors: Iterable[Tensor | None]) -> bool:
     """Whether a derivative in forward mode is asked for."""
     return forward_ad._current_level >= 0 and any(
-        x is not None
-        and x.is_floating_point()
-        and forward_ad.unpack_dual(x).tangent is not None
+        x is not None and x.is_floating_point() and forward_ad.unpack_dual(x).tangent is not None
         for x in tensors
     )
 

@@ -232,6 +232,33 @@ def test_a_row_without_keys_is_zero_and_has_zero_gradients(dtype):
         assert torch.isfinite(x).all()
 
 
+@pytest.mark.parametrize("shape", [(7, 9), (2, 1, 7, 9), (4, 1, 9)], ids=str)
+@pytest.mark.parametrize("masked", ["bool", "float", "learned"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_sdpa_applies_both_a_mask_and_is_causal(untouched, shape, masked, dtype):
+    q, k, v = leaves(dtype, width_v=8)
+    mask = torch.rand(shape) < 0.7
+    if masked != "bool":
+        mask = torch.randn(shape, dtype=dtype, requires_grad=masked == "learned")
+    causal = torch.ones(7, 9).tril().bool()
+    exact_inputs = [double(x) for x in (q, k, v)]
+    exact_mask = double(mask)
+    joint = mask & causal if masked == "bool" else exact_mask.masked_fill(~causal, -math.inf)
+    expected = sdpa(*exact_inputs, joint.expand(2, 4, 7, 9))
+    expected.sum().backward()
+    out = ft.scaled_dot_product_attention(q, k, v, mask, is_causal=True)
+    out.sum().backward()
+    assert_close(out, expected, dtype)
+    for x, exact in zip((q, k, v), exact_inputs, strict=True):
+        assert_close(x.grad, exact.grad, dtype)
+    if masked == "learned":
+        assert_close(mask.grad, exact_mask.grad, dtype)
+    with ft.enable():
+        assert torch.equal(sdpa(q, k, v, mask, is_causal=True), out)
+    if masked != "learned" and len(shape) in (2, 4):  # for which PyTorch takes its fused kernel
+        assert_close(sdpa(q, k, v, mask, is_causal=True), expected, dtype)
+
+
 # --- errors -------------------------------------------------------------------------------------
 
 
@@ -248,7 +275,6 @@ def test_a_row_without_keys_is_zero_and_has_zero_gradients(dtype):
         ("`attn_mask` must broadcast", [(3, 4)] * 3, {"attn_mask": torch.ones(2, 3, 3).bool()}),
         ("`attn_mask` must be bool", [(3, 4)] * 3, {"attn_mask": torch.ones(3, 3).double()}),
         ("`attn_mask` must be bool", [(3, 4)] * 3, {"attn_mask": torch.ones(3, 3).long()}),
-        ("got both", [(3, 4)] * 3, {"attn_mask": torch.ones(3, 3).bool(), "is_causal": True}),
         ("`dropout_p` must be 0 to 1", [(3, 4)] * 3, {"dropout_p": 1.5}),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
@@ -301,8 +327,143 @@ def test_attention_names_what_is_wrong():
 def test_other_devices_are_refused():
     x = torch.zeros(2, 3, 4)
     assert ft.attention(x.to("meta"), x.to("meta"), x.to("meta")).device.type == "meta"
-    with pytest.raises((NotImplementedError, RuntimeError)):
-        ft.attention(x.to_sparse(), x, x)
+    for name in ("k", "v"):
+        others = {"k": x, "v": x} | {name: x.to("meta")}
+        message = f"`{name}` must be on cpu like `q`, got meta"
+        with pytest.raises(TypeError, match=message):
+            ft.attention(x, **others)
+        with pytest.raises(TypeError, match=message):  # of the operator itself
+            _torch_ops.FORWARD(x, *others.values(), *_torch_ops.DEFAULTS.values())
+    far = torch.zeros((), device="meta")
+    for name, option in {
+        "bias": far,
+        "residual": x.to("meta"),
+        "sinks": far.expand(2),
+        "alibi_slopes": far.expand(2),
+        "mask": far.bool(),
+        "q_offset": far.long(),
+        "kv_lengths": far.long(),
+        "dropout_seed": far.long(),
+    }.items():
+        with pytest.raises(TypeError, match=f"`{name}` must be on cpu like `q`, got meta"):
+            ft.attention(x, x, x, **{name: option})
+    for index in (0, 1):
+        ids = [torch.zeros(3, dtype=torch.int64) for _ in range(2)]
+        ids[index] = ids[index].to("meta")
+        with pytest.raises(TypeError, match=rf"`segment_ids\[{index}\]` must be on cpu"):
+            ft.attention(x, x, x, segment_ids=ids)
+    with pytest.raises(RuntimeError, match="`value` must be on cpu like `query`, got meta"):
+        ft.scaled_dot_product_attention(x, x, x.to("meta"))
+    with pytest.raises(RuntimeError, match="`attn_mask` must be on cpu like `query`, got meta"):
+        ft.scaled_dot_product_attention(x, x, x, far.bool())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of kinds that PyTorch has in beta
+def test_kinds_of_tensors_that_are_refused():
+    x = torch.randn(2, 3, 4)
+    floats = "float16, bfloat16, float32 or float64"
+    for y, rule in [
+        (x.to_sparse(), "must be a dense tensor, got torch.sparse_coo"),
+        (x[0].to_sparse_csr(), "must be a dense tensor, got torch.sparse_csr"),
+        (x.to_mkldnn(), "must be a dense tensor, got torch._mkldnn"),
+        (torch.nested.nested_tensor([x, x]), "must be a dense tensor, got a nested one"),
+        (x.to(torch.complex64), f"must be {floats}, got torch.complex64"),
+        (x.to(torch.complex64).conj(), f"must be {floats}, got torch.complex64"),
+        (x.to(torch.float8_e5m2), f"must be {floats}, got torch.float8_e5m2"),
+        (torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), f"must be {floats}, got torch.qint8"),
+    ]:
+        with pytest.raises(TypeError, match=f"`q` {rule}"):
+            ft.attention(y, y, y)
+        with pytest.raises(TypeError, match=f"`bias` {rule}"):
+            ft.attention(x, x, x, bias=y)
+        with pytest.raises(RuntimeError, match=f"`query` {rule}"):
+            ft.scaled_dot_product_attention(y, y, y)
+        with pytest.raises(RuntimeError, match="`attn_mask` must be"):
+            ft.scaled_dot_product_attention(x, x, x, y)
+
+
+def test_errors_name_the_dtypes_of_torch():
+    x = torch.randn(2, 3, 4)
+    bf16 = torch.ones(3, 3, dtype=torch.bfloat16)
+    for options, message in [
+        ({"mask": bf16}, "`mask` must be bool.*got torch.bfloat16"),
+        (
+            {"residual": x.bfloat16()},
+            "`residual` must have dtype torch.float32 like `q`, got torch.bf",
+        ),
+        ({"bias": bf16.int()}, "`bias` must be float16.*got torch.int32"),
+        ({"kv_lengths": bf16[0, 0]}, "`kv_lengths` must be integers.*got torch.bfloat16"),
+        ({"q_offset": torch.tensor(True)}, "`q_offset` must be integers.*got torch.bool"),
+        ({"sinks": torch.ones(2).bool()}, "`sinks` must be real numbers, got torch.bool"),
+        ({"dropout_seed": torch.tensor(1.0)}, "`dropout_seed` must be an integer, got torch.f"),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            ft.attention(x, x, x, **options)
+    with pytest.raises(ValueError, match=r"`dropout_seed` must be one integer, got shape \(2,\)"):
+        ft.attention(x, x, x, dropout_seed=torch.tensor([1, 2]))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"dropout_p": 0.5, "dropout_seed": x} for x in (True, 1.5, "1", -1, 2**64, [1])),
+        *({"q_offset": x} for x in (True, 1.5, "1", [2**64], [1.0], [True], ["a"])),
+        *({"kv_lengths": x} for x in (True, 1.5, "1", 2**70, [3], 4)),
+        *({"window": x} for x in ((True, 0), (0.5, 1), "ab", 5, (1,))),
+        *({"segment_ids": x} for x in (5, ([0],), ([0.5] * 3, [0] * 3))),
+        {"mask": [[1, 0, 1]]},
+        {"bias": [[1, 2, 3]]},
+        {"alibi_slopes": [1j, 2]},
+        {"scale": 1j},
+        {"num_threads": True},
+    ],
+    ids=str,
+)
+def test_what_numpy_refuses_is_refused_in_the_same_words(options):
+    x = torch.randn(2, 3, 4)
+    with pytest.raises((TypeError, ValueError)) as expected:
+        fa.attention(*[x.numpy()] * 3, **options)
+    with pytest.raises(expected.type) as given:
+        ft.attention(x, x, x, **options)
+    assert str(given.value) == str(expected.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"dropout_p": 0.5, "dropout_seed": x} for x in (2**63, 2**64 - 1, np.uint64(2**64 - 1))),
+        *({"causal": True, "q_offset": x} for x in (2**70, -(2**70), np.int64(1), 2**63)),
+        *({"window": x} for x in ((2**70, 0), (None, 2**63), (np.int64(1), 0))),
+        {"num_threads": 2**70},
+        {"scale": np.float32(0.5), "softcap": np.float64(2.0), "causal": np.True_},
+        {"bias": np.arange(9.0).reshape(3, 3)[::-1]},
+        {"mask": [[True, False, True]]},
+        {"sinks": [1, 2]},
+        {"alibi_slopes": [0.1, 0.2], "kv_lengths": 2},
+        {"segment_ids": ([0, 0, 1], [0, 1, 1])},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("default", ["dtype", "device", "context"])
+def test_what_is_no_tensor_is_read_as_by_numpy(options, default):
+    """Whatever dtype and device PyTorch takes where none is given."""
+    q, k, v = torch.randn(3, 2, 3, 4, dtype=torch.float64)
+    expected = fa.attention(*(x.numpy() for x in (q, k, v)), **options)
+    try:
+        if default == "dtype":
+            torch.set_default_dtype(torch.bfloat16)
+        elif default == "device":
+            torch.set_default_device("meta")
+        with torch.device("meta" if default == "context" else "cpu"):
+            out = ft.attention(q, k, v, **options)
+            ones = v * 0 + 1
+            drawn = ft.scaled_dot_product_attention(q, k, ones, dropout_p=1e-12)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert out.device.type == "cpu"
+    np.testing.assert_array_equal(out.numpy(), expected)
+    torch.testing.assert_close(drawn, ones)
 
 
 def test_what_has_no_gradient_may_not_require_one():
@@ -706,6 +867,78 @@ def test_autocast():
     assert {x.grad.dtype for x in (q, k, v, bias)} == {torch.float32}
 
 
+@pytest.mark.parametrize("region", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_casts_before_anything_is_checked(untouched, region):
+    q, k = torch.randn(2, 1, 2, 5, 8)
+    v = torch.randn(1, 2, 5, 8).to(region)
+    expected = ft.attention(q.to(region), k.to(region), v)
+    mask = torch.randn(5, 5).half()
+    masked = ft.attention(q.to(region), k.to(region), v, bias=mask)
+    with torch.autocast("cpu", region):
+        for function in (ft.attention, ft.scaled_dot_product_attention):
+            assert torch.equal(function(q, k, v), expected)
+        assert torch.equal(ft.scaled_dot_product_attention(q, k, v, mask), masked)
+        residual = torch.randn(1, 2, 5, 8)
+        assert ft.attention(q, k, v, residual=residual).dtype == region
+        with pytest.raises(TypeError, match=f"`k` must have dtype torch.int32.*got {region}"):
+            ft.attention(q.int(), k, v)
+        with ft.enable():
+            assert torch.equal(sdpa(q, k, v), expected)
+            assert ft.explain(q, k, v, mask).plan.dtype == str(region).removeprefix("torch.")
+
+
+# --- batches of gradients -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("routed", [False, True])
+def test_batched_gradients(untouched, routed):
+    q, k, v = leaves(lengths=(3, 4), width=4, width_v=3)
+    bias = leaf(3, 4)
+    with ft.enable():
+        if routed:
+            outputs = (sdpa(q, k, v, bias),)
+        else:
+            outputs = ft.attention(q, k, v, bias=bias, return_lse=True)
+    grads = [torch.randn(5, *x.shape, dtype=x.dtype) for x in outputs]
+    inputs = (q, k, v, bias)
+    batched = torch.autograd.grad(outputs, inputs, grads, retain_graph=True, is_grads_batched=True)
+    mapped = torch.vmap(lambda *g: torch.autograd.grad(outputs, inputs, g, retain_graph=True))
+    for i in range(5):
+        each = torch.autograd.grad(outputs, inputs, [g[i] for g in grads], retain_graph=True)
+        for x, y, z in zip(each, batched, mapped(*grads), strict=True):
+            assert torch.equal(x, y[i]) and torch.equal(x, z[i])
+
+
+@pytest.mark.parametrize("function", [ft.attention, ft.scaled_dot_product_attention])
+def test_vectorised_jacobian_and_gradcheck(function):
+    q, k, v = leaves(lead=(1,), heads=2, kv_heads=2, lengths=(2, 3), width=4, width_v=3)
+    jacobian = torch.autograd.functional.jacobian
+    call = lambda q: function(q, k.detach(), v.detach())  # noqa: E731
+    expected = jacobian(call, q.detach())
+    assert torch.equal(jacobian(call, q.detach(), vectorize=True), expected)
+    assert torch.autograd.gradcheck(function, (q, k, v), check_batched_grad=True)
+
+
+def test_vmap_over_options_alone_over_nothing_and_of_no_entries():
+    q, k, v = (x.detach() for x in leaves())
+    lengths = torch.tensor([1, 5, 9])
+    mapped = torch.vmap(lambda n: ft.attention(q, k, v, kv_lengths=n))(lengths)
+    grads = torch.vmap(
+        torch.func.grad(lambda q, n: ft.attention(q, k, v, kv_lengths=n).sum()), (None, 0)
+    )(q, lengths)
+    for i, n in enumerate(lengths):
+        leaf_q = q.clone().requires_grad_()
+        expected = ft.attention(leaf_q, k, v, kv_lengths=n)
+        expected.sum().backward()
+        assert torch.equal(mapped[i], expected) and torch.equal(grads[i], leaf_q.grad)
+    added = torch.vmap(lambda x: ft.attention(q, k, v) + x)(torch.arange(2.0))
+    assert torch.equal(added[1], ft.attention(q, k, v) + 1)
+    empty = torch.zeros(0, *q.shape, dtype=q.dtype)
+    assert torch.vmap(lambda q: ft.attention(q, k, v))(empty).shape == (0, 2, 4, 7, 6)
+    gradient = torch.func.grad(lambda q: ft.attention(q, k, v).sum())
+    assert torch.vmap(gradient)(empty).shape == empty.shape
+
+
 def test_backward_after_a_change_in_place_is_an_error():
     q, k, v = leaves()
     doubled = k * 2
@@ -901,6 +1134,7 @@ def test_what_stays_with_torch(untouched, calls):
             ((x, x, x.long()), "`value` is torch.int64"),
             ((x.to("meta"),) * 3, "not a dense CPU tensor"),
             ((wide,) * 3, "more than 1024"),
+            ((x.to_sparse(), x, x), "not a dense CPU tensor"),
         ]:
             route = ft.explain(*args)
             assert route.to == "torch" and reason in route.reason and route.plan is None
@@ -915,6 +1149,18 @@ def test_what_stays_with_torch(untouched, calls):
         sdpa(x.to("meta"), x.to("meta"), x.to("meta"))
         torch.vmap(lambda x: sdpa(x, x, x))(x)
         torch.func.grad(lambda x: sdpa(x, x, x).sum())(x)
+        assert ft.explain(x, x, x, scale=math.inf).reason == "`scale` is inf"
+        assert torch.isnan(sdpa(x, x, x, scale=math.inf)).all()
+        forward_ad = torch.autograd.forward_ad
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x[0], torch.ones_like(x[0]))
+            assert "forward-mode" in ft.explain(dual, x[0], x[0]).reason
+            tangent = forward_ad.unpack_dual(sdpa(dual, x[0], x[0])).tangent
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            _, expected = torch.func.jvp(
+                lambda y: sdpa(y, x[0], x[0]), (x[0],), (torch.ones_like(x[0]),)
+            )
+        torch.testing.assert_close(tangent, expected)
     assert not calls
 
 
@@ -941,6 +1187,33 @@ def test_explain(untouched):
     assert torch.equal(torch.get_rng_state(), state)
     with pytest.raises(RuntimeError, match="`key` must have 4 heads"):
         ft.explain(q, k, k)
+
+
+def test_explain_reads_lazy_signs_and_refuses_what_has_no_values(untouched):
+    lazy = torch.randn(1, 2, 5, 8, dtype=torch.complex64).conj().imag
+    assert lazy.is_neg()
+    copy = lazy.resolve_neg()
+    assert ft.explain(lazy, lazy, lazy).plan == ft.explain(copy, copy, copy).plan
+    assert torch.equal(ft.attention(lazy, lazy, lazy), ft.attention(copy, copy, copy))
+    with torch._subclasses.fake_tensor.FakeTensorMode():
+        fake = torch.randn(1, 2, 5, 8)
+        assert ft.attention(fake, fake, fake, alibi_slopes=[0.5, 0.25]).shape == fake.shape
+    with pytest.raises(TypeError, match="`query` must hold values to explain, got a FakeTensor"):
+        ft.explain(fake, fake, fake)
+
+
+def test_function_modes_and_subclasses():
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            return function(*args, **(kwargs or {}))
+
+    x = torch.randn(2, 5, 8)
+    expected = ft.attention(x, x, x, alibi_slopes=[0.5, 0.25])
+    with Mode():
+        assert torch.equal(ft.attention(x, x, x, alibi_slopes=[0.5, 0.25]), expected)
+    own = x.as_subclass(Subclass)
+    out = ft.attention(own, own, own, alibi_slopes=[0.5, 0.25])
+    assert type(out) is Subclass and torch.equal(out.as_subclass(torch.Tensor), expected)
 
 
 def test_import_changes_nothing_of_torch():
