@@ -276,7 +276,7 @@ def _tensor(name: str, x: Any, q: Tensor) -> Tensor | None:
 
 def _from_array(array: Any) -> Tensor:
     """A tensor of the same numbers, whatever dtype and device are PyTorch's defaults."""
-    array = np.require(array, requirements="CW")  # of which tensors are views
+    array = np.require(array, requirements=["C", "W"])  # of which tensors are views
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
