@@ -426,6 +426,7 @@ class MultiHeadAttention:
             ) from None
         rows_shape = (*batch_shape, query.shape[-2])
         shape = (*rows_shape, self.out_dim)
+        given_out = out
         if out is not None:
             out = check_out(out, shape, self.dtype, "w_q")
         added = self._residual(residual, query, shape)
@@ -451,6 +452,8 @@ class MultiHeadAttention:
             result = context
         else:
             result = self._finish(context, added, out)
+        if given_out is not None:
+            result = given_out
         if return_lse:
             assert lse is not None
             return result, lse
