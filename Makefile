@@ -23,7 +23,7 @@ BUILT := $(VENV)/built-$(subst $(space),-,$(strip with $(SWITCHES)))
 # Tests use NumPy's BLAS for expected values only; its waiting threads would slow the kernels' own.
 TEST_ENV := OPENBLAS_NUM_THREADS=1
 
-# These reach every option, every tail and every race in three minutes; ASAN_TESTS=tests is all of them.
+# These reach every option, tail and race in three minutes; ASAN_TESTS=tests is all of them.
 ASAN_TESTS ?= tests/test_guard_pages.py tests/test_config.py tests/test_races.py
 
 .PHONY: demo test test-torch bench bench-peers microbench lint asan emulate docs clean help
