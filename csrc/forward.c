@@ -318,7 +318,7 @@ static void store_rows(struct fa_forward *forward, const struct fa_task *task,
             .dtype = p->dtype,
             .lse_dtype = fa_lse_dtype(p),
             .sink = -INFINITY,
-            .factor = 1 / (double)g->value_scale,
+            .exponent = g->value_exponent,
             .final = forward->given_back == NULL,
             .look_at_acc = look_at_acc,
             .averages = p->softmax_axis == FA_SOFTMAX_KEYS && p->dropout_p == 0,
@@ -572,9 +572,9 @@ static enum fa_status run(struct fa_forward *forward)
     return status == FA_OK && atomic_load(&forward->no_memory) ? FA_NO_MEMORY : status;
 }
 
-/* What the values of float64 are multiplied by, where their sums leave its range: 2^64 keys of weight 1 then do not,
- * and values lose bits only where they are 2^-958 or less, beside one of 2^960 or more. */
-#define AGAIN_VALUE_SCALE 0x1p-64f
+/* The values of float64 are divided by 2^64 where their sums leave its range: 2^64 keys of weight 1 then do not.  Bits
+ * are lost by values below 2^-958 only. */
+#define AGAIN_VALUE_EXPONENT 64
 
 /* The rows that `first` gave back, by the same tasks. */
 static enum fa_status run_again(struct fa_forward *first, const struct fa_kernels *kernels)
@@ -589,7 +589,7 @@ static enum fa_status run_again(struct fa_forward *first, const struct fa_kernel
     geometry.num_threads = g->num_threads;
     if (g->params->dtype == FA_F64) {
         geometry.scales_scores = true;
-        geometry.value_scale = AGAIN_VALUE_SCALE;
+        geometry.value_exponent = AGAIN_VALUE_EXPONENT;
     }
     FA_ASSERT(geometry.dv_blocks == g->dv_blocks && geometry.split_k == g->split_k);
     struct fa_forward forward = {.geometry = &geometry, .plan = first->plan, .first = first};

@@ -148,7 +148,6 @@ enum fa_status fa_geometry_init(struct fa_geometry *geometry,
     }
     g.rows = longest(&g, params->q_starts, params->seqlen_q) * g.stacked;
     g.widened = ops->size > (size_t)fa_dtype_size(FA_F32) && params->dtype != FA_F64;
-    g.value_scale = 1;
     g.depth = fa_packed(score_ops, fa_round_up(params->head_dim, (int64_t)score_ops->depth_step));
     g.tile_q = (int64_t)score_ops->tile_q;
     g.block_k = choose_block_k(&g);

@@ -41,9 +41,9 @@ struct fa_geometry {
     int num_threads;     /* that will work */
     bool widened; /* float64 computes for narrower arrays, which it reads and writes one by one */
     /* A second run of float64: scores are multiplied by the scale after their sum, as in the reference, and every
-     * value by value_scale, a power of two.  A first run multiplies q; its value_scale is 1. */
+     * value is divided by 2^value_exponent.  A first run multiplies q; its value_exponent is 0. */
     bool scales_scores;
-    float value_scale;
+    int value_exponent;
 };
 
 /* Whether the call has an element to write.  If not, its other sizes may be anything: nothing is to be

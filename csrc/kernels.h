@@ -104,9 +104,8 @@ struct fa_row_result {
     int64_t residual_stride;
     void *lse; /* nullable; one element, natural logarithm, of lse_dtype */
     enum fa_dtype lse_dtype; /* FA_F32 or FA_F64 */
-    double
-        factor; /* of the result, residual aside: a power of two; 1 unless the values were scaled */
-    bool averages; /* of values: finite where acc is, whatever the factor */
+    int exponent; /* of 2, that values were divided by: the result is multiplied, residual aside */
+    bool averages; /* of values: finite where acc is */
     /* What is not stored, see enum fa_stored: `final` stores everything. */
     bool final, look_at_acc;
     double doubtful_from, doubtful_to;

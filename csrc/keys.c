@@ -73,7 +73,7 @@ static const float *scale_values(const struct fa_geometry *g, int64_t keys, floa
 {
     const int64_t padded = fa_round_up(keys, (int64_t)g->ops->nr);
     for (int64_t j = 0; j < padded; j++) {
-        scale[j] = g->value_scale;
+        scale[j] = ldexpf(1, -g->value_exponent);
     }
     return scale;
 }
@@ -99,7 +99,7 @@ void fa_locate_keys(const struct fa_head *head, struct fa_workspace *ws, int64_t
         .scale =
             read_scales(head, head->v_scale, &p->v_scale, block_key, keys, ws->v_row, ws->v_scale),
     };
-    if (head->geometry->value_scale != 1) {
+    if (head->geometry->value_exponent != 0) {
         ws->values.scale = scale_values(head->geometry, keys, ws->v_scale);
     }
     /* Of keys that are not packed nothing is known but their type. */

@@ -202,7 +202,7 @@ static void FN(store_row)(const REAL *acc, REAL factor, const struct fa_row_resu
     const int64_t size = fa_dtype_size(dtype);
     const bool contiguous = result->out_stride == size &&
                             (result->residual == NULL || result->residual_stride == size) &&
-                            FN(knows)(dtype) && result->factor == 1 && result->columns == NULL;
+                            FN(knows)(dtype) && result->exponent == 0 && result->columns == NULL;
     const size_t whole = contiguous ? result->cols - result->cols % VL : 0;
     char *out = result->out;
     const char *residual = result->residual;
@@ -219,8 +219,8 @@ static void FN(store_row)(const REAL *acc, REAL factor, const struct fa_row_resu
         if (result->columns != NULL && !FN(is_wanted)(result, c, acc[c])) {
             continue;
         }
-        if (result->factor != 1) {
-            x *= (REAL)result->factor;
+        if (result->exponent != 0) {
+            x = (REAL)ldexp((double)x, result->exponent);
             x = result->averages && acc[c] - acc[c] == 0 ? FN(clamp)(x) : x;
         }
         if (residual != NULL) {
