@@ -365,8 +365,7 @@ static void run_whole(struct fa_job *job, const struct fa_task *task, struct fa_
     const struct fa_key_range keys =
         fa_rows_keys(&task->head, task->first_row, task->first_row + task->rows - 1);
     const size_t rows = (size_t)task->rows, ldacc = (size_t)g->block_dv;
-    const bool one = forward->col_max != NULL || keys.hi <= keys.lo ||
-                     keys.lo / g->split_k == (keys.hi - 1) / g->split_k;
+    const bool one = keys.hi <= keys.lo || keys.lo / g->split_k == (keys.hi - 1) / g->split_k;
     if (one) {
         if (attend_keys(job, thread, task, ws, keys.lo, keys.hi)) {
             store_rows(forward, task, &ws->part, ws->look_at_acc);
@@ -381,8 +380,9 @@ static void run_whole(struct fa_job *job, const struct fa_task *task, struct fa_
             const struct fa_state first = ws->part;
             ws->part = ws->total;
             ws->total = first;
+            g->ops->softmax_begin(rows, &ws->rest, ldacc);
         } else {
-            g->ops->softmax_fold(rows, &ws->total, &ws->part, ldacc);
+            g->ops->softmax_fold(rows, &ws->total, &ws->rest, &ws->part, ldacc);
         }
     }
     store_rows(forward, task, &ws->total, ws->look_at_acc);
@@ -406,9 +406,13 @@ static void run_split(struct fa_job *job, int64_t index, const struct fa_task *t
         return;
     }
     const struct fa_state total = fa_state_at(g, g->block_q, parts);
+    const size_t rows = (size_t)task->rows, ldacc = (size_t)g->block_dv;
+    if (task->group_size > 1) {
+        g->ops->softmax_begin(rows, &ws->rest, ldacc);
+    }
     for (int64_t i = 1; i < task->group_size; i++) {
         const struct fa_state part = fa_state_at(g, g->block_q, parts + i * forward->part_bytes);
-        g->ops->softmax_fold((size_t)task->rows, &total, &part, (size_t)g->block_dv);
+        g->ops->softmax_fold(rows, &total, &ws->rest, &part, ldacc);
     }
     store_rows(forward, task, &total, true);
 }

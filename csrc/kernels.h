@@ -223,11 +223,12 @@ struct fa_ops {
     /* Nullable.  The same of scores that are to be multiplied by a finite factor > 0 first. */
     void (*softmax_update_scaled)(void *s, size_t ld, size_t rows, size_t n, float factor,
                                   const struct fa_state *state, size_t ldacc);
-    /* total = total and part together: the same rows over other keys. */
-    void (*softmax_fold)(size_t rows, const struct fa_state *total, const struct fa_state *part,
-                         size_t ldacc);
-    /* out = acc / sum (+ residual), and lse.  A row that saw no key stores 0 (+ residual), lse -inf.   Stores nothing that it
-     * gives back. */
+    /* total = total and part together: the same rows over other keys.  rest: what rounding has left of the sums of
+     * total so far, 0 at first; its row_max is not used. */
+    void (*softmax_fold)(size_t rows, const struct fa_state *total, const struct fa_state *rest,
+                         const struct fa_state *part, size_t ldacc);
+    /* out = acc / sum (+ residual), and lse.  A row that saw no key stores 0 (+ residual), and its sink as lse.
+     * Stores nothing that it gives back. */
     enum fa_stored (*softmax_store)(const struct fa_state *state, size_t ldacc,
                                     const struct fa_row_result *result);
 

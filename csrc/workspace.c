@@ -51,7 +51,7 @@ struct fa_state fa_state_at(const struct fa_geometry *geometry, int64_t rows, ch
 }
 
 struct layout {
-    struct state_layout part, total;
+    struct state_layout part, total, rest;
     int64_t q, k, v, scores, scores_ahead, mask, segments, k_row, v_row, k_scale, v_scale, factors,
         bytes;
 };
@@ -60,12 +60,14 @@ static bool lay_out(const struct fa_geometry *g, struct layout *at)
 {
     const int64_t size = (int64_t)g->ops->size;
     int64_t total = 0;
+    const int64_t folded_rows = g->params->seqlen_k > g->split_k ? g->block_q : 0;
     *at = (struct layout){0};
     bool ok =
         reserve(&total, &at->q, fa_round_up(g->block_q, (int64_t)g->score_ops->row_step), g->depth,
                 size) &&
         lay_out_state(g, g->block_q, &total, &at->part) &&
-        lay_out_state(g, g->params->seqlen_k > g->split_k ? g->block_q : 0, &total, &at->total) &&
+        lay_out_state(g, folded_rows, &total, &at->total) &&
+        lay_out_state(g, folded_rows, &total, &at->rest) &&
         reserve(&total, &at->k, g->block_k, g->depth, size) &&
         reserve(&total, &at->v, fa_packed(g->ops, g->block_k), g->block_dv, size) &&
         reserve(&total, &at->scores, g->tile_q, g->block_k, size) &&
@@ -103,6 +105,7 @@ struct fa_workspace fa_workspace_of(const struct fa_geometry *geometry, char *me
         .q = base + at.q,
         .part = state_at(base, &at.part),
         .total = state_at(base, &at.total),
+        .rest = state_at(base, &at.rest),
         .k = base + at.k,
         .v = base + at.v,
         .scores = base + at.scores,

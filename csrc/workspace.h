@@ -21,6 +21,7 @@ struct fa_workspace {
     char *q;            /* real [block_q][depth]: scaled rows */
     struct fa_state part;  /* [block_q] rows, ldacc block_dv: of one split */
     struct fa_state total; /* of all splits so far */
+    struct fa_state rest;  /* what rounding left of its sums */
     char *k;            /* real [block_k / nr][depth][nr]: packed keys */
     char *v;            /* real [block_dv / nr][fa_packed(block_k)][nr]: packed values */
     char *scores;       /* real [tile_q][block_k] */

@@ -117,7 +117,7 @@ def attention(
         Bound on the scores, greater than 0: ``softcap * tanh(score / softcap)``.
     bias : array_like, broadcastable to (..., num_heads, seqlen_q, seqlen_k), optional
         Added to the scores, after `softcap`; of any of q's dtypes, whatever q's own is.  Where it
-        is -inf, the weight is exactly 0.  Its axes are those of `mask`.
+        is -inf, the key takes no part for that query, as with `mask`.  Its axes are those of `mask`.
     alibi_slopes : array_like, (num_heads,) or broadcastable to (..., num_heads), optional
         Adds ``-slope * abs(i + q_offset - j)`` to the score of query ``i`` and key ``j``.
     mask : array_like of bool, broadcastable to (..., num_heads, seqlen_q, seqlen_k), optional
@@ -238,10 +238,11 @@ def attention(
     axis either; more dimensions than the scores have are refused.
 
     **Order.**  The score of query i and key j is ``scale * q_i @ k_j``, then `softcap`, then plus
-    `bias` and ALiBi.  Then `mask`, `causal`, `window`, `kv_lengths` and `segment_ids` take keys out
-    of the softmax altogether: whatever those keys and values hold, NaN included, changes nothing.
-    A query (over the queries: a key) with no key left, or with every score -inf, gets 0 (plus
-    `residual`) and lse -inf.  A score of NaN or +inf makes NaN of its own softmax alone.
+    `bias` and ALiBi.  Then `mask`, `causal`, `window`, `kv_lengths`, `segment_ids` and a `bias` of
+    -inf take keys out of the softmax altogether: whatever those keys and values hold, NaN included,
+    changes nothing.  A query (over the queries: a key) with no key left, or with every score -inf,
+    gets 0 (plus `residual`) and lse -inf, or its sink as lse.  A score of NaN or +inf makes NaN of
+    its own softmax alone.
 
     **16-bit types.**  Elements are widened block by block as they are read, everything is computed
     in float32, and each result is rounded once, to nearest, ties to even.

@@ -216,6 +216,8 @@ def _compute_weights(
         scores = scores - slopes * np.abs(position - key)
     # 4. Which keys take part.  The others are selected away: their scores, even NaN, are not read.
     takes_part = key < lengths
+    if bias is not None:
+        takes_part = takes_part & (np.asarray(bias, dtype=np.float64) != -np.inf)
     if mask is not None:
         takes_part = takes_part & np.asarray(mask)
     if causal:
@@ -236,8 +238,9 @@ def _compute_weights(
         extra = None if sinks is None else np.asarray(sinks, dtype=np.float64)[:, None, None]
         weights, lse = _softmax(scores, axis=-1, extra=extra)
         if extra is not None:
-            empty = lse == -np.inf
-            sink_weights = np.where(empty, 0.0, np.exp(extra[..., 0] - lse))[..., np.newaxis]
+            # Where lse is -inf, so is the sink: it weighs nothing.
+            sink_weights = np.where(lse == -np.inf, 0.0, np.exp(extra[..., 0] - lse))
+            sink_weights = sink_weights[..., np.newaxis]
     elif sinks is None:
         weights, lse = _softmax(scores, axis=-2)
     else:
@@ -357,13 +360,13 @@ def _softmax(
 ) -> tuple[Float64Array, Float64Array]:
     """Weights and log-sum-exp along `axis`; `extra` scores join the denominator only.
 
-    A score of -inf has weight 0; where every score is -inf, lse is -inf whatever `extra` is.  A
+    A score of -inf has weight 0; where every score is -inf, lse is `extra`, or -inf without one.  A
     score of NaN or +inf makes every other weight along `axis`, and the lse there, NaN.
     """
     top = np.max(scores, axis=axis, keepdims=True, initial=-np.inf)
-    empty = top == -np.inf
     if extra is not None:
         top = np.maximum(top, extra)
+    empty = top == -np.inf
     shift = np.where(empty, 0.0, top)
     exps = np.where(scores == -np.inf, 0.0, np.exp(scores - shift))
     total = np.sum(exps, axis=axis, keepdims=True)

@@ -7,7 +7,7 @@ Builds csrc/ with the driver tests/c/kernel_sets.c, without Python, and runs it
   has them;
 - for aarch64, with and without OpenMP, under qemu;
 
-then a sample of the float32 numbers through exp2 (tests/c/exp2_exhaustive.c) of the last two.
+then a sample of the float32 numbers through exp2 and tanh (tests/c/*_exhaustive.c) of the last two.
 C assertions are on.  The last line is "N passed, N failed".
 """
 
@@ -37,8 +37,9 @@ PACKAGES = {
     "libsimde-dev": lambda: Path("/usr/include/simde/x86/avx512.h").exists(),
 }
 
-# One vector of neighbours in this many goes through exp2: 2 million of 1.1e9 numbers.
-EXP2_STEP = 499
+# One vector of neighbours in this many goes through exp2 and tanh: 2 million of 1.1e9 numbers.
+FUNCTION_STEP = 499
+FUNCTIONS = ("exp2", "tanh")
 
 # What SIMDe stands in for.
 SIMDE_SETS = ("avx512", "amx")
@@ -151,24 +152,30 @@ def run(program: Path, where: str, *sets: str, under: Sequence[str] = ()) -> Out
     return Outcome(int(closing[1]), int(closing[2]), dict(LINE.findall(done.stdout)))
 
 
-def run_exp2(
-    folder: Path, compiler: Sequence[str], name: str, flags: list[str], under: Sequence[str] = ()
+def run_function(
+    folder: Path,
+    compiler: Sequence[str],
+    function: str,
+    name: str,
+    flags: list[str],
+    under: Sequence[str] = (),
 ) -> Outcome:
-    """A sample of exp2's arguments: at most 1 ulp from the true value."""
+    """A sample of the arguments of exp2 or tanh: at most 1 or 1.5 ulp from the true value."""
     program = compile_program(
         compiler,
-        folder / "exp2",
+        folder / function,
         *code_flags(),
         *flags,
         f"-I{ROOT / 'csrc'}",
         f"-I{ROOT / 'csrc' / 'kernels'}",
         f'-DVEC_HEADER="vec_{name}.h"',
-        ROOT / "tests" / "c" / "exp2_exhaustive.c",
+        ROOT / "tests" / "c" / f"{function}_exhaustive.c",
         "-lm",
     )
-    command = [*under, str(program), "0", "1", str(EXP2_STEP)]
+    command = [*under, str(program), "0", "1", str(FUNCTION_STEP)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=300)
-    print(f"{name:7} exp2 of every {EXP2_STEP}th vector: {done.stdout.strip()}", flush=True)
+    what = f"{function} of every {FUNCTION_STEP}th vector"
+    print(f"{name:7} {what}: {done.stdout.strip()}", flush=True)
     return Outcome(int(done.returncode == 0), int(done.returncode != 0), {})
 
 
@@ -233,13 +240,17 @@ def main() -> int:
         for name in SIMDE_SETS:
             if name not in native.digests:
                 print(f"{name} did not run natively: this CPU or its operating system lacks it")
-        outcomes.append(run_exp2(folder, compiler, "avx512", simde_flags()))
+        for function in FUNCTIONS:
+            outcomes.append(run_function(folder, compiler, function, "avx512", simde_flags()))
 
         folder = BUILD / "aarch64"
         folder.mkdir(exist_ok=True)
         outcomes += run_both(folder, CROSS_COMPILER, "aarch64", "qemu-aarch64", QEMU)
         neon_flags = kernel_sets("aarch64")["neon"]
-        outcomes.append(run_exp2(folder, CROSS_COMPILER, "neon", neon_flags, QEMU))
+        for function in FUNCTIONS:
+            outcomes.append(
+                run_function(folder, CROSS_COMPILER, function, "neon", neon_flags, QEMU)
+            )
 
     failed = sum(outcome.failed for outcome in outcomes)
     print(f"{sum(outcome.passed for outcome in outcomes)} passed, {failed} failed")

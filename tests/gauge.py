@@ -41,8 +41,9 @@ WEIGHT_FLOOR = 2.0**-104
 # Positions past this are clipped, as in fastattn: sums of two then stay within int64.
 MAX_POSITION = 2**60
 
-# Section 4 of the design: the gauge of every result is at most this.
-MAX_GAUGE = 4.0
+# Section 4 of the design: the gauge of every result is at most this, to head_dim 1024; and beyond.
+MAX_GAUGE = 5.0
+MAX_GAUGE_BEYOND = 8.0
 
 # The same of gradients.  Naive float32 measures up to 0.61, 0.75 and 4.4 of the first three.
 MAX_GRADIENT_GAUGES = {"q": 2.0, "k": 2.0, "v": 8.0, "bias": 2.0, "sinks": 2.0}
@@ -132,6 +133,8 @@ def _naive_weights(
         magnitude = magnitude + np.abs(slopes) * distance
 
     keep = np.broadcast_to(j < valid, scores.shape)
+    if bias is not None:
+        keep = keep & (np.asarray(bias) != -np.inf)
     if mask is not None:
         keep = keep & mask
     if causal:
@@ -151,11 +154,11 @@ def _naive_weights(
     axis = -1 if softmax_axis == "keys" else -2
     top = np.max(scores, axis=axis, keepdims=True, initial=-np.inf)
     gain = 1 + np.max(magnitude, axis=axis, keepdims=True, initial=0)
-    empty = top == -np.inf
     if sinks is not None:
         sink = np.asarray(sinks).astype(dtype)[:, None, None]
         top = np.maximum(top, sink)
         gain = np.maximum(gain, 1 + np.abs(sink))
+    empty = top == -np.inf
     top = np.where(empty, dtype(0), top)
     weights = np.exp(scores - top)
     total = np.sum(weights, axis=axis, keepdims=True)

@@ -301,6 +301,69 @@ def test_no_keys_leave_the_residual() -> None:
     assert np.array_equal(lse, np.full((2, 3), -np.inf, np.float32))
 
 
+@pytest.mark.parametrize("sink", [0.5, -1.0, 1e5, -np.inf])
+def test_a_row_without_keys_has_its_sink_as_lse(sink: float) -> None:
+    q = np.ones((2, 3, 4), np.float32)
+    k = np.ones((2, 5, 4), np.float32)
+    nothing: dict[str, Options] = {
+        "kv_lengths": {"kv_lengths": 0},
+        "mask": {"mask": np.zeros((3, 5), bool)},
+        "bias": {"bias": np.full((3, 5), -np.inf)},
+        "causal": {"causal": True, "q_offset": -3},
+    }
+    for name, options in nothing.items():
+        sinks = np.array([sink, 2.0])
+        out, lse = fa.attention(q, k, k, sinks=sinks, return_lse=True, **options)
+        assert not out.any(), name
+        np.testing.assert_allclose(lse, np.repeat(sinks[:, None], 3, 1), rtol=1e-7, err_msg=name)
+        grads = fa.attention_backward(
+            q, q, k, k, out, lse, sinks=sinks, grad_lse=np.ones((2, 3), np.float32), **options
+        )
+        for gradient in (grads.q, grads.k, grads.v):
+            assert not gradient.any(), name
+        np.testing.assert_allclose(grads.sinks, [0.0 if sink == -np.inf else 3.0, 3.0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("axis", ["keys", "queries"])
+@pytest.mark.parametrize("bias_dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_a_key_whose_bias_is_minus_infinity_takes_no_part(
+    dtype: Any, bias_dtype: Any, axis: str
+) -> None:
+    """The bits of the same call with that key masked and finite, both ways, for few rows and many."""
+    rng = np.random.default_rng(0)
+    for seqlen_q in (1, 3, 40):
+        q, grad = (rng.standard_normal((2, seqlen_q, 24)).astype(dtype) for _ in range(2))
+        k, v = (rng.standard_normal((2, 200, 24)).astype(dtype) for _ in range(2))
+        out_of = np.arange(200) % 7 == 3
+        bias = rng.standard_normal((seqlen_q, 200)).astype(bias_dtype)
+        plain = np.where(out_of, bias_dtype(0), bias)
+        bias[:, out_of] = -np.inf
+        bad_k, bad_v = k.copy(), v.copy()
+        bad_k[:, out_of] = rng.choice([np.nan, np.inf, -np.inf], (2, out_of.sum(), 24))
+        bad_v[:, out_of] = rng.choice([np.nan, np.inf, -np.inf], (2, out_of.sum(), 24))
+        options: Options = {"softcap": 4.0, "softmax_axis": axis}
+        masked = {"mask": ~out_of, "bias": plain}
+        wanted = fa.attention(q, k, v, return_lse=True, **masked, **options)
+        out, lse = fa.attention(q, bad_k, bad_v, bias=bias, return_lse=True, **options)
+        assert out.tobytes() == wanted[0].tobytes()
+        assert lse.tobytes() == wanted[1].tobytes()
+        desired = fa.attention_backward(grad, q, k, v, *wanted, **masked, **options)
+        grads = fa.attention_backward(grad, q, bad_k, bad_v, out, lse, bias=bias, **options)
+        for name in ("q", "k", "v", "bias"):
+            got, want = getattr(grads, name), getattr(desired, name)
+            np.testing.assert_array_equal(got, want, err_msg=f"{name}, {seqlen_q} queries")
+
+
+def test_a_bias_of_nan_reaches_its_row() -> None:
+    ones = np.ones((3, 4), np.float32)
+    bias = np.zeros((3, 3), np.float32)
+    bias[1] = [-np.inf, np.nan, 0.0]
+    out = fa.attention(ones, ones, ones, bias=bias)
+    assert np.isnan(out[1]).all()
+    assert np.array_equal(out[[0, 2]], ones[:2])
+
+
 def test_head_dim_zero_takes_its_scores_from_the_bias() -> None:
     rng = np.random.default_rng(0)
     q, k, v = random_qkv(rng, np.float64, 5, 9, 0, 4)

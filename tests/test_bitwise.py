@@ -430,9 +430,9 @@ def test_bad_value_stays_in_its_feature(dtype: Any) -> None:
 
 
 @each_dtype
-@pytest.mark.parametrize("sinks", [None, np.ones(4)], ids=["no sinks", "sinks"])
+@pytest.mark.parametrize("sinks", [None, np.full(4, 0.7)], ids=["no sinks", "sinks"])
 def test_rows_without_keys(sinks: Any, dtype: Any) -> None:
-    """0 and -inf, exactly, among rows that do have keys; with a residual, the residual."""
+    """0 and -inf or the sink, among rows that do have keys; with a residual, the residual."""
     q, k, v = make((70, 150, 32, 48), dtype)
     mask = np.ones((70, 150), bool)
     empty = np.arange(70) % 3 == 1
@@ -441,7 +441,8 @@ def test_rows_without_keys(sinks: Any, dtype: Any) -> None:
     residual = np.random.default_rng(0).standard_normal(clean[0].shape).astype(dtype)
     out, lse = fa.attention(q, k, v, mask=mask, sinks=sinks, return_lse=True)
     same(out[..., empty, :], np.zeros_like(out[..., empty, :]))
-    same(lse[..., empty], np.full_like(lse[..., empty], -np.inf))
+    expected = np.full_like(lse[..., empty], -np.inf if sinks is None else sinks[0])
+    np.testing.assert_allclose(lse[..., empty], expected, rtol=np.finfo(dtype).eps)
     same(out[..., ~empty, :], clean[0][..., ~empty, :])
     same(lse[..., ~empty], clean[1][..., ~empty])
     added = fa.attention(q, k, v, mask=mask, sinks=sinks, residual=residual)

@@ -144,7 +144,7 @@ TILE_FMAS = {"avx2": 12, "avx512": 24, "amx": 24}
 
 
 def _fma_loops(path: Path, function: str) -> list[list[str]]:
-    """The loops with multiply-adds in functions of that name, as lists of instructions."""
+    """The innermost loops with multiply-adds in functions of that name, as lists of instructions."""
     command = ["objdump", "-d", "--no-show-raw-insn", str(path)]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     loops = []
@@ -152,12 +152,14 @@ def _fma_loops(path: Path, function: str) -> list[list[str]]:
         if not name.startswith(function):
             continue
         code = [(int(address, 16), what) for address, what in INSTRUCTION.findall(body)]
-        for end, what in code:
-            jump = BACKWARD_JUMP.match(what)
-            if jump and int(jump[1], 16) < end:
-                loop = [what for address, what in code if int(jump[1], 16) <= address <= end]
-                if any("fmadd" in what for what in loop):
-                    loops.append(loop)
+        jumps = [(BACKWARD_JUMP.match(what), end) for end, what in code]
+        bounds = [(int(jump[1], 16), end) for jump, end in jumps if jump and int(jump[1], 16) < end]
+        for first, end in bounds:
+            if any(first <= a and b < end for a, b in bounds):
+                continue
+            loop = [what for address, what in code if first <= address <= end]
+            if any("fmadd" in what for what in loop):
+                loops.append(loop)
     return loops
 
 

@@ -1,9 +1,10 @@
-"""exp2 of each kernel set at every float32 in [-104, 0]: at most 1 ulp from the true value."""
+"""exp2 and tanh of each kernel set at every float32: at most 1 and 1.5 ulp from the true value."""
 
 import ast
 import subprocess
 from pathlib import Path
 
+import pytest
 from support import compile_c
 
 ROOT = Path(__file__).parents[1]
@@ -25,10 +26,12 @@ def kernel_set_flags(name: str) -> list[str]:
     return [*ast.literal_eval(values["CODE_FLAGS"]), *flags]
 
 
-def test_every_float32(kernel_set: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("function", ["exp2", "tanh"])
+def test_every_float32(kernel_set: str, function: str, tmp_path: Path) -> None:
+    """exp2 over [-104, 0], tanh over [2^-12, 20] and as many float64 besides."""
     driver = compile_c(
-        ROOT / "tests" / "c" / "exp2_exhaustive.c",
-        tmp_path / "exp2_exhaustive",
+        ROOT / "tests" / "c" / f"{function}_exhaustive.c",
+        tmp_path / f"{function}_exhaustive",
         *kernel_set_flags(kernel_set),
         f"-I{ROOT / 'csrc'}",
         f"-I{ROOT / 'csrc' / 'kernels'}",

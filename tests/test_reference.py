@@ -266,6 +266,8 @@ def test_masked_out_keys_do_not_leak(rng, softmax_axis, poison):
         {"bias": [[0.0, 0.0], [-inf, -inf]]},
         {"mask": [[True, True], [True, False]], "bias": [[0.0, 0.0], [-inf, 0.0]]},
         {"mask": [[True, True], [False, False]], "sinks": [3.0]},
+        {"bias": [[0.0, 0.0], [-inf, -inf]], "sinks": [3.0]},
+        {"mask": [[True, True], [False, False]], "sinks": [-inf]},
     ],
 )
 def test_row_without_keys(options):
@@ -273,7 +275,7 @@ def test_row_without_keys(options):
         np.ones((2, 1)), np.ones((2, 1)), column(4.0, 4.0), return_lse=True, **options
     )
     assert out[1, 0] == 0.0
-    assert lse[1] == -inf
+    assert lse[1] == options.get("sinks", [-inf])[0]
     assert np.isfinite(out[0, 0]) and np.isfinite(lse[0])
     with_residual = reference.attention(
         np.ones((2, 1)), np.ones((2, 1)), column(4.0, 4.0), residual=column(1, 7), **options
@@ -291,6 +293,40 @@ def test_column_without_queries():
     )
     assert_array_equal(out, column(2.0, 2.0))
     assert_allclose(lse, [LOG2, -inf])
+
+
+@pytest.mark.parametrize("held", [nan, inf, -inf])
+@pytest.mark.parametrize("axis", ["keys", "queries"])
+def test_key_whose_bias_is_minus_infinity_takes_no_part(axis, held):
+    q, v, bias = np.ones((2, 1)), column(1.0, held, 3.0), np.array([[0.0, -inf, 0.0]] * 2)
+    options = {"softcap": 2.0, "softmax_axis": axis}
+    for hold in (held, 0.0):
+        k = column(1.0, hold, 1.0)
+        masked = reference.attention(q, k, v, mask=bias == 0, return_lse=True, **options)
+        for got, want in zip(
+            reference.attention(q, k, v, bias=bias, return_lse=True, **options),
+            masked,
+            strict=True,
+        ):
+            assert_array_equal(got, want)
+        assert np.isfinite(masked[0]).all()
+        grads = reference.attention_backward(np.ones((2, 1)), q, k, v, bias=bias, **options)
+        for gradient in (grads.q, grads.k, grads.v, grads.bias):
+            assert np.isfinite(gradient).all()
+        assert grads.k[1, 0] == grads.v[1, 0] == grads.bias[0, 1] == 0.0
+
+
+def test_bias_of_nan_is_no_bias_of_minus_infinity():
+    out = reference.attention([[1.0]], column(1, 1), column(1, 3), bias=[[nan, -inf]])
+    assert np.isnan(out).all()
+
+
+def test_sink_of_a_row_without_keys_has_the_gradient_of_lse():
+    grads = reference.attention_backward(
+        [[1.0]], [[1.0]], [[1.0]], [[1.0]], mask=[[False]], sinks=[3.0], grad_lse=[0.5]
+    )
+    assert grads.sinks == 0.5
+    assert grads.q == grads.k == grads.v == 0.0
 
 
 def test_no_keys_at_all():

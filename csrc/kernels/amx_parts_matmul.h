@@ -14,10 +14,16 @@
 
 #define WEIGHT_KEYS 128 /* weights of so many keys are split at a time: 24 KiB for 32 rows */
 
+/* Chunks of head_dim that are summed in the tiles, 256 elements: 48 roundings of a sum, where a chain of FA_CHAIN
+ * takes 64.  The sums of later ones are added to the scores by vectors.  A block of keys has fewer. */
+#define SUM_CHUNKS 8
+
 /* The six products of parts of a chunk, by part of a and part of b.  The last is the large one, 2^7 times the others
  * at least: the first chunk's sums of the small ones are rounded at their own size.  From one to the next only one
  * operand is loaded anew. */
 #define STEPS 6
+_Static_assert(SUM_CHUNKS * STEPS <= FA_CHAIN, "a sum in tiles is rounded as often as a chain at most");
+_Static_assert(WEIGHT_KEYS <= SUM_CHUNKS * TILE_KEYS, "values of a block are summed in the tiles");
 static const struct {
     uint8_t a, b;
     bool new_a, new_b;
@@ -38,16 +44,31 @@ FA_INLINE void multiply_step(const size_t i, const bool lower, const float *a, s
     multiply(lower);
 }
 
+/* c += sums[rows][PANEL], in a panel of the product. */
+static void add_sums(const struct fa_product *p, const float *sums, size_t panel)
+{
+    for (size_t r = 0; r < p->rows; r++) {
+        float *to = (float *)p->c + r * p->c_row + panel * PANEL;
+        FA_UNROLL
+        for (size_t col = 0; col < PANEL; col += VL_f32) {
+            v_store_f32(to + col,
+                        v_add_f32(v_load_f32(to + col), v_load_f32(sums + r * PANEL + col)));
+        }
+    }
+}
+
 /* A product under way, step by step: the tiles' unit works through a step in 64 cycles, on the side, if what comes
  * between two steps fits the core's window of instructions. */
 struct tile_work {
     const struct fa_product *product;
     size_t chunks, panel, chunk, step;
+    float *sums; /* [TILES_Q][PANEL] */
 };
 
-static inline struct tile_work begin_work(const struct fa_product *p, size_t chunks)
+static inline struct tile_work begin_work(const struct fa_product *p, size_t chunks, float *sums)
 {
-    return (struct tile_work){.product = p, .chunks = chunks, .panel = chunks > 0 ? 0 : p->panels};
+    return (struct tile_work){
+        .product = p, .chunks = chunks, .panel = chunks > 0 ? 0 : p->panels, .sums = sums};
 }
 
 /* The next step.  Which parts it loads is a constant of each, hence the cases. */
@@ -62,7 +83,7 @@ FA_INLINE void advance_tiles(const bool lower, struct tile_work *work)
         (const float *)p->b + work->panel * p->b_panel + work->chunk * PART_WORDS * PANEL;
     switch (work->step) {
     case 0:
-        if (work->chunk == 0) {
+        if (work->chunk % SUM_CHUNKS == 0) {
             clear_sums(lower);
         }
         multiply_step(0, lower, a, p->a_stride, b);
@@ -87,12 +108,21 @@ FA_INLINE void advance_tiles(const bool lower, struct tile_work *work)
         return;
     }
     work->step = 0;
-    if (++work->chunk < work->chunks) {
+    const bool last = ++work->chunk == work->chunks;
+    if (!last && work->chunk % SUM_CHUNKS != 0) {
         return;
     }
-    work->chunk = 0;
-    store_sums(lower, (float *)p->c + work->panel * PANEL, p->c_row);
-    work->panel++;
+    if (work->chunk <= SUM_CHUNKS) {
+        store_sums(lower, (float *)p->c + work->panel * PANEL, p->c_row);
+    } else {
+        store_sums(lower, work->sums, PANEL);
+        finish_stores();
+        add_sums(p, work->sums, work->panel);
+    }
+    if (last) {
+        work->chunk = 0;
+        work->panel++;
+    }
 }
 
 /* c[rows][PANEL] = a b over `chunks`. */
@@ -170,14 +200,24 @@ static void repair_scores(const struct fa_product *p, size_t chunks)
     }
 }
 
+static inline size_t fewer(size_t x, size_t y) { return x < y ? x : y; }
+
 static void matmul_scores_parts(const struct fa_product *p, struct fa_wanted *wanted)
 {
+    _Alignas(64) float sums[TILES_Q * PANEL];
     const size_t chunks = p->depth / PART_WORDS;
     finish_stores();
     for (size_t panel = 0; panel < p->panels; panel++) {
+        const float *a = p->a, *b = (const float *)p->b + panel * p->b_panel;
         fetch_some(wanted);
-        multiply_rows(p->rows, chunks, p->a, p->a_stride, (const float *)p->b + panel * p->b_panel,
+        multiply_rows(p->rows, fewer(chunks, SUM_CHUNKS), a, p->a_stride, b,
                       (float *)p->c + panel * PANEL, p->c_row);
+        for (size_t first = SUM_CHUNKS; first < chunks; first += SUM_CHUNKS) {
+            multiply_rows(p->rows, fewer(chunks - first, SUM_CHUNKS), a + first * PART_WORDS,
+                          p->a_stride, b + first * PART_WORDS * PANEL, sums, PANEL);
+            finish_stores();
+            add_sums(p, sums, panel);
+        }
     }
     finish_stores();
     repair_scores(p, chunks);
@@ -210,8 +250,9 @@ static void softmax_update_beside_parts(void *s, size_t ld, size_t rows, size_t 
                                         const struct fa_state *state, size_t ldacc,
                                         const struct fa_product *product, struct fa_wanted *wanted)
 {
+    _Alignas(64) float sums[TILES_Q * PANEL];
     const size_t chunks = product->depth / PART_WORDS;
-    struct tile_work work = begin_work(product, chunks);
+    struct tile_work work = begin_work(product, chunks, sums);
     if (chunks == 0) {
         matmul_scores_parts(product, wanted);
     }
@@ -265,18 +306,6 @@ FA_INLINE void multiply_first(const bool lower, size_t chunks, const struct weig
         }
     }
     store_sums(lower, c, PANEL);
-}
-
-static void add_sums(const struct fa_product *p, const float *sums, size_t panel)
-{
-    for (size_t r = 0; r < p->rows; r++) {
-        float *to = (float *)p->c + r * p->c_row + panel * PANEL;
-        FA_UNROLL
-        for (size_t col = 0; col < PANEL; col += VL_f32) {
-            v_store_f32(to + col,
-                        v_add_f32(v_load_f32(to + col), v_load_f32(sums + r * PANEL + col)));
-        }
-    }
 }
 
 /* c += weights values.  The sums start from 0 and are added last, as in matmul_template.h: those of a panel while

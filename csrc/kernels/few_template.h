@@ -297,11 +297,11 @@ static bool FN(add_sums)(size_t chains, size_t rows, size_t cols, const REAL *su
     for (size_t r = 0; r < rows; r++) {
         for (size_t c = 0; c < cols; c += VL) {
             REAL *to = acc + r * ld + c;
-            VEC total = V(load)(to);
+            VEC added = V(load)(to);
             for (size_t i = 0; i < chains; i++) {
-                total = V(add)(total, V(load)(sum + (i * rows + r) * ld + c));
+                added = V(add)(added, V(load)(sum + (i * rows + r) * ld + c));
             }
-            V(store)(to, total);
+            V(store)(to, added);
         }
     }
     return true;

@@ -1,28 +1,33 @@
 /* Edits of a score tile between Q K^T and the softmax: softcap, bias, ALiBi, masks.  Scores are base-2
  * logarithms.  Needs tanh_template.h and pack_template.h. */
 
+/* A cap is rounded once for all scores: what that leaves of it is added, which costs a multiplication. */
 static void FN(softcap)(void *s, size_t ld, size_t rows, size_t n, double cap2)
 {
+    const REAL cap = (REAL)cap2, rest = cap <= REAL_MAX ? (REAL)(cap2 - (double)cap) : 0;
     for (size_t r = 0; r < rows; r++) {
         REAL *row = (REAL *)s + r * ld;
         for (size_t l = 0; l < n; l += VL) {
-            V(store)(row + l, V(mul)(V(set)((REAL)cap2), FN(tanh)(V(load)(row + l))));
+            const VEC t = FN(tanh)(V(load)(row + l));
+            V(store)(row + l, V(fma)(t, V(set)(cap), V(mul)(t, V(set)(rest))));
         }
     }
 }
 
-/* bias * log2(e), where a finite bias stays finite: finfo.min is a common "masked" value, and a row
- * of nothing else is a uniform average, not a row without keys.  Most vectors hold nothing near infinity. */
-static inline VEC FN(bias_to_base2)(VEC bias)
+/* s + bias * log2(e), where a finite bias stays finite: finfo.min is a common "masked" value, and a row
+ * of nothing else is a uniform average, not a row without keys.  A bias of -inf takes its key out, whatever the
+ * score is, NaN included.  Most vectors hold nothing near infinity. */
+static inline VEC FN(with_bias)(VEC s, VEC bias)
 {
     const VEC max = V(set)(REAL_MAX), min = V(set)(-REAL_MAX);
     VEC b2 = V(mul)(bias, V(set)((REAL)FA_LOG2_E));
     if (!V(any_gt)(V(abs)(b2), max)) {
-        return b2;
+        return V(add)(s, b2);
     }
     b2 = V(select_lt)(b2, min, min, b2);
     b2 = V(select_lt)(max, b2, max, b2);
-    return V(select_lt)(max, V(abs)(bias), bias, b2);
+    b2 = V(select_lt)(max, V(abs)(bias), bias, b2);
+    return V(select_lt)(bias, min, bias, V(add)(s, b2));
 }
 
 /* Integers have their keys' scales outside the chains of both products: a multiplication per score and weight,
@@ -57,7 +62,7 @@ static void FN(add_bias)(void *s, size_t n, const void *bias, int64_t stride, en
     if (FN(knows)(dtype) && stride == size) {
         for (; l + VL <= n; l += VL) {
             VEC b = FN(widen)(from + (int64_t)l * size, dtype);
-            V(store)(row + l, V(add)(V(load)(row + l), FN(bias_to_base2)(b)));
+            V(store)(row + l, FN(with_bias)(V(load)(row + l), b));
         }
     }
     for (; l < n; l += VL) {
@@ -65,7 +70,7 @@ static void FN(add_bias)(void *s, size_t n, const void *bias, int64_t stride, en
         for (size_t i = 0; i < VL && l + i < n; i++) {
             lanes[i] = FN(read_as)(from + (int64_t)(l + i) * stride, dtype);
         }
-        V(store)(row + l, V(add)(V(load)(row + l), FN(bias_to_base2)(V(load)(lanes))));
+        V(store)(row + l, FN(with_bias)(V(load)(row + l), V(load)(lanes)));
     }
 }
 

@@ -121,27 +121,37 @@ static void FN(softmax_update)(void *s, size_t ld, size_t rows, size_t n,
     }
 }
 
-/* A stretch without keys changes no bit of the other: its factor is 0, or its sums are. */
-static void FN(softmax_fold)(size_t rows, const struct fa_state *total, const struct fa_state *part,
-                             size_t ldacc)
+/* total = total * keep + part * join, n elements: what rounding leaves of each sum goes into rest, and joins the
+ * next.  An infinite sum leaves NaN, which is dropped. */
+static void FN(fold_sums)(size_t n, VEC keep, VEC join, const REAL *part, REAL *total, REAL *rest)
+{
+    for (size_t i = 0; i < n; i += VL) {
+        const VEC a = V(mul)(V(load)(total + i), keep);
+        const VEC b = V(add)(V(mul)(V(load)(part + i), join), V(mul)(V(load)(rest + i), keep));
+        const VEC sum = V(add)(a, b), added = V(sub)(sum, a);
+        const VEC left = V(add)(V(sub)(a, V(sub)(sum, added)), V(sub)(b, added));
+        V(store)(total + i, sum);
+        V(store)(rest + i, V(select_lt)(V(abs)(left), V(set)(REAL_MAX), left, V(zero)()));
+    }
+}
+
+/* A stretch without keys changes no bit of the other: its factor is 0, or its sums are.  A thousand stretches of
+ * like terms would be rounded in one direction: the sums are compensated, which costs a stretch 6 operations more
+ * per vector of acc. */
+static void FN(softmax_fold)(size_t rows, const struct fa_state *total, const struct fa_state *rest,
+                             const struct fa_state *part, size_t ldacc)
 {
     for (size_t r = 0; r < rows; r++) {
         REAL *total_max = (REAL *)total->row_max + r;
-        REAL *total_sum = (REAL *)total->row_sum + r * VL,
-             *total_acc = (REAL *)total->acc + r * ldacc;
         const REAL part_max = ((const REAL *)part->row_max)[r];
-        const REAL *part_sum = (const REAL *)part->row_sum + r * VL;
-        const REAL *part_acc = (const REAL *)part->acc + r * ldacc;
         const REAL max = *total_max > part_max ? *total_max : part_max;
         const VEC keep = FN(exp2)(V(set)(*total_max - max)),
                   join = FN(exp2)(V(set)(part_max - max));
         *total_max = max;
-        V(store)(total_sum,
-                 V(add)(V(mul)(V(load)(total_sum), keep), V(mul)(V(load)(part_sum), join)));
-        for (size_t c = 0; c < ldacc; c += VL) {
-            VEC kept = V(mul)(V(load)(total_acc + c), keep);
-            V(store)(total_acc + c, V(add)(kept, V(mul)(V(load)(part_acc + c), join)));
-        }
+        FN(fold_sums)(VL, keep, join, (const REAL *)part->row_sum + r * VL,
+                      (REAL *)total->row_sum + r * VL, (REAL *)rest->row_sum + r * VL);
+        FN(fold_sums)(ldacc, keep, join, (const REAL *)part->acc + r * ldacc,
+                      (REAL *)total->acc + r * ldacc, (REAL *)rest->acc + r * ldacc);
     }
 }
 
@@ -175,17 +185,19 @@ static enum fa_stored FN(softmax_store)(const struct fa_state *state, size_t lda
     if (FN(have_sums_left)(acc, result)) {
         return FA_SUMS_LEFT;
     }
-    if (result->sink != -INFINITY) {
+    if (empty) {
+        top = result->sink;
+        weight = 0;
+        total = 1;
+    } else if (result->sink != -INFINITY) {
         const double max = top;
         top = result->sink > max ? result->sink : max;
         weight = exp2(max - top);
         total = total * weight + exp2(result->sink - top);
     }
-    const REAL factor = empty ? 0 : (REAL)(weight / total);
-    FN(store_row)(acc, factor, result);
+    FN(store_row)(acc, (REAL)(weight / total), result);
     if (result->lse != NULL) {
-        FN(write_as)(result->lse, empty ? (REAL)-INFINITY : (REAL)((top + log2(total)) * FA_LN_2),
-                     result->lse_dtype);
+        FN(write_as)(result->lse, (REAL)((top + log2(total)) * FA_LN_2), result->lse_dtype);
     }
     return FA_STORED;
 }

@@ -20,20 +20,7 @@
 #include "names.h"
 #include "constants.h"
 #include "exp2_template.h"
-
-static float float_of(uint32_t bits)
-{
-    float x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
-}
-
-static uint32_t bits_of(float x)
-{
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return bits;
-}
+#include "ulp.h"
 
 /* exp2 of one value, in every lane. */
 static float exp2_of(float x)
@@ -53,17 +40,6 @@ static int fail(float x, float y, const char *rule)
 {
     printf("exp2(%a) is %a, must be %s\n", (double)x, (double)y, rule);
     return 1;
-}
-
-/* 1 / (distance of neighbouring floats at `truth`), `truth` in the normal range: 2^(23 - exponent). */
-static double ulps_per_unit(double truth)
-{
-    uint64_t bits;
-    memcpy(&bits, &truth, sizeof bits);
-    bits = ((uint64_t)(2 * 1023 + 23) - (bits >> 52)) << 52;
-    double result;
-    memcpy(&result, &bits, sizeof result);
-    return result;
 }
 
 /* Arguments whose result is exact. */
