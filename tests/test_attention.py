@@ -330,7 +330,7 @@ def test_a_row_without_keys_has_its_sink_as_lse(sink: float) -> None:
 def test_a_key_whose_bias_is_minus_infinity_takes_no_part(
     dtype: Any, bias_dtype: Any, axis: str
 ) -> None:
-    """The bits of the same call with that key masked and finite, both ways, for few rows and many."""
+    """The bits of the same call with that key masked and finite, for few rows and many."""
     rng = np.random.default_rng(0)
     for seqlen_q in (1, 3, 40):
         q, grad = (rng.standard_normal((2, seqlen_q, 24)).astype(dtype) for _ in range(2))

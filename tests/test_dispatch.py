@@ -144,7 +144,7 @@ TILE_FMAS = {"avx2": 12, "avx512": 24, "amx": 24}
 
 
 def _fma_loops(path: Path, function: str) -> list[list[str]]:
-    """The innermost loops with multiply-adds in functions of that name, as lists of instructions."""
+    """The innermost loops with multiply-adds in functions of that name, as instructions."""
     command = ["objdump", "-d", "--no-show-raw-insn", str(path)]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     loops = []

@@ -22,7 +22,8 @@
  * at least: the first chunk's sums of the small ones are rounded at their own size.  From one to the next only one
  * operand is loaded anew. */
 #define STEPS 6
-_Static_assert(SUM_CHUNKS * STEPS <= FA_CHAIN, "a sum in tiles is rounded as often as a chain at most");
+_Static_assert(SUM_CHUNKS *STEPS <= FA_CHAIN,
+               "a sum in tiles is rounded as often as a chain at most");
 _Static_assert(WEIGHT_KEYS <= SUM_CHUNKS * TILE_KEYS, "values of a block are summed in the tiles");
 static const struct {
     uint8_t a, b;

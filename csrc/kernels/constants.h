@@ -59,14 +59,14 @@ static const double exp2_coef_f64[EXP2_TERMS_f64] = {
 
 #define TANH_TERMS_f32 8
 static const float tanh_coef_f32[TANH_TERMS_f32] = {
-    -0x1.555556p-2f, 0x1.1110f2p-3f, -0x1.ba117cp-5f, 0x1.65a7c4p-6f,
+    -0x1.555556p-2f, 0x1.1110f2p-3f, -0x1.ba117cp-5f,  0x1.65a7c4p-6f,
     -0x1.1d02d6p-7f, 0x1.a45278p-9f, -0x1.e42e30p-11f, 0x1.2b7582p-13f,
 };
 
 #define TANH_TERMS_f64 16
 static const double tanh_coef_f64[TANH_TERMS_f64] = {
-    -0x1.5555555555555p-2, 0x1.11111111110b9p-3, -0x1.ba1ba1ba1453ep-5, 0x1.664f4880d2a47p-6,
-    -0x1.226e3519865dfp-7, 0x1.d6d3c538d0bbep-9, -0x1.7da2bdc3daa27p-10, 0x1.3551ae34bdfffp-11,
+    -0x1.5555555555555p-2,  0x1.11111111110b9p-3,  -0x1.ba1ba1ba1453ep-5,  0x1.664f4880d2a47p-6,
+    -0x1.226e3519865dfp-7,  0x1.d6d3c538d0bbep-9,  -0x1.7da2bdc3daa27p-10, 0x1.3551ae34bdfffp-11,
     -0x1.f5211730ee038p-13, 0x1.94981e5bdbe6fp-14, -0x1.42090e21d3d28p-15, 0x1.ea19b73b128d8p-17,
     -0x1.4eb911dcd9788p-18, 0x1.7238a0a7e22b6p-20, -0x1.1ab979c0ab58cp-22, 0x1.b028f6cb72ebfp-26,
 };

@@ -36,7 +36,8 @@ struct worst {
 static void compare(struct worst *worst, double x, double y, double unit)
 {
     const long double truth = tanhl((long double)x);
-    const double error = (double)fabsl((long double)y - truth) * ulps_per_unit((double)truth) * unit;
+    const double error =
+        (double)fabsl((long double)y - truth) * ulps_per_unit((double)truth) * unit;
     if (!(error <= worst->ulps)) {
         *worst = (struct worst){error, x};
     }
@@ -99,7 +100,8 @@ int main(int argc, char **argv)
         }
         /* Low bits that differ from one to the next. */
         for (int lane = 0; lane < VL_f64; lane++) {
-            wide[lane] = (double)x[lane] * (1 + 0x1p-25 * (double)(bits * 2654435761u % 1021) / 1021);
+            wide[lane] =
+                (double)x[lane] * (1 + 0x1p-25 * (double)(bits * 2654435761u % 1021) / 1021);
         }
         v_store_f64(of_wide, tanh_f64(v_load_f64(wide)));
         for (int lane = 0; lane < VL_f64; lane++) {
