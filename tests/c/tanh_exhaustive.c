@@ -65,7 +65,7 @@ static bool specials_are_right(void)
     bool right = true;
     for (size_t i = 0; i < sizeof same / sizeof *same; i++) {
         right = right && tanh_single((float)same[i]) == (float)same[i];
-        right = right && signbit(tanh_single((float)same[i])) == signbit(same[i]);
+        right = right && copysign(1, (double)tanh_single((float)same[i])) == copysign(1, same[i]);
         right = right && tanh_double(same[i]) == same[i];
     }
     for (size_t i = 0; i < sizeof one / sizeof *one; i++) {
