@@ -48,7 +48,8 @@ static void give_back_column(struct fa_forward *forward, struct fa_doubt doubt, 
 /* lse of a column that was given back, from its statistics in float64. */
 static void store_lse_again(char *lse, enum fa_dtype dtype, double col_max, double col_inverse)
 {
-    const double wide = (col_max - log2(col_inverse)) * FA_LN_2;
+    const double wide =
+        fabs(col_max) < FA_HALF_RANGE_F64 ? (col_max - log2(col_inverse)) * FA_LN_2 : col_max;
     const float narrow = (float)wide;
     if (dtype == FA_F64) {
         memcpy(lse, &wide, sizeof wide);

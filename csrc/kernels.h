@@ -85,6 +85,9 @@ struct fa_product {
 #define FA_VALUE_EXPONENT_F64 960
 #define FA_MOST_KEYS (1 << 23)
 
+/* A base-2 score of float64 from which on it is a bias as it was given, not times log2(e). */
+#define FA_HALF_RANGE_F64 0x1p1023
+
 /* Rows of online softmax over the keys seen so far. */
 struct fa_state {
     void *row_max; /* real [rows] */

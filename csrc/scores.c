@@ -199,10 +199,10 @@ bool fa_has_narrow_options(const struct fa_attention_params *params)
 }
 
 /* Beside a bias, or a distance, of more than 2^16 the rest of a score has less than 7 bits left in float32 behind
- * the point, by which keys are told apart.  Narrow biases beyond 2^80 leave none of it in float64 either: that is how
+ * the point, by which keys are told apart.  Narrow biases from 2^127 on leave none of it in float64 either: that is how
  * models mask, with the lowest number of a type, and such rows are the average of their keys in both. */
 #define DOUBTFUL_FROM 0x1p16
-#define DOUBTFUL_TO 0x1p80
+#define DOUBTFUL_TO 0x1p127
 
 struct fa_doubt fa_head_doubt(const struct fa_head *head, int64_t member)
 {
@@ -217,7 +217,9 @@ struct fa_doubt fa_head_doubt(const struct fa_head *head, int64_t member)
     if (!is_narrow(slope)) {
         return (struct fa_doubt){.from = -1, .to = INFINITY};
     }
-    const bool wide = head->bias != NULL && p->bias_dtype == FA_F64;
+    /* A large scale may make scores that do show beside such a bias. */
+    const bool wide = (head->bias != NULL && p->bias_dtype == FA_F64) ||
+                      fabs(score_factor(p)) > FA_ORDINARY_FACTOR;
     return (struct fa_doubt){.from = DOUBTFUL_FROM, .to = wide ? INFINITY : DOUBTFUL_TO};
 }
 

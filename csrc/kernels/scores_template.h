@@ -14,20 +14,26 @@ static void FN(softcap)(void *s, size_t ld, size_t rows, size_t n, double cap2)
     }
 }
 
-/* s + bias * log2(e), where a finite bias stays finite: finfo.min is a common "masked" value, and a row
- * of nothing else is a uniform average, not a row without keys.  A bias of -inf takes its key out, whatever the
- * score is, NaN included.  Most vectors hold nothing near infinity. */
+/* s + bias * log2(e), where a finite bias stays finite, and in its place among others: the lowest number of a type is
+ * a common "masked" value, and a row of nothing else is a uniform average, not a row without keys.  Beyond BIAS_LIMIT
+ * a bias therefore grows by its own difference only, which says as well that nothing beside it weighs anything.  A bias of
+ * -inf takes its key out, whatever the score is, NaN included.  Most vectors hold nothing of that size. */
 static inline VEC FN(with_bias)(VEC s, VEC bias)
 {
-    const VEC max = V(set)(REAL_MAX), min = V(set)(-REAL_MAX);
+    const VEC max = V(set)(REAL_MAX), min = V(set)(-REAL_MAX), limit = V(set)(BIAS_LIMIT);
     VEC b2 = V(mul)(bias, V(set)((REAL)FA_LOG2_E));
-    if (!V(any_gt)(V(abs)(b2), max)) {
+    if (!V(any_gt)(V(abs)(bias), limit)) {
         return V(add)(s, b2);
     }
-    b2 = V(select_lt)(b2, min, min, b2);
-    b2 = V(select_lt)(max, b2, max, b2);
-    b2 = V(select_lt)(max, V(abs)(bias), bias, b2);
-    return V(select_lt)(bias, min, bias, V(add)(s, b2));
+    const VEC more = V(set)((REAL)(FA_LOG2_E - 1) * BIAS_LIMIT);
+    b2 = V(select_lt)(limit, bias, V(add)(bias, more), b2);
+    b2 = V(select_lt)(bias, V(set)(-BIAS_LIMIT), V(sub)(bias, more), b2);
+    VEC sum = V(add)(s, b2), kept = sum;
+    kept = V(select_lt)(kept, min, min, kept);
+    kept = V(select_lt)(max, kept, max, kept);
+    kept = V(select_lt)(max, V(abs)(s), sum, kept);
+    kept = V(select_lt)(max, V(abs)(bias), sum, kept);
+    return V(select_lt)(bias, min, bias, kept);
 }
 
 /* Integers have their keys' scales outside the chains of both products: a multiplication per score and weight,

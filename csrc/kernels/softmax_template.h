@@ -197,7 +197,8 @@ static enum fa_stored FN(softmax_store)(const struct fa_state *state, size_t lda
     }
     FN(store_row)(acc, (REAL)(weight / total), result);
     if (result->lse != NULL) {
-        FN(write_as)(result->lse, (REAL)((top + log2(total)) * FA_LN_2), result->lse_dtype);
+        const double lse = fabs(top) >= HALF_RANGE ? top : (top + log2(total)) * FA_LN_2;
+        FN(write_as)(result->lse, (REAL)lse, result->lse_dtype);
     }
     return FA_STORED;
 }
