@@ -29,7 +29,7 @@
 
 /* Multiply-adds of a chain: sums of products are cut at its multiples, counted from the start of head_dim, or of a
  * block of keys or rows, and the chains are added in order.  One chain of n terms of one sign errs by up to n / 2
- * rounding units; 64 keep the gauge of docs/design.md to head_dim 1024, and what ends a chain costs 1 / 64 of an
+ * rounding units, 64 up to 6.4 (docs/design.md), and what ends a chain costs 1 / 64 of an
  * addition per multiply-add.  A multiple of the most elements that few_template.h loads at a time. */
 #define FA_CHAIN 64
 
