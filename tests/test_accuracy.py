@@ -210,8 +210,8 @@ def _entries(kind: str, rng: np.random.Generator, *shape: int) -> np.ndarray:
     return 5 + rng.standard_normal(shape)
 
 
-# Chains of 64 measure up to 6.4 of uniform(0, 8) entries at head_dim 64, where naive float32 measures
-# 5.7; the promise of 5 would need chains of 32, which measure 3.7 (and 6.4 at 4096).
+# Chains of 64 measure up to 6.4 of uniform(0, 8) entries at head_dim 64, where naive float32
+# measures 5.7; the promise of 5 would need chains of 32, which measure 3.7 (and 6.4 at 4096).
 MAX_ONE_SIGN_GAUGE = 7.0
 
 # lse shows the error of the scores themselves.  Of equal entries, whose products are all rounded
