@@ -114,7 +114,7 @@ def _naive_weights(
     kt = np.swapaxes(k, -1, -2)
     scores = np.matmul(q, kt) * dtype(scale)
     magnitude = np.matmul(np.abs(q), np.abs(kt)) * dtype(abs(scale))
-    cap_input: Array | float = 0.0
+    cap_input: Array | float = dtype(0)
     if softcap is not None:
         cap_input = scores / dtype(softcap)
         scores = dtype(softcap) * np.tanh(cap_input)
@@ -262,7 +262,7 @@ def naive_gradients(
         grad_scores = weights * (grad_weights - delta)
         size_sum = (size_weights + size_delta) * gain
         tanh = np.tanh(steps.cap_input)
-        slope, size_slope = 1 - tanh**2, 1 + np.abs(tanh)
+        slope, size_slope = 1 - tanh * tanh, 1 + np.abs(tanh)
         grad_products = scale * np.where(weights == 0, 0, grad_scores * slope)
         size_scores = weights * size_sum
         # Of weights that are 0 because they are below the smallest that exp2 gives.
