@@ -1,6 +1,7 @@
-/* Gradients of attention, recomputed block by block (FlashAttention-2, arXiv:2307.08691, section 3.1).
+/* Gradients of attention, recomputed block by block (FlashAttention-2, arXiv:2307.08691, section
+ * 3.1).
  *
- *   for each row: delta, lse in base 2                                  backward_rows.c
+ *   for each row: delta, and what gives its weights                     backward_rows.c, backward_statistics.c
  *   for each task (batch, head, group of key blocks)                    threads, one atomic counter
  *     for each key block of the group
  *       pack keys (twice) and values
@@ -13,16 +14,13 @@
  *     after the head's last group, for each row:
  *       grad_q = sum of the groups' sums                                backward_rows.c, backward_sums.c
  *
- * With softmax over the queries a key's delta is v * grad_v, so its rows are visited twice: for grad_v, and
- * then for the rest, 6 products instead of 5.
+ * With softmax over the queries a key's delta is v * grad_v, so its rows are visited twice: for
+ * grad_v, and then for the rest, 6 products instead of 5.
  *
- * A key block has one writer, a row's sums are added in order of key blocks within a group and of groups:
- * no atomics, and no bit depends on threads.  Memory beyond the gradients is the groups' sums of grad_q, for
- * num_threads + 1 heads at most.
- */
+ * A key block has one writer, a row's sums are added in order of key blocks within a group and of
+ * groups: no atomics, and no bit depends on threads.  Memory beyond the gradients is the groups'
+ * sums of grad_q, for num_threads + 1 heads at most. */
 #include "backward.h"
-
-#include <string.h>
 
 #include "float_mode.h"
 #include "keys.h"
@@ -49,17 +47,12 @@ static void load_tile_rows(const struct fa_backward *b, const struct key_block *
 {
     const struct fa_geometry *g = &b->geometry;
     const struct fa_attention_params *p = &b->params->attention;
-    const struct fa_input *grad = &b->params->grad_out;
-    const char *grad_out = fa_input_of(g, grad, block->head_index);
-    struct fa_keys from = {.row = ws->row, .col_stride = grad->col, .dtype = p->dtype};
+    struct fa_keys from = {
+        .row = ws->row, .col_stride = b->params->grad_out.col, .dtype = p->dtype};
     const size_t panel_stride = FA_BACKWARD_ROWS * g->ops->nr;
 
     fa_load_rows(block->head, &ws->tile, first, rows);
-    for (int64_t r = 0; r < rows; r++) {
-        ws->row[r] = fa_row_at(g, grad_out, first + r, grad->head, grad->row);
-    }
-    g->ops->load_rows(ws->grad_out, (size_t)rows, ws->row, grad->col, (size_t)p->head_dim_v,
-                      p->dtype, 1);
+    fa_backward_load_grad(b, block->head_index, ws, first, rows);
     *grad_finite = g->ops->pack_values(ws->grad_out_panels, panel_stride, (size_t)rows,
                                        (size_t)p->head_dim_v, &from);
     for (int64_t r = 0; r < rows; r++) {
@@ -206,16 +199,116 @@ static bool visit_rows(struct fa_job *job, int thread, struct key_block *block,
     return true;
 }
 
+/* Softmax over the queries: queries that see a key, but for masks. */
+static int64_t count_queries(const struct fa_head *head, int64_t key)
+{
+    const struct fa_attention_params *p = head->geometry->params;
+    int64_t lo = 0, hi = head->rows;
+    if (p->causal) {
+        lo = fa_max(lo, key - head->q_offset);
+    }
+    if (p->window_right >= 0) {
+        lo = fa_max(lo, key - p->window_right - head->q_offset);
+    }
+    if (p->window_left >= 0) {
+        hi = fa_min(hi, key + p->window_left - head->q_offset + 1);
+    }
+    return fa_max(0, hi - lo);
+}
+
+/* shift and factor of every key of the block; 0 up to its end. */
+static bool weigh_columns(struct fa_job *job, int thread, struct key_block *block,
+                          struct fa_backward_workspace *ws)
+{
+    const struct fa_backward *b = job->context;
+    const struct fa_geometry *g = &b->geometry;
+    const struct fa_input *from = &b->params->lse;
+    const int64_t size = (int64_t)g->ops->size;
+    const int64_t at = fa_column_at(g, block->head_index, block->key);
+    const int64_t softmaxes = fa_backward_seqlen_k(g, block->head_index);
+    const char *lse = fa_input_of(g, from, block->head_index);
+    bool wanted = false;
+
+    for (int64_t j = 0; j < block->live; j++) {
+        const double x = fa_read_real(g, lse + (block->key + j) * from->row);
+        const int64_t count = count_queries(block->head, block->key + j);
+        wanted = wanted || fa_statistics_wanted(x, count, softmaxes);
+    }
+    if (wanted) {
+        pack_block(b, block, ws);
+        if (!fa_backward_column_statistics(job, thread, block->head, ws, block->key)) {
+            return false;
+        }
+    }
+    for (int64_t j = 0; j < g->block_k; j++) {
+        struct fa_weighing weighing = {0};
+        if (j < block->live) {
+            const double x = fa_read_real(g, lse + (block->key + j) * from->row);
+            const int64_t count = count_queries(block->head, block->key + j);
+            const struct fa_statistics sums = {
+                .top = fa_read_real(g, ws->col_max + j * size),
+                .total = fa_read_real(g, ws->col_sum + j * size),
+            };
+            weighing = fa_statistics_wanted(x, count, softmaxes) && fa_statistics_agree(g, &sums, x)
+                           ? fa_weighing_by_statistics(g, &sums)
+                           : fa_weighing_by_lse(g, x);
+        }
+        fa_write_real(g, b->shift + at + j * size, weighing.shift);
+        fa_write_real(g, b->factor + at + j * size, weighing.factor);
+        fa_write_real(g, b->delta + at + j * size, 0);
+    }
+    return true;
+}
+
+/* delta of every key of the block: v . grad_v, less grad_lse.  By the product that gives grad_out
+ * v^T, whose bits a key that only one query sees then finds again; of it only a diagonal is
+ * needed. */
+static void find_column_deltas(const struct fa_backward *b, const struct key_block *block,
+                               struct fa_backward_workspace *ws)
+{
+    const struct fa_geometry *g = &b->geometry;
+    const struct fa_input *grad_lse = &b->params->grad_lse;
+    const int64_t size = (int64_t)g->ops->size, nr = (int64_t)g->ops->nr;
+    const int64_t dim = g->params->head_dim_v;
+    const int64_t at = fa_column_at(g, block->head_index, block->key);
+    const char *from = fa_input_of(g, grad_lse, block->head_index);
+    struct fa_wanted nothing = {0};
+
+    for (int64_t first = 0; first < block->live; first += nr) {
+        const int64_t keys = fa_min(nr, block->live - first);
+        const struct fa_product product = {
+            .rows = (size_t)keys,
+            .depth = (size_t)dim,
+            .panels = 1,
+            .a = ws->head_grad_v + first * b->padded_v * size,
+            .a_stride = (size_t)b->padded_v,
+            .b = ws->tile.v + first * dim * size,
+            .b_panel = (size_t)(dim * nr),
+            .c = ws->value_products,
+            .c_row = (size_t)nr,
+        };
+        g->ops->matmul(&product, &nothing);
+        for (int64_t j = 0; j < keys; j++) {
+            double delta = fa_read_real(g, ws->value_products + j * (nr + 1) * size);
+            if (from != NULL) {
+                delta -= fa_read_real(g, from + (block->key + first + j) * grad_lse->row);
+            }
+            fa_write_real(g, b->delta + at + (first + j) * size, delta);
+        }
+    }
+}
+
 /* Softmax over the queries, one query head: gradients of values, from them delta, from that the rest. */
 static bool visit_rows_twice(struct fa_job *job, int thread, struct key_block *block,
                              struct fa_backward_workspace *ws)
 {
     const struct fa_backward *b = job->context;
     const struct fa_geometry *g = &b->geometry;
-    const struct fa_input *grad_lse = &b->params->grad_lse;
     const int64_t elements = g->block_k * b->padded_v;
-    const char *lse = fa_input_of(g, grad_lse, block->head_index);
 
+    if (!weigh_columns(job, thread, block, ws)) {
+        return false;
+    }
     memset(ws->head_grad_v, 0, (size_t)(elements * (int64_t)g->ops->size));
     block->purpose = GRAD_V;
     block->grad_v = ws->head_grad_v;
@@ -225,10 +318,7 @@ static bool visit_rows_twice(struct fa_job *job, int thread, struct key_block *b
     if (!block->packed) {
         return true; /* no query sees a key of it */
     }
-    g->ops->column_deltas(b->delta + fa_column_at(g, block->head_index, block->key),
-                          (size_t)block->live, (size_t)g->params->head_dim_v, ws->tile.v,
-                          ws->head_grad_v, (size_t)b->padded_v,
-                          lse == NULL ? NULL : lse + block->key * grad_lse->row, grad_lse->row);
+    find_column_deltas(b, block, ws);
     g->ops->add(ws->grad_v, ws->head_grad_v, (size_t)elements);
     block->purpose = THE_REST;
     return visit_rows(job, thread, block, ws);
@@ -351,8 +441,9 @@ static enum fa_status allocate(struct fa_backward *b)
     }
     b->workspaces = fa_allocate(total);
     b->shift = fa_allocate(reals);
+    b->factor = fa_allocate(reals);
     b->delta = fa_allocate(reals);
-    if (b->workspaces == NULL || b->shift == NULL || b->delta == NULL) {
+    if (b->workspaces == NULL || b->shift == NULL || b->factor == NULL || b->delta == NULL) {
         return FA_NO_MEMORY;
     }
     const int64_t members = count_members(g);
@@ -381,11 +472,11 @@ static enum fa_status run_passes(struct fa_backward *b)
     const struct fa_geometry *g = &b->geometry;
     const struct fa_backward_params *p = b->params;
     const int64_t heads = g->batch * g->heads, row_tasks = heads * fa_backward_row_blocks(g);
-    /* Over the queries it makes delta, too. */
+    /* Over the queries it makes shift, factor and delta, too. */
     const bool main_pass = fa_over_queries(g) || p->grad_q.data != NULL || p->grad_k.data != NULL ||
                            p->grad_v.data != NULL;
-    enum fa_status status = fa_over_queries(g) ? run_pass(b, fa_backward_prepare_keys, heads)
-                                               : run_pass(b, fa_backward_prepare_rows, row_tasks);
+    enum fa_status status =
+        fa_over_queries(g) ? FA_OK : run_pass(b, fa_backward_prepare_rows, row_tasks);
     if (status == FA_OK && main_pass) {
         status = run_pass(b, run_group, heads / count_members(g) * b->groups);
     }
@@ -424,6 +515,7 @@ static enum fa_status compute_gradients(const struct fa_backward_params *params,
     }
     fa_release(b.workspaces);
     fa_release(b.shift);
+    fa_release(b.factor);
     fa_release(b.delta);
     fa_sums_release(b.sums);
     return status;

@@ -2,6 +2,8 @@
 #ifndef FA_BACKWARD_H
 #define FA_BACKWARD_H
 
+#include <string.h>
+
 #include "geometry.h"
 #include "schedule.h"
 #include "scores.h"
@@ -29,8 +31,21 @@ struct fa_backward_workspace {
     char *gradients;       /* likewise: of weights, then of scores */
     char *slope;           /* likewise, with softcap */
     char *grad_k, *grad_v; /* real [block_k][padded_k], [block_k][padded_v] */
-    char *head_grad_v;     /* like grad_v, with softmax over the queries: of one query head */
-    const char **row;      /* [FA_BACKWARD_ROWS] */
+    char *row_products; /* real [FA_BACKWARD_ROWS][vl]: sums of weights times their gradients */
+    /* Softmax over the queries: like grad_v, of one query head; real [block_k]; [nr][nr]. */
+    char *head_grad_v, *col_max, *col_sum, *value_products;
+    const char **row; /* [FA_BACKWARD_ROWS] */
+};
+
+/* Of a softmax, from its base-2 scores s: total is the sum of exp2(s - top), sinks included, and
+ * products the sum of these times the gradients of their weights. */
+struct fa_statistics {
+    double top, total, products;
+};
+
+/* Weights from base-2 scores: exp2(s - shift) * factor. */
+struct fa_weighing {
+    double shift, factor;
 };
 
 /* Everything the tasks of one call share. */
@@ -44,8 +59,9 @@ struct fa_backward {
     int64_t groups;
     int64_t workspace_bytes;
     char *workspaces;
-    char *shift,
-        *delta; /* real [batch * heads][rows]: lse in base 2 (0 where it is -inf), and delta */
+    /* real [batch * heads][rows], or [batch * heads][keys] with softmax over the queries.  shift
+     * and factor give the weights, see fa_weighing; a row without keys has factor 0. */
+    char *shift, *factor, *delta;
     struct fa_sums *sums; /* of grad_q, or NULL */
 };
 
@@ -74,12 +90,44 @@ struct fa_key_range fa_backward_tile(const struct fa_backward *backward, const s
                                      int64_t first, int64_t rows, int64_t block_key,
                                      bool weights_only);
 
+/* Scores of rows [first, first + rows), at most tile_q, against that key block, into ws->weights
+ * at row `offset`, and gradients of weights, dropout included, into ws->gradients.  `part`: where
+ * they are, as a workspace of the forward pass.  False: no key takes part. */
+bool fa_backward_scores(struct fa_tile *tile, struct fa_workspace *part, const struct fa_head *head,
+                        struct fa_backward_workspace *ws, int64_t first, int64_t rows,
+                        int64_t offset, int64_t block_key, bool weights_only);
+
+/* Rows [first, first + rows) of grad_out into ws->grad_out; where they lie stays in ws->row. */
+void fa_backward_load_grad(const struct fa_backward *backward, int64_t head_index,
+                           struct fa_backward_workspace *ws, int64_t first, int64_t rows);
+
 /* Pack the keys and values of a block for fa_backward_tile. */
 void fa_backward_pack(const struct fa_head *head, struct fa_backward_workspace *ws,
                       int64_t block_key, int64_t keys);
 
-/* shift of every key, or delta and shift of every row; grad_bias. */
-void fa_backward_prepare_keys(struct fa_job *job, int64_t index, int thread);
+/* Statistics (backward_statistics.c).  Whether a softmax over `scores` scores, one of `softmaxes`,
+ * needs its own, because lse is not exact enough for its weights. */
+bool fa_statistics_wanted(double lse, int64_t scores, int64_t softmaxes);
+/* Whether lse is theirs.  It is not where the caller merged attention over more keys than those of
+ * this call, and means the gradients of that. */
+bool fa_statistics_agree(const struct fa_geometry *g, const struct fa_statistics *of, double lse);
+struct fa_weighing fa_weighing_by_statistics(const struct fa_geometry *g,
+                                             const struct fa_statistics *of);
+/* A sink, a base-2 score or -inf, joins the total; its weight. */
+void fa_statistics_add_sink(struct fa_statistics *of, double sink);
+double fa_sink_weight(const struct fa_weighing *weighing, double sink);
+struct fa_weighing fa_weighing_by_lse(const struct fa_geometry *g, double lse);
+/* Those of the rows from `first` on, FA_BACKWARD_ROWS at most, that are wanted; the others' are
+ * arbitrary.  Without sinks.  False: stopped. */
+bool fa_backward_row_statistics(struct fa_job *job, int thread, const struct fa_head *head,
+                                int64_t head_index, struct fa_backward_workspace *ws, int64_t first,
+                                int64_t rows, const bool *wanted, struct fa_statistics *of);
+/* Those of all keys of the block that ws holds: top and total, into ws->col_max and ws->col_sum.
+ * False: stopped. */
+bool fa_backward_column_statistics(struct fa_job *job, int thread, const struct fa_head *head,
+                                   struct fa_backward_workspace *ws, int64_t block_key);
+
+/* shift, factor and delta of every row; grad_bias. */
 void fa_backward_prepare_rows(struct fa_job *job, int64_t index, int thread);
 void fa_backward_bias(struct fa_job *job, int64_t index, int thread);
 int64_t fa_backward_bias_tasks(const struct fa_backward *backward);
@@ -119,7 +167,30 @@ static inline bool fa_over_queries(const struct fa_geometry *g)
     return g->params->softmax_axis == FA_SOFTMAX_QUERIES;
 }
 
-/* Softmax over the queries: where shift and delta of a key lie. */
+/* An element of the workspace, or of lse and its gradient. */
+static inline double fa_read_real(const struct fa_geometry *g, const char *p)
+{
+    float single;
+    double x;
+    if (g->ops->size == sizeof x) {
+        memcpy(&x, p, sizeof x);
+        return x;
+    }
+    memcpy(&single, p, sizeof single);
+    return (double)single;
+}
+
+static inline void fa_write_real(const struct fa_geometry *g, char *p, double x)
+{
+    const float single = (float)x;
+    if (g->ops->size == sizeof x) {
+        memcpy(p, &x, sizeof x);
+    } else {
+        memcpy(p, &single, sizeof single);
+    }
+}
+
+/* Softmax over the queries: where shift, factor and delta of a key lie. */
 static inline int64_t fa_column_at(const struct fa_geometry *g, int64_t head_index, int64_t key)
 {
     return (head_index * g->key_blocks * g->block_k + key) * (int64_t)g->ops->size;

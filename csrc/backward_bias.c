@@ -100,9 +100,6 @@ static bool visit_block(struct fa_job *job, int thread, const struct fa_head *he
 {
     const struct fa_backward *b = job->context;
     const struct fa_geometry *g = &b->geometry;
-    const struct fa_attention_params *p = &b->params->attention;
-    const struct fa_input *grad = &b->params->grad_out;
-    const char *grad_out = fa_input_of(g, grad, head_index);
     const int64_t keys = fa_min(g->block_k, head->kv_length - key);
     struct fa_backward_workspace ws = fa_backward_workspace_of(b, thread);
 
@@ -120,11 +117,7 @@ static bool visit_block(struct fa_job *job, int thread, const struct fa_head *he
             return false;
         }
         fa_load_rows(head, &ws.tile, first, rows);
-        for (int64_t r = 0; r < rows; r++) {
-            ws.row[r] = fa_row_at(g, grad_out, first + r, grad->head, grad->row);
-        }
-        g->ops->load_rows(ws.grad_out, (size_t)rows, ws.row, grad->col, (size_t)p->head_dim_v,
-                          p->dtype, 1);
+        fa_backward_load_grad(b, head_index, &ws, first, rows);
         struct fa_key_range seen =
             fa_backward_tile(b, head, head_index, &ws, first, rows, key, false);
         seen.hi = fa_min(seen.hi, keys);

@@ -1,42 +1,34 @@
-/* What the backward pass does row by row: delta before the main pass, grad_q at the end of a head. */
+/* Row by row: weighing and delta before the main pass, grad_q at the end of a head. */
 #include <math.h>
-#include <string.h>
 
 #include "backward.h"
 
-static double read_real(const struct fa_geometry *g, const char *p)
+static double row_lse(const struct fa_backward *b, int64_t head_index, int64_t row)
 {
-    float single;
-    double x;
-    if (g->ops->size == sizeof x) {
-        memcpy(&x, p, sizeof x);
-        return x;
-    }
-    memcpy(&single, p, sizeof single);
-    return (double)single;
+    const struct fa_geometry *g = &b->geometry;
+    const struct fa_input *lse = &b->params->lse;
+    return fa_read_real(g, fa_row_at(g, fa_input_of(g, lse, head_index), row, lse->head, lse->row));
 }
 
-static void write_real(const struct fa_geometry *g, char *p, double x)
+/* The base-2 score of a row's sink; -inf: none. */
+static double row_sink(const struct fa_head *head, int64_t row)
 {
-    const float single = (float)x;
-    if (g->ops->size == sizeof x) {
-        memcpy(p, &x, sizeof x);
-    } else {
-        memcpy(p, &single, sizeof single);
+    const struct fa_geometry *g = head->geometry;
+    double sink;
+    if (head->sinks == NULL) {
+        return -INFINITY;
     }
+    memcpy(&sink, head->sinks + fa_row_member(g, row) * g->params->sinks.head, sizeof sink);
+    return sink * FA_LOG2_E;
 }
 
-static void prepare_row(const struct fa_backward *b, int64_t head_index, int64_t row)
+/* sum(grad_out * out), of the result as the caller has it. */
+static double delta_of_out(const struct fa_backward *b, int64_t head_index, int64_t row)
 {
     const struct fa_geometry *g = &b->geometry;
     const struct fa_backward_params *p = b->params;
     const struct fa_attention_params *forward = &p->attention;
-    const int64_t at = (fa_rows_before(g, head_index) + row) * (int64_t)g->ops->size;
-    const struct fa_output *to = &p->delta;
     const char *residual = fa_input_of(g, &forward->residual, head_index);
-    const char *grad_lse = fa_input_of(g, &p->grad_lse, head_index);
-    const char *lse =
-        fa_row_at(g, fa_input_of(g, &p->lse, head_index), row, p->lse.head, p->lse.row);
     struct fa_row_terms terms = {
         .grad = fa_row_at(g, fa_input_of(g, &p->grad_out, head_index), row, p->grad_out.head,
                           p->grad_out.row),
@@ -50,33 +42,57 @@ static void prepare_row(const struct fa_backward *b, int64_t head_index, int64_t
     if (residual != NULL) {
         terms.residual = fa_row_at(g, residual, row, forward->residual.head, forward->residual.row);
     }
-    const double lse_value = read_real(g, lse);
-    /* A row without keys has no weights; nothing that is subtracted from -inf may be -inf. */
-    const bool empty = lse_value == -INFINITY;
-    double delta = empty ? 0 : g->ops->row_delta(&terms);
-    if (grad_lse != NULL && !empty) {
-        delta -= read_real(g, fa_row_at(g, grad_lse, row, p->grad_lse.head, p->grad_lse.row));
-    }
-    write_real(g, b->shift + at, empty ? 0 : lse_value * FA_LOG2_E);
-    write_real(g, b->delta + at, delta);
-    char *out = fa_output_of(g, to, head_index, false) + fa_row_member(g, row) * to->head +
-                fa_row_token(g, row) * to->row;
-    write_real(g, out, delta);
+    return g->ops->row_delta(&terms);
 }
 
-/* Softmax over the queries: the shift of every key of a head.  delta comes with the gradients of values. */
-void fa_backward_prepare_keys(struct fa_job *job, int64_t index, int thread)
+/* shift, factor and delta of a row, and what it adds to the gradient of its sink.  of: its
+ * statistics without the sink, or NULL. */
+static void store_row(const struct fa_backward *b, const struct fa_head *head, int64_t head_index,
+                      int64_t row, struct fa_statistics *of)
 {
-    const struct fa_backward *b = job->context;
     const struct fa_geometry *g = &b->geometry;
-    const struct fa_input *lse = &b->params->lse;
-    const char *from = fa_input_of(g, lse, index);
-    (void)thread;
-    for (int64_t j = 0; j < g->key_blocks * g->block_k; j++) {
-        const double x = j < g->params->seqlen_k ? read_real(g, from + j * lse->row) : -INFINITY;
-        write_real(g, b->shift + fa_column_at(g, index, j), x == -INFINITY ? 0 : x * FA_LOG2_E);
-        write_real(g, b->delta + fa_column_at(g, index, j), 0);
+    const struct fa_backward_params *p = b->params;
+    const int64_t at = (fa_rows_before(g, head_index) + row) * (int64_t)g->ops->size;
+    const struct fa_output *to = &p->sink_terms;
+    const char *grad_lse = fa_input_of(g, &p->grad_lse, head_index);
+    const double lse = row_lse(b, head_index, row), sink = row_sink(head, row);
+    /* A row without keys has no weights; nothing that is subtracted from -inf may be -inf. */
+    const bool empty = lse == -INFINITY;
+    struct fa_weighing weighing = {0};
+    double delta = 0;
+
+    if (of != NULL) {
+        fa_statistics_add_sink(of, sink);
     }
+    if (of != NULL && fa_statistics_agree(g, of, lse)) {
+        weighing = fa_weighing_by_statistics(g, of);
+        delta = of->products / of->total;
+    } else if (!empty) {
+        weighing = fa_weighing_by_lse(g, lse);
+        delta = delta_of_out(b, head_index, row);
+    }
+    if (grad_lse != NULL && !empty) {
+        delta -= fa_read_real(g, fa_row_at(g, grad_lse, row, p->grad_lse.head, p->grad_lse.row));
+    }
+    fa_write_real(g, b->shift + at, weighing.shift);
+    fa_write_real(g, b->factor + at, weighing.factor);
+    fa_write_real(g, b->delta + at, delta);
+    if (to->data != NULL) {
+        char *term = fa_output_of(g, to, head_index, false) + fa_row_member(g, row) * to->head +
+                     fa_row_token(g, row) * to->row;
+        fa_write_real(g, term, empty ? 0 : -fa_sink_weight(&weighing, sink) * delta);
+    }
+}
+
+/* With a residual besides: `out` was rounded with that in it, and may have lost the rest. */
+static bool row_wants_statistics(const struct fa_backward *b, const struct fa_head *head,
+                                 int64_t head_index, int64_t row)
+{
+    const struct fa_geometry *g = &b->geometry;
+    const struct fa_key_range keys = fa_token_keys(head, fa_row_token(g, row));
+    const double lse = row_lse(b, head_index, row);
+    return fa_statistics_wanted(lse, keys.hi - keys.lo, head->rows / g->stacked) ||
+           (head->residual != NULL && isfinite(lse));
 }
 
 void fa_backward_prepare_rows(struct fa_job *job, int64_t index, int thread)
@@ -84,11 +100,25 @@ void fa_backward_prepare_rows(struct fa_job *job, int64_t index, int thread)
     const struct fa_backward *b = job->context;
     const struct fa_geometry *g = &b->geometry;
     const int64_t blocks = fa_backward_row_blocks(g), first = index % blocks * FA_BACKWARD_ROWS;
+    const int64_t head_index = index / blocks;
+    struct fa_statistics of[FA_BACKWARD_ROWS];
+    bool wanted[FA_BACKWARD_ROWS], any = false;
     struct fa_head head;
-    (void)thread;
-    fa_head_init(&head, g, index / blocks);
-    for (int64_t row = first; row < fa_min(first + FA_BACKWARD_ROWS, head.rows); row++) {
-        prepare_row(b, index / blocks, row);
+    fa_head_init(&head, g, head_index);
+    const int64_t rows = fa_min(FA_BACKWARD_ROWS, head.rows - first);
+    for (int64_t r = 0; r < rows; r++) {
+        wanted[r] = row_wants_statistics(b, &head, head_index, first + r);
+        any = any || wanted[r];
+    }
+    if (any) {
+        struct fa_backward_workspace ws = fa_backward_workspace_of(b, thread);
+        if (!fa_backward_row_statistics(job, thread, &head, head_index, &ws, first, rows, wanted,
+                                        of)) {
+            return;
+        }
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        store_row(b, &head, head_index, first + r, wanted[r] ? &of[r] : NULL);
     }
 }
 

@@ -1,10 +1,8 @@
-/* The score tiles of the backward pass: weights again from scores and lse, and the gradients of scores.
+/* The score tiles of the backward pass: weights again from scores, and the gradients of scores.
  *
- *   weights   = exp(scores - lse)
+ *   weights   = exp2(scores - shift) * factor
  *   gradients = weights * (grad_out v^T - delta), delta = sum(grad_out * out) - grad_lse
  */
-#include <string.h>
-
 #include "backward.h"
 #include "keys.h"
 
@@ -24,7 +22,11 @@ static bool lay_out(const struct fa_backward *b, struct fa_backward_workspace *w
         {&ws->weights, rows, g->score_stride},
         {&ws->gradients, rows, g->score_stride},
         {&ws->slope, g->params->softcap > 0 ? rows : 0, g->score_stride},
+        {&ws->row_products, rows, (int64_t)g->ops->vl},
         {&ws->head_grad_v, fa_over_queries(g) ? g->block_k : 0, b->padded_v},
+        {&ws->col_max, fa_over_queries(g) ? g->block_k : 0, 1},
+        {&ws->col_sum, fa_over_queries(g) ? g->block_k : 0, 1},
+        {&ws->value_products, (int64_t)g->ops->nr, (int64_t)g->ops->nr},
         {&ws->grad_k, g->block_k, b->padded_k},
         {&ws->grad_v, g->block_k, b->padded_v},
     };
@@ -116,20 +118,53 @@ static void finish_tile(const struct fa_backward *b, const struct fa_tile *tile,
     const size_t rows = (size_t)tile->rows, columns = (size_t)tile->columns;
     void *scores = fa_tile_score_data(tile, part);
     char *gradients = ws->gradients + (offset * g->score_stride + tile->begin) * size;
-    fa_draw_dropout(tile, part);
-    if (!weights_only) {
-        fa_apply_dropout(tile, part, gradients);
-    }
     if (fa_over_queries(g)) {
         const int64_t at = fa_column_at(g, head_index, tile->block_key + tile->begin);
         g->ops->column_gradients(scores, weights_only ? NULL : gradients, (size_t)g->score_stride,
-                                 rows, columns, b->shift + at, b->delta + at);
+                                 rows, columns, b->shift + at, b->factor + at, b->delta + at);
     } else {
         const int64_t at = (fa_rows_before(g, head_index) + tile->first_row) * size;
         g->ops->score_gradients(scores, gradients, (size_t)g->score_stride, rows, columns,
-                                b->shift + at, b->delta + at);
+                                b->shift + at, b->factor + at, b->delta + at);
     }
     fa_apply_dropout(tile, part, scores);
+}
+
+bool fa_backward_scores(struct fa_tile *tile, struct fa_workspace *part, const struct fa_head *head,
+                        struct fa_backward_workspace *ws, int64_t first, int64_t rows,
+                        int64_t offset, int64_t block_key, bool weights_only)
+{
+    const struct fa_geometry *g = head->geometry;
+    const int64_t size = (int64_t)g->ops->size, at = offset * g->score_stride * size;
+    *part = ws->tile;
+    part->scores = ws->weights + at;
+    part->slope = g->params->softcap > 0 ? ws->slope + at : NULL;
+    if (!fa_tile_init(tile, head, part, first, rows, offset, block_key)) {
+        return false;
+    }
+    ws->tile.segments_loaded = part->segments_loaded;
+    ws->tile.segment_range = part->segment_range;
+    fa_tile_scores(tile, part, false);
+    fa_draw_dropout(tile, part);
+    if (!weights_only) {
+        multiply_values(tile, ws, offset);
+        fa_apply_dropout(tile, part, ws->gradients + at + tile->begin * size);
+    }
+    return true;
+}
+
+void fa_backward_load_grad(const struct fa_backward *backward, int64_t head_index,
+                           struct fa_backward_workspace *ws, int64_t first, int64_t rows)
+{
+    const struct fa_geometry *g = &backward->geometry;
+    const struct fa_attention_params *p = g->params;
+    const struct fa_input *grad = &backward->params->grad_out;
+    const char *grad_out = fa_input_of(g, grad, head_index);
+    for (int64_t r = 0; r < rows; r++) {
+        ws->row[r] = fa_row_at(g, grad_out, first + r, grad->head, grad->row);
+    }
+    g->ops->load_rows(ws->grad_out, (size_t)rows, ws->row, grad->col, (size_t)p->head_dim_v,
+                      p->dtype, 1);
 }
 
 struct fa_key_range fa_backward_tile(const struct fa_backward *backward, const struct fa_head *head,
@@ -138,31 +173,23 @@ struct fa_key_range fa_backward_tile(const struct fa_backward *backward, const s
                                      bool weights_only)
 {
     const struct fa_geometry *g = head->geometry;
-    const int64_t size = (int64_t)g->ops->size;
     struct fa_key_range of[FA_BACKWARD_ROWS / FA_TILE_Q], all = {g->block_k, 0};
 
     FA_ASSERT(g->tile_q >= FA_TILE_Q);
     fa_begin_task(g->score_ops);
     for (int64_t r = 0; r < rows; r += g->tile_q) {
-        const int64_t count = fa_min(g->tile_q, rows - r), at = r * g->score_stride * size;
+        const int64_t count = fa_min(g->tile_q, rows - r);
         struct fa_key_range *range = &of[r / g->tile_q];
-        struct fa_workspace part = ws->tile;
+        struct fa_workspace part;
         struct fa_tile tile;
-        part.scores = ws->weights + at;
-        part.slope = g->params->softcap > 0 ? ws->slope + at : NULL;
         *range = (struct fa_key_range){0, 0};
-        if (!fa_tile_init(&tile, head, &part, first + r, count, r, block_key)) {
+        if (!fa_backward_scores(&tile, &part, head, ws, first + r, count, r, block_key,
+                                weights_only)) {
             continue;
         }
-        ws->tile.segments_loaded = part.segments_loaded;
-        ws->tile.segment_range = part.segment_range;
         *range = (struct fa_key_range){tile.begin, tile.begin + tile.columns};
         all.lo = fa_min(all.lo, range->lo);
         all.hi = fa_max(all.hi, range->hi);
-        fa_tile_scores(&tile, &part, false);
-        if (!weights_only) {
-            multiply_values(&tile, ws, r);
-        }
         finish_tile(backward, &tile, &part, ws, head_index, r, weights_only);
     }
     fa_end_task(g->score_ops);

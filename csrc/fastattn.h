@@ -157,8 +157,9 @@ struct fa_backward_params {
     struct fa_output
         grad_bias; /* nullable; shape of bias, zero strides where it is broadcast; float64 for
                                  * FA_F64, else float32; added to */
-    struct fa_output delta; /* (batch..., num_heads, seqlen_q), dtype of lse: sum of grad_out *
-                                * (out - residual), less grad_lse */
+    struct fa_output
+        sink_terms; /* nullable; (batch..., num_heads, seqlen_q), dtype of lse: the gradient of a
+                                * head's sink is the sum over its rows */
 };
 
 #define FA_MAX_BACKWARD_DIM 1024

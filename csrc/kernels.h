@@ -242,20 +242,20 @@ struct fa_ops {
 
     /* Backward.  Sum of grad * (out - residual) over one row; residual nullable. */
     double (*row_delta)(const struct fa_row_terms *terms);
-    /* slope = 1 - (s / cap2)^2: the slope of a softcap whose result is s. */
-    void (*softcap_slope)(void *slope, const void *s, size_t ld, size_t rows, size_t n,
-                          double cap2);
+    /* slope = 1 - tanh(s)^2: of softcap, for the scores s that it is about to take. */
+    void (*softcap_slope)(void *slope, const void *s, size_t ld, size_t rows, size_t n);
+    /* sums[row][vl] += weights w times their gradients d, the row's vectors added up; nothing
+     * where the weight is 0. */
+    void (*add_row_products)(void *sums, const void *w, const void *d, size_t ld, size_t rows,
+                             size_t n);
     /* From scores s and gradients of weights d, weights and gradients of scores in their place:
-     * s = exp2(s - shift[row]), d = s * (d - delta[row]), both 0 where the weight is. */
+     * s = exp2(s - shift[row]) * factor[row], d = s * (d - delta[row]), both 0 where the weight
+     * is. */
     void (*score_gradients)(void *s, void *d, size_t ld, size_t rows, size_t n, const void *shift,
-                            const void *delta);
-    /* The same with a shift and a delta for each column; d nullable: weights only. */
+                            const void *factor, const void *delta);
+    /* The same with a shift, a factor and a delta for each column; d nullable: weights only. */
     void (*column_gradients)(void *s, void *d, size_t ld, size_t rows, size_t n, const void *shift,
-                             const void *delta);
-    /* delta[j] = sum of v[j] * grad_v[j], less grad_lse[j] (nullable, stride in bytes), for `keys` packed
-     * values of `cols` columns, laid out as pack_keys does. */
-    void (*column_deltas)(void *delta, size_t keys, size_t cols, const void *v, const void *grad_v,
-                          size_t ld, const char *grad_lse, int64_t stride);
+                             const void *factor, const void *delta);
     /* d *= slope */
     void (*scale_gradients)(void *d, const void *slope, size_t ld, size_t rows, size_t n);
     /* sum += x; n: multiple of vl. */

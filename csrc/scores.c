@@ -388,11 +388,11 @@ static void group_scores(const struct fa_tile *tile, struct fa_workspace *ws, in
     }
     if (g->params->softcap > 0) {
         const double cap2 = g->params->softcap * FA_LOG2_E;
-        ops->softcap(scores, (size_t)g->score_stride, (size_t)rows, (size_t)columns, cap2);
         if (ws->slope != NULL) {
             ops->softcap_slope(ws->slope + (scores - ws->scores), scores, (size_t)g->score_stride,
-                               (size_t)rows, (size_t)columns, cap2);
+                               (size_t)rows, (size_t)columns);
         }
+        ops->softcap(scores, (size_t)g->score_stride, (size_t)rows, (size_t)columns, cap2);
     }
     if (head->bias == NULL && head->alibi_slopes == NULL && !tile->use_mask && !tile->use_range) {
         return;

@@ -78,7 +78,7 @@ def attention_backward(
     grad_k: NDArray[Any] | None = None,
     grad_v: NDArray[Any] | None = None,
     grad_bias: NDArray[Any] | None = None,
-    delta: NDArray[Any] | None = None,
+    sink_terms: NDArray[Any] | None = None,
     q_starts: NDArray[np.int64] | None = None,
     k_starts: NDArray[np.int64] | None = None,
 ) -> None: ...

@@ -35,7 +35,7 @@ cdef extern from *:
 
 # Arrays of one call: q k v out lse residual bias alibi_slopes sinks mask kv_lengths q_offset, two
 # of segment ids, two scales, page_table, and the starts of packed sequences; and of its gradients:
-# grad_out grad_lse grad_q grad_k grad_v grad_bias delta.
+# grad_out grad_lse grad_q grad_k grad_v grad_bias sink_terms.
 cdef enum:
     MAX_VIEWS = 26
 
@@ -336,7 +336,7 @@ def attention_backward(
     q_offset, q_segment_ids, k_segment_ids, bint causal, int64_t window_left,
     int64_t window_right, bint softmax_over_queries, int num_threads, double dropout_p,
     uint64_t dropout_seed, grad_out, grad_lse=None, grad_q=None, grad_k=None, grad_v=None,
-    grad_bias=None, delta=None, q_starts=None, k_starts=None,
+    grad_bias=None, sink_terms=None, q_starts=None, k_starts=None,
 ):
     cdef fa_backward_params params
     cdef fa_attention_params *forward = &params.attention
@@ -367,7 +367,7 @@ def attention_backward(
             has.row = seqlen_k
         read_input(&params.lse, &held, b"lse", lse, &has, lse_itemsize)
         read_input(&params.grad_lse, &held, b"grad_lse", grad_lse, &has, lse_itemsize)
-        read_output(&params.delta, &held, b"delta", delta, &has, lse_itemsize)
+        read_output(&params.sink_terms, &held, b"sink_terms", sink_terms, &has, lse_itemsize)
         params.grad_dtype = forward.dtype
         for array in (grad_q, grad_k, grad_v):
             if array is not None and array.itemsize == 4:

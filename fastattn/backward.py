@@ -50,9 +50,10 @@ def attention_backward(
 ) -> Gradients:
     """Gradients of `attention`, in linear memory.
 
-    The weights are computed again, block by block, from the scores and `lse`; the score matrix
-    never exists.  The result has the same bits for any `num_threads`, and for strided views or
-    their copies.
+    The weights are computed again, block by block, from the scores and `lse`; where that one number
+    does not tell them exactly enough, from the maximum and the sum of their row, which are computed
+    again too.  The score matrix never exists.  The result has the same bits for any `num_threads`,
+    and for strided views or their copies.
 
     Parameters
     ----------
@@ -62,7 +63,8 @@ def attention_backward(
         The inputs of the forward call; see `attention`.  `head_dim` and `head_dim_v` are at most
         1024.
     out, lse : array_like
-        What the forward call returned, with ``return_lse=True``.
+        What the forward call returned, with ``return_lse=True``; or, for a call over some of the
+        keys, what `merge_attention` made of that and of the calls over the others.
     scale, softcap, bias, alibi_slopes, mask, causal, window, q_offset, kv_lengths, segment_ids, \
 sinks, softmax_axis, dropout_p, dropout_seed : optional
         The options of the forward call; see `attention`, also for the axes of `mask` and `bias`, of
@@ -107,7 +109,7 @@ sinks, softmax_axis, dropout_p, dropout_seed : optional
     and change none, whatever they hold; so does a query without keys.
 
     Memory, beyond inputs and results: up to 3 float32 arrays (one for each 1024 keys) of the size
-    of q's heads that read `num_threads` + 1 key heads, two numbers per query and head, and a
+    of q's heads that read `num_threads` + 1 key heads, three numbers per query and head, and a
     workspace per thread.  A gradient whose argument was
     broadcast along leading dimensions is computed at the full shape and summed in float64.  The
     gradient by `bias` costs two more matrix products.
@@ -218,7 +220,8 @@ def compute_gradients(
         has_more or any(given[x].size for x in wanted & set(given))
     ):
         return _no_gradients(wanted, given, call["sinks"], sinks_dtype)
-    call["delta"] = _validate.allocate(call["lse"].shape, call["lse"].dtype)
+    if sinks_dtype is not None:
+        call["sink_terms"] = _validate.allocate(call["lse"].shape, call["lse"].dtype)
 
     finish: dict[str, Callable[[], Array]] = {}
     places = {name: _Place(given[name], call[name], call["lse"].dtype) for name in given}
@@ -230,7 +233,7 @@ def compute_gradients(
     _core.attention_backward(**call)
     grads = {name: done() for name, done in finish.items()}
     if sinks_dtype is not None:
-        grads["sinks"] = _grad_sinks(sinks_dtype, call)
+        grads["sinks"] = _sum_of_terms(call["sink_terms"], sinks_dtype)
     return Gradients(**{name: grads.get(name) for name in Gradients._fields})
 
 
@@ -298,18 +301,12 @@ def _as_broadcast(array: Array, shape: tuple[int, ...]) -> Array:
     return np.lib.stride_tricks.as_strided(array, shape, strides)
 
 
-def _grad_sinks(dtype: np.dtype[Any], call: dict[str, Any]) -> Array:
-    """A sink takes part in each softmax of its head, with a value that is 0."""
-    sinks, lse, delta = call["sinks"], call["lse"], call["delta"]
-    num_heads = len(sinks)
-    total = np.zeros(num_heads, np.float64)
-    for head in range(num_heads):
-        head_lse = lse[..., head, :].astype(np.float64)
-        with np.errstate(all="ignore"):
-            weight = np.exp(float(sinks[head]) - head_lse)
-            terms = np.where(head_lse == -np.inf, 0.0, weight * delta[..., head, :])
-        total[head] = -terms.sum()
-    return round_once(total, _gradient_dtype(dtype))
+@in_default_float_mode
+def _sum_of_terms(terms: Array, sinks_dtype: np.dtype[Any]) -> Array:
+    """The gradient of each head's sink from what its rows add to it."""
+    heads = range(terms.shape[-2])
+    total = np.array([terms[..., head, :].sum(dtype=np.float64) for head in heads], np.float64)
+    return round_once(total, _gradient_dtype(sinks_dtype))
 
 
 def _gradient_dtype(sinks_dtype: np.dtype[Any]) -> np.dtype[Any]:

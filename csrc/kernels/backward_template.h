@@ -34,15 +34,33 @@ static double FN(row_delta)(const struct fa_row_terms *terms)
     return FN(sum_lanes)(lanes);
 }
 
-static void FN(softcap_slope)(void *slope, const void *s, size_t ld, size_t rows, size_t n,
-                              double cap2)
+/* 1 - tanh(s)^2 = 4 e / (1 + e)^2 with e = e^-2|s|.  The difference would keep nothing of a slope
+ * that is less than the rounding of tanh: this form is as accurate as s is. */
+static void FN(softcap_slope)(void *slope, const void *s, size_t ld, size_t rows, size_t n)
 {
-    const VEC inverse = V(set)((REAL)(1 / cap2)), one = V(set)(1);
+    const VEC one = V(set)(1), four = V(set)(4), base2 = V(set)((REAL)(-2 * FA_LOG2_E));
     for (size_t r = 0; r < rows; r++) {
         for (size_t l = r * ld; l < r * ld + n; l += VL) {
-            VEC t = V(mul)(V(load)((const REAL *)s + l), inverse);
-            V(store)((REAL *)slope + l, V(sub)(one, V(mul)(t, t)));
+            VEC e = FN(exp2)(V(mul)(V(abs)(V(load)((const REAL *)s + l)), base2));
+            VEC sum = V(add)(one, e);
+            V(store)((REAL *)slope + l, V(div)(V(mul)(four, e), V(mul)(sum, sum)));
         }
+    }
+}
+
+/* A weight that is 0 adds nothing: the key may be masked, and what it holds NaN. */
+static void FN(add_row_products)(void *sums, const void *w, const void *d, size_t ld, size_t rows,
+                                 size_t n)
+{
+    const VEC zero = V(zero)();
+    for (size_t r = 0; r < rows; r++) {
+        REAL *row_sum = (REAL *)sums + r * VL;
+        VEC sum = zero;
+        for (size_t l = r * ld; l < r * ld + n; l += VL) {
+            const VEC p = V(load)((const REAL *)w + l);
+            sum = V(select_lt)(zero, p, V(fma)(p, V(load)((const REAL *)d + l), sum), sum);
+        }
+        V(store)(row_sum, V(add)(V(load)(row_sum), sum));
     }
 }
 
@@ -56,15 +74,16 @@ static void FN(spoil_row)(REAL *s, REAL *d, size_t n, VEC nan)
     }
 }
 
-/* Cost per vector: 2 loads, 2 sub, exp2, 1 mul, compare, 2 stores.  Where the weight is 0 the gradient is
- * not multiplied but selected: the key may be masked, and what it holds NaN. */
+/* Cost per vector: 2 loads, 2 sub, exp2, 2 mul, compare, 2 stores.  Where the weight is 0 the
+ * gradient is not multiplied but selected: the key may be masked, and what it holds NaN. */
 static void FN(score_gradients)(void *s, void *d, size_t ld, size_t rows, size_t n,
-                                const void *shift, const void *delta)
+                                const void *shift, const void *factor, const void *delta)
 {
     const VEC limit = V(set)(EXP2_MIN);
     for (size_t r = 0; r < rows; r++) {
         REAL *s_row = (REAL *)s + r * ld, *d_row = (REAL *)d + r * ld;
         const VEC row_shift = V(broadcast)((const REAL *)shift + r);
+        const VEC row_factor = V(broadcast)((const REAL *)factor + r);
         const VEC row_delta = V(broadcast)((const REAL *)delta + r);
         if (isnan(((const REAL *)shift)[r])) {
             FN(spoil_row)(s_row, d_row, n, row_shift);
@@ -72,7 +91,7 @@ static void FN(score_gradients)(void *s, void *d, size_t ld, size_t rows, size_t
         }
         for (size_t l = 0; l < n; l += VL) {
             VEC x = V(sub)(V(load)(s_row + l), row_shift);
-            VEC p = FN(exp2)(x);
+            VEC p = V(mul)(FN(exp2)(x), row_factor);
             VEC gradient = V(mul)(p, V(sub)(V(load)(d_row + l), row_delta));
             V(store)(s_row + l, p);
             V(store)(d_row + l, V(keep_ge)(x, limit, gradient));
@@ -81,7 +100,7 @@ static void FN(score_gradients)(void *s, void *d, size_t ld, size_t rows, size_t
 }
 
 static void FN(column_gradients)(void *s, void *d, size_t ld, size_t rows, size_t n,
-                                 const void *shift, const void *delta)
+                                 const void *shift, const void *factor, const void *delta)
 {
     const VEC limit = V(set)(EXP2_MIN), lowest = V(set)(-REAL_MAX);
     for (size_t r = 0; r < rows; r++) {
@@ -90,7 +109,8 @@ static void FN(column_gradients)(void *s, void *d, size_t ld, size_t rows, size_
             VEC score = V(load)(at);
             /* A column's shift may be NaN; its masked scores still weigh 0. */
             VEC x = V(sub)(score, V(load)((const REAL *)shift + l));
-            VEC p = V(keep_ge)(score, lowest, FN(exp2)(x));
+            VEC weight = V(mul)(FN(exp2)(x), V(load)((const REAL *)factor + l));
+            VEC p = V(keep_ge)(score, lowest, weight);
             V(store)(at, p);
             if (d != NULL) {
                 REAL *to = (REAL *)d + r * ld + l;
@@ -99,21 +119,6 @@ static void FN(column_gradients)(void *s, void *d, size_t ld, size_t rows, size_
                 V(store)(to, V(keep_ge)(score, lowest, gradient));
             }
         }
-    }
-}
-
-static void FN(column_deltas)(void *delta, size_t keys, size_t cols, const void *v,
-                              const void *grad_v, size_t ld, const char *grad_lse, int64_t stride)
-{
-    for (size_t j = 0; j < keys; j++) {
-        const REAL *value = (const REAL *)v + j / NR * NR * cols + j % NR;
-        const REAL *gradient = (const REAL *)grad_v + j * ld;
-        double sum = grad_lse == NULL ? 0 : -(double)FN(read)(grad_lse + (int64_t)j * stride);
-        for (size_t c = 0; c < cols; c++) {
-            /* A key that takes no part has gradient 0, whatever its value is. */
-            sum += gradient[c] == 0 ? 0 : (double)(value[c * NR] * gradient[c]);
-        }
-        ((REAL *)delta)[j] = (REAL)sum;
     }
 }
 

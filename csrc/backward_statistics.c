@@ -1,0 +1,235 @@
+/* What makes weights of scores: lse, or, where that is not exact enough, the sums of the softmax
+ * once more.
+ *
+ * lse is one number of the results' dtype.  Its rounding is an error of u |lse| that all weights
+ * of a row share: 8 u of them at lse 8, and where the scores are huge (a mask of finfo.min or
+ * -1e9) log(n) is lost altogether.  A row of many keys with weights of the same order shows
+ * nothing of 8 u beside the other roundings, and such are most rows of a long call.  The others
+ * have row_max, row_sum and delta summed from their own scores first, by the tiles that the main
+ * pass computes again: 2 products more for the tiles that hold such a row.
+ *
+ *   top = row_max, total = sum exp2(s - top), products = sum exp2(s - top) * (grad_out v^T)
+ *   weights = exp2(s - top) / total, delta = products / total
+ *
+ * So delta owes nothing to the rounding of `out`, and in a row of one weight grad_out v^T - delta
+ * is exactly 0.  Each decision looks at one row alone. */
+#include <float.h>
+#include <math.h>
+
+#include "backward.h"
+#include "keys.h"
+
+/* lse is exact enough where its rounding is at most SMALL_LSE u, or LARGE_LSE u among MANY
+ * softmaxes, whose errors no gradient of a key or value then shows. */
+#define SMALL_LSE 4
+#define LARGE_LSE 16
+#define MANY 64
+
+/* Scores of a softmax that is flat: there are so many, and lse is within FLAT of their number's
+ * logarithm.  Normal scores of deviation x have x^2 / 2 there. */
+#define FLAT_SCORES 32
+#define FLAT 2
+
+/* log2(e) less its nearest double. */
+#define LOG2_E_REST 2.0355273740931033e-17
+
+/* Base-2: totals up to here leave factor = 1 / total far from the smallest float32. */
+#define LARGE_TOTAL 0x1p40
+
+bool fa_statistics_wanted(double lse, int64_t scores, int64_t softmaxes)
+{
+    if (!isfinite(lse)) {
+        return false; /* empty, or spoilt */
+    }
+    const bool flat = scores >= FLAT_SCORES && fabs(lse - log((double)scores)) <= FLAT;
+    return !flat || fabs(lse) > (softmaxes >= MANY ? LARGE_LSE : SMALL_LSE);
+}
+
+/* How far apart two lse of the same scores may be, besides their own rounding. */
+static double tolerance(enum fa_dtype dtype)
+{
+    switch (dtype) {
+    case FA_F64:
+        return 0x1p-40;
+    case FA_F32:
+        return 0x1p-16;
+    default:
+        return 0x1p-11; /* the products of forward_bf16, and its exp2 */
+    }
+}
+
+bool fa_statistics_agree(const struct fa_geometry *g, const struct fa_statistics *of, double lse)
+{
+    const double again = of->top * FA_LN_2 + log(of->total);
+    const double unit = g->ops->size == sizeof(double) ? 0x1p-53 : 0x1p-24;
+    return fabs(again - lse) <= tolerance(g->params->dtype) + 8 * unit * fabs(lse);
+}
+
+void fa_statistics_add_sink(struct fa_statistics *of, double sink)
+{
+    if (sink == -INFINITY) {
+        return;
+    }
+    const double top = sink > of->top ? sink : of->top, keep = exp2(of->top - top);
+    of->total = of->total * keep + exp2(sink - top);
+    of->products *= keep;
+    of->top = top;
+}
+
+double fa_sink_weight(const struct fa_weighing *weighing, double sink)
+{
+    return exp2(sink - weighing->shift) * weighing->factor;
+}
+
+/* The nearest element of the workspace's type; a finite number stays finite. */
+static double round_real(const struct fa_geometry *g, double x)
+{
+    if (g->ops->size == sizeof x) {
+        return isfinite(x) ? fmin(fmax(x, -DBL_MAX), DBL_MAX) : x;
+    }
+    return isfinite(x) ? (double)(float)fmin(fmax(x, -(double)FLT_MAX), (double)FLT_MAX) : x;
+}
+
+struct fa_weighing fa_weighing_by_statistics(const struct fa_geometry *g,
+                                             const struct fa_statistics *of)
+{
+    const double more = of->total > LARGE_TOTAL ? log2(of->total) : 0;
+    const double shift = round_real(g, of->top + more);
+    return (struct fa_weighing){.shift = shift, .factor = exp2(shift - of->top) / of->total};
+}
+
+struct fa_weighing fa_weighing_by_lse(const struct fa_geometry *g, double lse)
+{
+    if (lse == -INFINITY) {
+        return (struct fa_weighing){0};
+    }
+    const double shift = round_real(g, lse * FA_LOG2_E);
+    /* What rounding it left: exact in double, but for the last bits of log2(e). */
+    const double rest = fma(lse, FA_LOG2_E, -shift) + lse * LOG2_E_REST;
+    return (struct fa_weighing){.shift = shift, .factor = exp2(-rest)};
+}
+
+/* The statistics of the rows over one more stretch of keys.  In double, once per split_k keys. */
+static void fold(const struct fa_geometry *g, const struct fa_backward_workspace *ws, int64_t rows,
+                 struct fa_statistics *of)
+{
+    const int64_t size = (int64_t)g->ops->size, vl = (int64_t)g->ops->vl;
+    for (int64_t r = 0; r < rows; r++) {
+        const char *row_sum = (const char *)ws->tile.part.row_sum + r * vl * size;
+        const char *row_products = ws->row_products + r * vl * size;
+        double top = fa_read_real(g, (const char *)ws->tile.part.row_max + r * size);
+        double total = 0, products = 0;
+        for (int64_t i = 0; i < vl; i++) {
+            total += fa_read_real(g, row_sum + i * size);
+            products += fa_read_real(g, row_products + i * size);
+        }
+        if (total == 0) {
+            continue; /* no key takes part */
+        }
+        const double max = top > of[r].top ? top : of[r].top;
+        const double keep = exp2(of[r].top - max), join = exp2(top - max);
+        of[r] = (struct fa_statistics){
+            .top = max,
+            .total = of[r].total * keep + total * join,
+            .products = of[r].products * keep + products * join,
+        };
+    }
+}
+
+/* One key block against the tiles that hold a wanted row. */
+static void sum_block(const struct fa_head *head, struct fa_backward_workspace *ws, int64_t first,
+                      int64_t rows, const bool *wanted, int64_t block_key)
+{
+    const struct fa_geometry *g = head->geometry;
+    const int64_t size = (int64_t)g->ops->size, vl = (int64_t)g->ops->vl;
+    const size_t ld = (size_t)g->score_stride;
+    bool packed = false;
+    for (int64_t r = 0; r < rows; r += g->tile_q) {
+        const int64_t count = fa_min(g->tile_q, rows - r);
+        const struct fa_key_range keys = fa_rows_keys(head, first + r, first + r + count - 1);
+        struct fa_workspace part;
+        struct fa_tile tile;
+        bool any = false;
+        for (int64_t i = r; i < r + count; i++) {
+            any = any || wanted[i];
+        }
+        if (!any || keys.lo >= block_key + g->block_k || keys.hi <= block_key) {
+            continue;
+        }
+        if (!packed) {
+            fa_backward_pack(head, ws, block_key, fa_min(g->block_k, head->kv_length - block_key));
+            packed = true;
+        }
+        if (!fa_backward_scores(&tile, &part, head, ws, first + r, count, r, block_key, false)) {
+            continue;
+        }
+        /* To a row, its products are what acc is in the forward pass: one vector wide. */
+        const struct fa_state state = {
+            .row_max = (char *)ws->tile.part.row_max + r * size,
+            .row_sum = (char *)ws->tile.part.row_sum + r * vl * size,
+            .acc = ws->row_products + r * vl * size,
+        };
+        char *scores = fa_tile_score_data(&tile, &part);
+        const char *gradients = ws->gradients + (scores - ws->weights);
+        g->ops->softmax_update(scores, ld, (size_t)count, (size_t)tile.columns, &state, (size_t)vl);
+        g->ops->add_row_products(state.acc, scores, gradients, ld, (size_t)count,
+                                 (size_t)tile.columns);
+    }
+}
+
+bool fa_backward_row_statistics(struct fa_job *job, int thread, const struct fa_head *head,
+                                int64_t head_index, struct fa_backward_workspace *ws, int64_t first,
+                                int64_t rows, const bool *wanted, struct fa_statistics *of)
+{
+    const struct fa_backward *b = job->context;
+    const struct fa_geometry *g = &b->geometry;
+    const struct fa_key_range keys = fa_rows_keys(head, first, first + rows - 1);
+    const struct fa_state begin = {ws->tile.part.row_max, ws->tile.part.row_sum, ws->row_products};
+    for (int64_t r = 0; r < rows; r++) {
+        of[r] = (struct fa_statistics){.top = -INFINITY};
+    }
+    fa_load_rows(head, &ws->tile, first, rows);
+    fa_backward_load_grad(b, head_index, ws, first, rows);
+    for (int64_t lo = keys.lo / g->split_k * g->split_k; lo < keys.hi; lo += g->split_k) {
+        g->ops->softmax_begin((size_t)rows, &begin, g->ops->vl);
+        for (int64_t key = lo; key < fa_min(lo + g->split_k, keys.hi); key += g->block_k) {
+            if (fa_job_checkpoint(job, thread)) {
+                return false;
+            }
+            fa_begin_task(g->score_ops);
+            sum_block(head, ws, first, rows, wanted, key);
+            fa_end_task(g->score_ops);
+        }
+        fold(g, ws, rows, of);
+    }
+    return true;
+}
+
+bool fa_backward_column_statistics(struct fa_job *job, int thread, const struct fa_head *head,
+                                   struct fa_backward_workspace *ws, int64_t block_key)
+{
+    const struct fa_geometry *g = head->geometry;
+    const int64_t size = (int64_t)g->ops->size;
+    g->ops->column_begin(ws->col_max, ws->col_sum, (size_t)g->block_k);
+    for (int64_t first = 0; first < head->rows; first += g->tile_q) {
+        const int64_t rows = fa_min(g->tile_q, head->rows - first);
+        const struct fa_key_range keys = fa_rows_keys(head, first, first + rows - 1);
+        struct fa_workspace part;
+        struct fa_tile tile;
+        if (fa_job_checkpoint(job, thread)) {
+            return false;
+        }
+        if (keys.lo >= block_key + g->block_k || keys.hi <= block_key) {
+            continue;
+        }
+        fa_begin_task(g->score_ops);
+        fa_load_rows(head, &ws->tile, first, rows);
+        if (fa_backward_scores(&tile, &part, head, ws, first, rows, 0, block_key, true)) {
+            g->ops->column_update(fa_tile_score_data(&tile, &part), (size_t)g->score_stride,
+                                  (size_t)rows, (size_t)tile.columns,
+                                  ws->col_max + tile.begin * size, ws->col_sum + tile.begin * size);
+        }
+        fa_end_task(g->score_ops);
+    }
+    return true;
+}
