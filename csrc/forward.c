@@ -296,51 +296,70 @@ static enum fa_stored store_row(const struct fa_forward *forward, const struct f
     return g->ops->softmax_store(state, (size_t)g->block_dv, result);
 }
 
+/* What is the row's own in its result. */
+static void place_row(const struct fa_forward *forward, const struct fa_task *task, int64_t r,
+                      bool with_lse, struct fa_row_result *result)
+{
+    const struct fa_geometry *g = forward->geometry;
+    const struct fa_attention_params *p = g->params;
+    const struct fa_head *head = &task->head;
+    const int64_t row = task->first_row + r;
+    const int64_t token = fa_row_token(g, row), member = fa_row_member(g, row);
+    result->row = (size_t)r;
+    result->columns = NULL;
+    result->choose = false;
+    result->out =
+        head->out + member * p->out.head + token * p->out.row + task->first_col * p->out.col;
+    if (head->residual != NULL) {
+        result->residual = head->residual + member * p->residual.head + token * p->residual.row +
+                           task->first_col * p->residual.col;
+    }
+    if (head->sinks != NULL) {
+        memcpy(&result->sink, head->sinks + member * p->sinks.head, sizeof result->sink);
+        result->sink *= FA_LOG2_E;
+    }
+    if (with_lse) {
+        result->lse = head->lse + member * p->lse.head + token * p->lse.row;
+    }
+    if (head->alibi_slopes != NULL) {
+        const struct fa_doubt doubt = fa_head_doubt(head, member);
+        result->doubtful_from = doubt.from;
+        result->doubtful_to = doubt.to;
+    }
+}
+
 /* look_at_acc: sums of values may have left the range of their type. */
 static void store_rows(struct fa_forward *forward, const struct fa_task *task,
                        const struct fa_state *state, bool look_at_acc)
 {
     const struct fa_geometry *g = forward->geometry;
     const struct fa_attention_params *p = g->params;
-    const struct fa_head *head = &task->head;
+    const struct fa_doubt doubt = fa_head_doubt(&task->head, 0);
+    const bool has_lse = task->head.lse != NULL && task->first_col == 0 && forward->col_max == NULL;
+    struct fa_forward *first = forward->first;
+    struct fa_row_result result = {
+        .cols = (size_t)task->cols,
+        .dtype = p->dtype,
+        .lse_dtype = fa_lse_dtype(p),
+        .sink = -INFINITY,
+        .exponent = g->value_exponent,
+        .final = forward->given_back == NULL,
+        .look_at_acc = look_at_acc,
+        .averages = p->softmax_axis == FA_SOFTMAX_KEYS && p->dropout_p == 0,
+        .doubtful_from = doubt.from,
+        .doubtful_to = doubt.to,
+        .out_stride = p->out.col,
+        .residual_stride = p->residual.col,
+    };
     for (int64_t r = 0; r < task->rows; r++) {
-        const int64_t row = task->first_row + r;
-        const int64_t token = fa_row_token(g, row), member = fa_row_member(g, row);
-        struct fa_forward *first = forward->first;
         const enum fa_stored before = first == NULL ? FA_STORED : given_back_of(first, task)[r];
         if (first != NULL && before == FA_STORED) {
             continue;
         }
-        const struct fa_doubt doubt = fa_head_doubt(head, member);
-        struct fa_row_result result = {
-            .row = (size_t)r,
-            .cols = (size_t)task->cols,
-            .dtype = p->dtype,
-            .lse_dtype = fa_lse_dtype(p),
-            .sink = -INFINITY,
-            .exponent = g->value_exponent,
-            .final = forward->given_back == NULL,
-            .look_at_acc = look_at_acc,
-            .averages = p->softmax_axis == FA_SOFTMAX_KEYS && p->dropout_p == 0,
-            .doubtful_from = doubt.from,
-            .doubtful_to = doubt.to,
-            .columns = before == FA_SUMS_LEFT ? columns_of(first, task, r) : NULL,
-            .out = head->out + member * p->out.head + token * p->out.row +
-                   task->first_col * p->out.col,
-            .out_stride = p->out.col,
-        };
-        if (head->residual != NULL) {
-            result.residual = head->residual + member * p->residual.head + token * p->residual.row +
-                              task->first_col * p->residual.col;
-            result.residual_stride = p->residual.col;
-        }
-        if (head->sinks != NULL) {
-            memcpy(&result.sink, head->sinks + member * p->sinks.head, sizeof result.sink);
-            result.sink *= FA_LOG2_E;
-        }
-        if (head->lse != NULL && task->first_col == 0 && forward->col_max == NULL &&
-            before != FA_SUMS_LEFT) {
-            result.lse = head->lse + member * p->lse.head + token * p->lse.row;
+        result.lse = NULL;
+        place_row(forward, task, r, has_lse && before != FA_SUMS_LEFT, &result);
+        if (before == FA_SUMS_LEFT) {
+            result.columns = columns_of(first, task, r);
         }
         const enum fa_stored stored = store_row(forward, state, &result);
         if (stored != FA_STORED) {

@@ -91,12 +91,15 @@ FA_INLINE vec_f32 pack_key_half_parts(const bool contiguous, float *panel, size_
             load_key_square(false, first, from, key, keys, c, cols);
             load_key_square(false, second, from, key, keys, c + TILE_WORDS, cols);
         }
+        vec_f32 of_first = v_zero_f32(), of_second = v_zero_f32();
         FA_UNROLL
         for (size_t u = 0; u < TILE_WORDS; u++) {
-            probe = v_fma_f32(first[u], ordinary, v_fma_f32(second[u], ordinary, probe));
+            of_first = v_fma_f32(first[u], ordinary, of_first);
+            of_second = v_fma_f32(second[u], ordinary, of_second);
             store_cut(panel + u * PANEL, TILE_WORDS * PANEL, v_plain_nan(first[u]),
                       v_plain_nan(second[u]));
         }
+        probe = v_add_f32(probe, v_add_f32(of_first, of_second));
     }
     return probe;
 }

@@ -27,12 +27,14 @@ static bool FN(load_rows)(void *dst, size_t rows, const char *const *src, int64_
     REAL rest = 0;
     for (size_t r = 0; r < rows; r++) {
         REAL *row = (REAL *)dst + r * cols;
+        VEC found = V(zero)(); /* of the row: one sum of all would wait for its own latency */
         size_t c = 0;
         for (; c < whole; c += VL) {
             const VEC x = V(mul)(FN(widen)(src[r] + (int64_t)c * size, dtype), V(set)(f));
             V(store)(row + c, x);
-            probe = V(fma)(x, ordinary, probe);
+            found = V(fma)(x, ordinary, found);
         }
+        probe = V(add)(probe, found);
         for (; c < cols; c++) {
             row[c] = FN(read_as)(src[r] + (int64_t)c * col_stride, dtype) * f;
             rest += row[c] * ORDINARY_PROBE;
@@ -55,7 +57,7 @@ FA_INLINE VEC FN(pack_key_vector)(REAL *panel, size_t cols, const struct fa_keys
     const VEC ordinary = V(set)(ORDINARY_PROBE);
     size_t c = 0;
     for (; whole && c + step <= cols; c += step) {
-        VEC square[VL];
+        VEC square[VL], found = V(zero)();
         if (more) {
             FN(fetch_square)(row + ahead, (int64_t)c * size);
         }
@@ -65,9 +67,10 @@ FA_INLINE VEC FN(pack_key_vector)(REAL *panel, size_t cols, const struct fa_keys
             for (size_t part = 0; part < parts; part++) {
                 VEC x = FN(part)(square[u], (int)part, dtype);
                 V(store)(panel + (c + u * parts + part) * NR, x);
-                probe = V(fma)(x, ordinary, probe);
+                found = V(fma)(x, ordinary, found);
             }
         }
+        probe = V(add)(probe, found);
     }
     for (; c < cols; c++) {
         VEC x = FN(load_column)(row, keys, (int64_t)c * from->col_stride, dtype);
