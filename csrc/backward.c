@@ -22,6 +22,8 @@
  * sums of grad_q, for num_threads + 1 heads at most. */
 #include "backward.h"
 
+#include <math.h>
+
 #include "float_mode.h"
 #include "keys.h"
 
@@ -130,7 +132,7 @@ static void add_products(const struct fa_backward *b, const struct key_block *bl
 }
 
 /* Rows of accumulated gradients of keys or values to caller memory. */
-static void store_keys(const struct fa_backward *b, const struct key_block *block,
+static void store_keys(struct fa_backward *b, const struct key_block *block,
                        const struct fa_output *to, const char *acc, int64_t padded, int64_t cols,
                        double factor)
 {
@@ -146,7 +148,9 @@ static void store_keys(const struct fa_backward *b, const struct key_block *bloc
             .out = out + j * to->row,
             .out_stride = to->col,
         };
-        g->ops->store_scaled(acc + j * padded * (int64_t)g->ops->size, factor, &result);
+        if (!g->ops->store_scaled(acc + j * padded * (int64_t)g->ops->size, factor, &result)) {
+            fa_backward_leave(b, block->head_index);
+        }
     }
 }
 
@@ -220,9 +224,10 @@ static int64_t count_queries(const struct fa_head *head, int64_t key)
 static bool weigh_columns(struct fa_job *job, int thread, struct key_block *block,
                           struct fa_backward_workspace *ws)
 {
-    const struct fa_backward *b = job->context;
+    struct fa_backward *b = job->context;
     const struct fa_geometry *g = &b->geometry;
     const struct fa_input *from = &b->params->lse;
+    const struct fa_doubt doubt = fa_head_doubt(block->head, 0);
     const int64_t size = (int64_t)g->ops->size;
     const int64_t at = fa_column_at(g, block->head_index, block->key);
     const int64_t softmaxes = fa_backward_seqlen_k(g, block->head_index);
@@ -230,9 +235,9 @@ static bool weigh_columns(struct fa_job *job, int thread, struct key_block *bloc
     bool wanted = false;
 
     for (int64_t j = 0; j < block->live; j++) {
-        const double x = fa_read_real(g, lse + (block->key + j) * from->row);
+        const double x = fa_read_lse(g, lse + (block->key + j) * from->row);
         const int64_t count = count_queries(block->head, block->key + j);
-        wanted = wanted || fa_statistics_wanted(x, count, softmaxes);
+        wanted = wanted || fa_statistics_wanted(g, x, count, softmaxes);
     }
     if (wanted) {
         pack_block(b, block, ws);
@@ -243,13 +248,18 @@ static bool weigh_columns(struct fa_job *job, int thread, struct key_block *bloc
     for (int64_t j = 0; j < g->block_k; j++) {
         struct fa_weighing weighing = {0};
         if (j < block->live) {
-            const double x = fa_read_real(g, lse + (block->key + j) * from->row);
+            const double x = fa_read_lse(g, lse + (block->key + j) * from->row);
             const int64_t count = count_queries(block->head, block->key + j);
+            const bool by_sums = fa_statistics_wanted(g, x, count, softmaxes);
             const struct fa_statistics sums = {
                 .top = fa_read_real(g, ws->col_max + j * size),
                 .total = fa_read_real(g, ws->col_sum + j * size),
             };
-            weighing = fa_statistics_wanted(x, count, softmaxes) && fa_statistics_agree(g, &sums, x)
+            if (by_sums && sums.total != 0 &&
+                (!isfinite(sums.total) || fa_is_doubtful(doubt, sums.top))) {
+                fa_backward_leave(b, block->head_index);
+            }
+            weighing = by_sums && sums.total != 0 && fa_statistics_agree(g, &sums, x)
                            ? fa_weighing_by_statistics(g, &sums)
                            : fa_weighing_by_lse(g, x);
         }
@@ -291,7 +301,7 @@ static void find_column_deltas(const struct fa_backward *b, const struct key_blo
         for (int64_t j = 0; j < keys; j++) {
             double delta = fa_read_real(g, ws->value_products + j * (nr + 1) * size);
             if (from != NULL) {
-                delta -= fa_read_real(g, from + (block->key + first + j) * grad_lse->row);
+                delta -= fa_read_lse(g, from + (block->key + first + j) * grad_lse->row);
             }
             fa_write_real(g, b->delta + at + (first + j) * size, delta);
         }
@@ -336,7 +346,7 @@ static char *sums_of(const struct fa_backward *b, char *unit_sums, int64_t membe
 static bool visit_key_block(struct fa_job *job, int thread, struct key_block *block,
                             struct fa_backward_workspace *ws, int64_t members, char *unit_sums)
 {
-    const struct fa_backward *b = job->context;
+    struct fa_backward *b = job->context;
     const struct fa_geometry *g = &b->geometry;
     const struct fa_attention_params *p = &b->params->attention;
     const int64_t size = (int64_t)g->ops->size, first_head = block->head_index;
@@ -368,18 +378,35 @@ static bool visit_key_block(struct fa_job *job, int thread, struct key_block *bl
     return done;
 }
 
-/* Heads that share their keys and are not stacked. */
-static int64_t count_members(const struct fa_geometry *g)
+int64_t fa_backward_members(const struct fa_geometry *g)
 {
     const struct fa_attention_params *p = g->params;
     return fa_over_queries(g) && p->num_heads > 0 ? p->num_heads / p->num_kv_heads : 1;
 }
 
+void fa_backward_leave(struct fa_backward *backward, int64_t head_index)
+{
+    if (backward->unit_left != NULL) {
+        const int64_t unit = head_index / fa_backward_members(&backward->geometry);
+        atomic_store_explicit(backward->unit_left + unit, true, memory_order_relaxed);
+        atomic_store_explicit(&backward->any_left, true, memory_order_relaxed);
+    }
+}
+
+bool fa_backward_is_done(const struct fa_backward *backward, int64_t head_index)
+{
+    const int64_t unit = head_index / fa_backward_members(&backward->geometry);
+    /* Softmax over the queries prepares the bias' gradient by the same tasks. */
+    return backward->first != NULL &&
+           !atomic_load_explicit(backward->first->unit_left + unit, memory_order_relaxed) &&
+           !(fa_over_queries(&backward->geometry) && backward->params->grad_bias.data != NULL);
+}
+
 /* After the last group of a unit: grad_q of its heads. */
-static void store_unit(const struct fa_backward *b, struct fa_backward_workspace *ws, int64_t unit,
+static void store_unit(struct fa_backward *b, struct fa_backward_workspace *ws, int64_t unit,
                        char *unit_sums)
 {
-    const int64_t members = count_members(&b->geometry);
+    const int64_t members = fa_backward_members(&b->geometry);
     for (int64_t i = 0; i < members; i++) {
         fa_backward_store_rows(b, unit * members + i, sums_of(b, unit_sums, i, 0), ws->q_panels);
     }
@@ -388,14 +415,14 @@ static void store_unit(const struct fa_backward *b, struct fa_backward_workspace
 
 static void run_group(struct fa_job *job, int64_t index, int thread)
 {
-    const struct fa_backward *b = job->context;
+    struct fa_backward *b = job->context;
     const struct fa_geometry *g = &b->geometry;
     struct fa_backward_workspace ws = fa_backward_workspace_of(b, thread);
-    const int64_t members = count_members(g), unit = index / b->groups;
+    const int64_t members = fa_backward_members(g), unit = index / b->groups;
     const int64_t groups = fa_backward_groups(g, unit * members);
     struct key_block block = {.head_index = unit * members, .group = index % b->groups};
 
-    if (block.group >= groups) {
+    if (block.group >= groups || fa_backward_is_done(b, block.head_index)) {
         return;
     }
     char *unit_sums = b->sums == NULL ? NULL : fa_sums_enter(b->sums, unit, groups);
@@ -426,6 +453,19 @@ static int64_t count_rows(const struct fa_backward *b)
                           : starts[g->batch] * g->stacked * g->heads;
 }
 
+static enum fa_status allocate_unit_left(struct fa_backward *b, int64_t units)
+{
+    int64_t bytes = 0;
+    if (!fa_add_bytes(&bytes, units, (int64_t)sizeof *b->unit_left)) {
+        return FA_OVERFLOW;
+    }
+    b->unit_left = fa_allocate(bytes);
+    for (int64_t i = 0; b->unit_left != NULL && i < units; i++) {
+        atomic_init(b->unit_left + i, false);
+    }
+    return b->unit_left == NULL ? FA_NO_MEMORY : FA_OK;
+}
+
 static enum fa_status allocate(struct fa_backward *b)
 {
     const struct fa_geometry *g = &b->geometry;
@@ -446,9 +486,13 @@ static enum fa_status allocate(struct fa_backward *b)
     if (b->workspaces == NULL || b->shift == NULL || b->factor == NULL || b->delta == NULL) {
         return FA_NO_MEMORY;
     }
-    const int64_t members = count_members(g);
-    return b->params->grad_q.data == NULL ? FA_OK
-                                          : fa_sums_init(b, g->batch * g->heads / members, members);
+    const int64_t members = fa_backward_members(g), units = g->batch * g->heads / members;
+    enum fa_status status = FA_OK;
+    if (g->ops->size < sizeof(double)) {
+        status = allocate_unit_left(b, units);
+    }
+    return status == FA_OK && b->params->grad_q.data != NULL ? fa_sums_init(b, units, members)
+                                                             : status;
 }
 
 static enum fa_status run_pass(struct fa_backward *b,
@@ -478,46 +522,69 @@ static enum fa_status run_passes(struct fa_backward *b)
     enum fa_status status =
         fa_over_queries(g) ? FA_OK : run_pass(b, fa_backward_prepare_rows, row_tasks);
     if (status == FA_OK && main_pass) {
-        status = run_pass(b, run_group, heads / count_members(g) * b->groups);
+        status = run_pass(b, run_group, heads / fa_backward_members(g) * b->groups);
     }
-    if (status == FA_OK && p->grad_bias.data != NULL) {
+    /* A second run does that for all heads: they may add to the same elements. */
+    if (status == FA_OK && p->grad_bias.data != NULL && !atomic_load(&b->any_left)) {
         status = run_pass(b, fa_backward_bias, fa_backward_bias_tasks(b));
     }
     return status;
 }
 
+static enum fa_status run(struct fa_backward *b, const struct fa_ops *ops,
+                          const struct fa_ops *score_ops)
+{
+    const struct fa_attention_params *p = &b->params->attention;
+    struct fa_geometry *g = &b->geometry;
+    enum fa_status status = fa_geometry_init(g, p, ops, score_ops);
+    if (status != FA_OK) {
+        return status;
+    }
+    g->block_q = FA_BACKWARD_ROWS;
+    /* Products read columns of weights: rows a power of two apart would share few sets of L1. */
+    g->score_stride += FA_LINE / (int64_t)ops->size;
+    b->padded_k = fa_round_up(p->head_dim, (int64_t)ops->nr);
+    b->padded_v = fa_round_up(p->head_dim_v, (int64_t)ops->nr);
+    b->groups = 1;
+    for (int64_t i = 0; i < g->batch && g->heads > 0; i++) {
+        b->groups = fa_max(b->groups, fa_backward_groups(g, i * g->heads));
+    }
+    status = allocate(b);
+    return status == FA_OK ? run_passes(b) : status;
+}
+
+static void release(struct fa_backward *b)
+{
+    fa_release(b->workspaces);
+    fa_release(b->shift);
+    fa_release(b->factor);
+    fa_release(b->delta);
+    fa_release(b->unit_left);
+    fa_sums_release(b->sums);
+}
+
+/* In float64 where the options leave no choice, or, for heads whose softmax or gradients left the range of float32,
+ * in a second run. */
 static enum fa_status compute_gradients(const struct fa_backward_params *params,
                                         const struct fa_kernels *kernels)
 {
     const struct fa_attention_params *p = &params->attention;
-    struct fa_backward b = {.params = params};
+    struct fa_backward first = {.params = params};
+    const struct fa_ops *ops =
+        fa_has_narrow_options(p) ? fa_ops_for(kernels, p->dtype) : kernels->f64;
     FA_ASSERT(p->head_dim <= FA_MAX_BACKWARD_DIM && p->head_dim_v <= FA_MAX_BACKWARD_DIM);
     FA_ASSERT(p->kv_dtype == p->dtype && p->page_table.data == NULL);
-    /* lse is of the forward pass' scores: others, as accurate, would not be as close to it as they are to each other. */
-    const struct fa_ops *ops = fa_ops_for(kernels, p->dtype);
-    const struct fa_ops *score_ops = p->dtype == FA_F32 ? fa_forward_ops(kernels, p) : ops;
-    enum fa_status status = fa_geometry_init(&b.geometry, p, ops, score_ops);
-    if (status != FA_OK) {
-        return status;
+    /* lse is of the forward pass' scores: others, as accurate, would not be as close to it as they
+     * are to each other. */
+    const struct fa_ops *score_ops =
+        p->dtype == FA_F32 && ops == kernels->f32 ? fa_forward_ops(kernels, p) : ops;
+    enum fa_status status = run(&first, ops, score_ops);
+    if (status == FA_OK && atomic_load(&first.any_left)) {
+        struct fa_backward second = {.params = params, .first = &first};
+        status = run(&second, kernels->f64, kernels->f64);
+        release(&second);
     }
-    b.geometry.block_q = FA_BACKWARD_ROWS;
-    /* Products read columns of weights: rows a power of two apart would share few sets of L1. */
-    b.geometry.score_stride += FA_LINE / (int64_t)b.geometry.ops->size;
-    b.padded_k = fa_round_up(p->head_dim, (int64_t)b.geometry.ops->nr);
-    b.padded_v = fa_round_up(p->head_dim_v, (int64_t)b.geometry.ops->nr);
-    b.groups = 1;
-    for (int64_t i = 0; i < b.geometry.batch && b.geometry.heads > 0; i++) {
-        b.groups = fa_max(b.groups, fa_backward_groups(&b.geometry, i * b.geometry.heads));
-    }
-    status = allocate(&b);
-    if (status == FA_OK) {
-        status = run_passes(&b);
-    }
-    fa_release(b.workspaces);
-    fa_release(b.shift);
-    fa_release(b.factor);
-    fa_release(b.delta);
-    fa_sums_release(b.sums);
+    release(&first);
     return status;
 }
 

@@ -63,7 +63,20 @@ struct fa_backward {
      * and factor give the weights, see fa_weighing; a row without keys has factor 0. */
     char *shift, *factor, *delta;
     struct fa_sums *sums; /* of grad_q, or NULL */
+    /* [units], see fa_sums_init: whether a softmax or a gradient of the unit left the range of float32, and whether any
+     * did; NULL if float64 computes.  `first`: NULL, or the run whose units of that kind this one computes again. */
+    atomic_bool *unit_left;
+    atomic_bool any_left;
+    const struct fa_backward *first;
 };
+
+/* Heads that share their keys and are not stacked: those of a unit. */
+int64_t fa_backward_members(const struct fa_geometry *g);
+
+/* Note that a head's unit left the range of its type. */
+void fa_backward_leave(struct fa_backward *backward, int64_t head_index);
+/* Whether this run has nothing to do for a head: it was computed by the first. */
+bool fa_backward_is_done(const struct fa_backward *backward, int64_t head_index);
 
 /* Sums of grad_q (backward_sums.c).  A unit is what one task of each group works on: a key head, or, with softmax
  * over the queries, all heads that share it.  Its sums, real [heads of it][groups][rows][padded_k], exist from
@@ -107,7 +120,8 @@ void fa_backward_pack(const struct fa_head *head, struct fa_backward_workspace *
 
 /* Statistics (backward_statistics.c).  Whether a softmax over `scores` scores, one of `softmaxes`,
  * needs its own, because lse is not exact enough for its weights. */
-bool fa_statistics_wanted(double lse, int64_t scores, int64_t softmaxes);
+bool fa_statistics_wanted(const struct fa_geometry *g, double lse, int64_t scores,
+                          int64_t softmaxes);
 /* Whether lse is theirs.  It is not where the caller merged attention over more keys than those of
  * this call, and means the gradients of that. */
 bool fa_statistics_agree(const struct fa_geometry *g, const struct fa_statistics *of, double lse);
@@ -115,7 +129,7 @@ struct fa_weighing fa_weighing_by_statistics(const struct fa_geometry *g,
                                              const struct fa_statistics *of);
 /* A sink, a base-2 score or -inf, joins the total; its weight. */
 void fa_statistics_add_sink(struct fa_statistics *of, double sink);
-double fa_sink_weight(const struct fa_weighing *weighing, double sink);
+double fa_sink_weight(const struct fa_statistics *of, double lse, double sink);
 struct fa_weighing fa_weighing_by_lse(const struct fa_geometry *g, double lse);
 /* Those of the rows from `first` on, FA_BACKWARD_ROWS at most, that are wanted; the others' are
  * arbitrary.  Without sinks.  False: stopped. */
@@ -134,8 +148,8 @@ int64_t fa_backward_bias_tasks(const struct fa_backward *backward);
 
 /* grad_q of a head from its `groups` sums, each of rows times padded_k elements, g->rows apart; scratch: padded_k
  * elements. */
-void fa_backward_store_rows(const struct fa_backward *backward, int64_t head_index,
-                            const char *sums, char *scratch);
+void fa_backward_store_rows(struct fa_backward *backward, int64_t head_index, const char *sums,
+                            char *scratch);
 
 /* Rows of all heads before this one, in arrays that hold a number for every row. */
 static inline int64_t fa_rows_before(const struct fa_geometry *g, int64_t head_index)
@@ -167,7 +181,30 @@ static inline bool fa_over_queries(const struct fa_geometry *g)
     return g->params->softmax_axis == FA_SOFTMAX_QUERIES;
 }
 
-/* An element of the workspace, or of lse and its gradient. */
+/* An element of lse or its gradient, or of the sinks' terms. */
+static inline double fa_read_lse(const struct fa_geometry *g, const char *p)
+{
+    float single;
+    double x;
+    if (fa_lse_dtype(g->params) == FA_F64) {
+        memcpy(&x, p, sizeof x);
+        return x;
+    }
+    memcpy(&single, p, sizeof single);
+    return (double)single;
+}
+
+static inline void fa_write_lse(const struct fa_geometry *g, char *p, double x)
+{
+    const float single = (float)x;
+    if (fa_lse_dtype(g->params) == FA_F64) {
+        memcpy(p, &x, sizeof x);
+    } else {
+        memcpy(p, &single, sizeof single);
+    }
+}
+
+/* An element of the workspace. */
 static inline double fa_read_real(const struct fa_geometry *g, const char *p)
 {
     float single;

@@ -73,6 +73,13 @@ static void add_doubles(double *to, int64_t stride, const double *from, int64_t 
     }
 }
 
+static void add_rounded(float *to, int64_t stride, const double *from, int64_t n)
+{
+    for (int64_t j = 0; j < n; j++) {
+        to[j * stride] = (float)((double)to[j * stride] + from[j]);
+    }
+}
+
 static void add_tile(const struct fa_backward *b, const struct fa_backward_workspace *ws,
                      int64_t first, int64_t rows, int64_t block_key, struct fa_key_range keys,
                      char *plane)
@@ -84,7 +91,10 @@ static void add_tile(const struct fa_backward *b, const struct fa_backward_works
         char *to = plane + fa_row_member(g, first + r) * bias->head +
                    fa_row_token(g, first + r) * bias->row + (block_key + keys.lo) * bias->col;
         const char *from = ws->gradients + (r * g->score_stride + keys.lo) * size;
-        if (size == (int64_t)sizeof(double)) {
+        if (g->widened) {
+            add_rounded((float *)(void *)to, bias->col / (int64_t)sizeof(float),
+                        (const double *)(const void *)from, keys.hi - keys.lo);
+        } else if (size == (int64_t)sizeof(double)) {
             add_doubles((double *)(void *)to, stride, (const double *)(const void *)from,
                         keys.hi - keys.lo);
         } else {

@@ -7,7 +7,7 @@ static double row_lse(const struct fa_backward *b, int64_t head_index, int64_t r
 {
     const struct fa_geometry *g = &b->geometry;
     const struct fa_input *lse = &b->params->lse;
-    return fa_read_real(g, fa_row_at(g, fa_input_of(g, lse, head_index), row, lse->head, lse->row));
+    return fa_read_lse(g, fa_row_at(g, fa_input_of(g, lse, head_index), row, lse->head, lse->row));
 }
 
 /* The base-2 score of a row's sink; -inf: none. */
@@ -45,9 +45,19 @@ static double delta_of_out(const struct fa_backward *b, int64_t head_index, int6
     return g->ops->row_delta(&terms);
 }
 
+/* Scores that left the range of float32, or lost what tells them apart there. */
+static void leave_if_doubtful(struct fa_backward *b, const struct fa_head *head, int64_t head_index,
+                              int64_t row, const struct fa_statistics *of)
+{
+    const struct fa_doubt doubt = fa_head_doubt(head, fa_row_member(&b->geometry, row));
+    if (of->total != 0 && (!isfinite(of->total) || fa_is_doubtful(doubt, of->top))) {
+        fa_backward_leave(b, head_index);
+    }
+}
+
 /* shift, factor and delta of a row, and what it adds to the gradient of its sink.  of: its
  * statistics without the sink, or NULL. */
-static void store_row(const struct fa_backward *b, const struct fa_head *head, int64_t head_index,
+static void store_row(struct fa_backward *b, const struct fa_head *head, int64_t head_index,
                       int64_t row, struct fa_statistics *of)
 {
     const struct fa_geometry *g = &b->geometry;
@@ -57,14 +67,19 @@ static void store_row(const struct fa_backward *b, const struct fa_head *head, i
     const char *grad_lse = fa_input_of(g, &p->grad_lse, head_index);
     const double lse = row_lse(b, head_index, row), sink = row_sink(head, row);
     /* A row without keys has no weights; nothing that is subtracted from -inf may be -inf. */
-    const bool empty = lse == -INFINITY;
+    const bool empty =
+        of != NULL && isinf(lse) ? of->total == 0 && sink == -INFINITY : lse == -INFINITY;
     struct fa_weighing weighing = {0};
     double delta = 0;
 
     if (of != NULL) {
+        leave_if_doubtful(b, head, head_index, row, of);
         fa_statistics_add_sink(of, sink);
     }
-    if (of != NULL && fa_statistics_agree(g, of, lse)) {
+    if (of != NULL && (empty || !fa_statistics_agree(g, of, lse))) {
+        of = NULL;
+    }
+    if (of != NULL) {
         weighing = fa_weighing_by_statistics(g, of);
         delta = of->products / of->total;
     } else if (!empty) {
@@ -72,7 +87,7 @@ static void store_row(const struct fa_backward *b, const struct fa_head *head, i
         delta = delta_of_out(b, head_index, row);
     }
     if (grad_lse != NULL && !empty) {
-        delta -= fa_read_real(g, fa_row_at(g, grad_lse, row, p->grad_lse.head, p->grad_lse.row));
+        delta -= fa_read_lse(g, fa_row_at(g, grad_lse, row, p->grad_lse.head, p->grad_lse.row));
     }
     fa_write_real(g, b->shift + at, weighing.shift);
     fa_write_real(g, b->factor + at, weighing.factor);
@@ -80,7 +95,7 @@ static void store_row(const struct fa_backward *b, const struct fa_head *head, i
     if (to->data != NULL) {
         char *term = fa_output_of(g, to, head_index, false) + fa_row_member(g, row) * to->head +
                      fa_row_token(g, row) * to->row;
-        fa_write_real(g, term, empty ? 0 : -fa_sink_weight(&weighing, sink) * delta);
+        fa_write_lse(g, term, empty ? 0 : -fa_sink_weight(of, lse, sink) * delta);
     }
 }
 
@@ -91,19 +106,22 @@ static bool row_wants_statistics(const struct fa_backward *b, const struct fa_he
     const struct fa_geometry *g = &b->geometry;
     const struct fa_key_range keys = fa_token_keys(head, fa_row_token(g, row));
     const double lse = row_lse(b, head_index, row);
-    return fa_statistics_wanted(lse, keys.hi - keys.lo, head->rows / g->stacked) ||
+    return fa_statistics_wanted(g, lse, keys.hi - keys.lo, head->rows / g->stacked) ||
            (head->residual != NULL && isfinite(lse));
 }
 
 void fa_backward_prepare_rows(struct fa_job *job, int64_t index, int thread)
 {
-    const struct fa_backward *b = job->context;
+    struct fa_backward *b = job->context;
     const struct fa_geometry *g = &b->geometry;
     const int64_t blocks = fa_backward_row_blocks(g), first = index % blocks * FA_BACKWARD_ROWS;
     const int64_t head_index = index / blocks;
     struct fa_statistics of[FA_BACKWARD_ROWS];
     bool wanted[FA_BACKWARD_ROWS], any = false;
     struct fa_head head;
+    if (b->params->grad_bias.data == NULL && fa_backward_is_done(b, head_index)) {
+        return;
+    }
     fa_head_init(&head, g, head_index);
     const int64_t rows = fa_min(FA_BACKWARD_ROWS, head.rows - first);
     for (int64_t r = 0; r < rows; r++) {
@@ -122,8 +140,8 @@ void fa_backward_prepare_rows(struct fa_job *job, int64_t index, int thread)
     }
 }
 
-void fa_backward_store_rows(const struct fa_backward *backward, int64_t head_index,
-                            const char *sums, char *scratch)
+void fa_backward_store_rows(struct fa_backward *backward, int64_t head_index, const char *sums,
+                            char *scratch)
 {
     const struct fa_geometry *g = &backward->geometry;
     const struct fa_output *to = &backward->params->grad_q;
@@ -144,6 +162,8 @@ void fa_backward_store_rows(const struct fa_backward *backward, int64_t head_ind
         for (int64_t i = 1; i < groups; i++) {
             g->ops->add(scratch, first + i * group_bytes, (size_t)backward->padded_k);
         }
-        g->ops->store_scaled(scratch, backward->params->attention.scale, &result);
+        if (!g->ops->store_scaled(scratch, backward->params->attention.scale, &result)) {
+            fa_backward_leave(backward, head_index);
+        }
     }
 }

@@ -36,10 +36,17 @@
 /* Base-2: totals up to here leave factor = 1 / total far from the smallest float32. */
 #define LARGE_TOTAL 0x1p40
 
-bool fa_statistics_wanted(double lse, int64_t scores, int64_t softmaxes)
+/* Base-2: how far a shift may be from its softmax' top, and its factor from 1 / total. */
+#define MOST_APART 64
+
+bool fa_statistics_wanted(const struct fa_geometry *g, double lse, int64_t scores,
+                          int64_t softmaxes)
 {
-    if (!isfinite(lse)) {
-        return false; /* empty, or spoilt */
+    if (isinf(lse)) { /* of no key, or of scores that float32 has no lse for */
+        return g->params->dtype != FA_F64 && scores > 0;
+    }
+    if (isnan(lse)) {
+        return false;
     }
     const bool flat = scores >= FLAT_SCORES && fabs(lse - log((double)scores)) <= FLAT;
     return !flat || fabs(lse) > (softmaxes >= MANY ? LARGE_LSE : SMALL_LSE);
@@ -58,10 +65,24 @@ static double tolerance(enum fa_dtype dtype)
     }
 }
 
+/* Base-2 scores from here on are biases as they were given (scores_template.h). */
+static double half_range(const struct fa_geometry *g)
+{
+    if (g->params->bias.data == NULL) {
+        return INFINITY;
+    }
+    return g->ops->size == sizeof(double) ? FA_HALF_RANGE_F64 : FA_HALF_RANGE_F32;
+}
+
 bool fa_statistics_agree(const struct fa_geometry *g, const struct fa_statistics *of, double lse)
 {
-    const double again = of->top * FA_LN_2 + log(of->total);
-    const double unit = g->ops->size == sizeof(double) ? 0x1p-53 : 0x1p-24;
+    const bool wide = fa_lse_dtype(g->params) == FA_F64;
+    const double again =
+        fabs(of->top) < half_range(g) ? of->top * FA_LN_2 + log(of->total) : of->top;
+    const double unit = wide ? 0x1p-53 : 0x1p-24;
+    if (isinf(lse)) {
+        return (wide ? again : (double)(float)again) == lse;
+    }
     return fabs(again - lse) <= tolerance(g->params->dtype) + 8 * unit * fabs(lse);
 }
 
@@ -76,9 +97,9 @@ void fa_statistics_add_sink(struct fa_statistics *of, double sink)
     of->top = top;
 }
 
-double fa_sink_weight(const struct fa_weighing *weighing, double sink)
+double fa_sink_weight(const struct fa_statistics *of, double lse, double sink)
 {
-    return exp2(sink - weighing->shift) * weighing->factor;
+    return of != NULL ? exp2(sink - of->top) / of->total : exp2(sink - lse * FA_LOG2_E);
 }
 
 /* The nearest element of the workspace's type; a finite number stays finite. */
@@ -95,13 +116,18 @@ struct fa_weighing fa_weighing_by_statistics(const struct fa_geometry *g,
 {
     const double more = of->total > LARGE_TOTAL ? log2(of->total) : 0;
     const double shift = round_real(g, of->top + more);
-    return (struct fa_weighing){.shift = shift, .factor = exp2(shift - of->top) / of->total};
+    /* Far apart only where a sink is the top, and no score near it. */
+    const double apart = fmin(fmax(shift - of->top, -MOST_APART), MOST_APART);
+    return (struct fa_weighing){.shift = shift, .factor = exp2(apart) / of->total};
 }
 
 struct fa_weighing fa_weighing_by_lse(const struct fa_geometry *g, double lse)
 {
     if (lse == -INFINITY) {
         return (struct fa_weighing){0};
+    }
+    if (isfinite(lse) && fabs(lse) >= half_range(g)) {
+        return (struct fa_weighing){.shift = lse, .factor = 1};
     }
     const double shift = round_real(g, lse * FA_LOG2_E);
     /* What rounding it left: exact in double, but for the last bits of log2(e). */

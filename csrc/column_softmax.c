@@ -36,8 +36,7 @@ static void give_back_column(struct fa_forward *forward, struct fa_doubt doubt, 
 {
     const size_t size = forward->geometry->ops->size;
     const double max = read_real(col_max, size), inverse = read_real(col_inverse, size);
-    const bool doubtful = inverse != 0 && fabs(max) > doubt.from && fabs(max) < doubt.to;
-    if (!doubtful && isfinite(inverse) && isfinite(max)) {
+    if (!(inverse != 0 && fa_is_doubtful(doubt, max)) && isfinite(inverse) && isfinite(max)) {
         return;
     }
     memset(col_inverse, -1, size); /* a NaN, of either type */
@@ -46,10 +45,12 @@ static void give_back_column(struct fa_forward *forward, struct fa_doubt doubt, 
 }
 
 /* lse of a column that was given back, from its statistics in float64. */
-static void store_lse_again(char *lse, enum fa_dtype dtype, double col_max, double col_inverse)
+static void store_lse_again(char *lse, const struct fa_attention_params *params, double col_max,
+                            double col_inverse)
 {
-    const double wide =
-        fabs(col_max) < FA_HALF_RANGE_F64 ? (col_max - log2(col_inverse)) * FA_LN_2 : col_max;
+    const enum fa_dtype dtype = fa_lse_dtype(params);
+    const bool is_bias = params->bias.data != NULL && fabs(col_max) >= FA_HALF_RANGE_F64;
+    const double wide = is_bias ? col_max : (col_max - log2(col_inverse)) * FA_LN_2;
     const float narrow = (float)wide;
     if (dtype == FA_F64) {
         memcpy(lse, &wide, sizeof wide);
@@ -82,7 +83,7 @@ static void settle_columns(struct fa_forward *forward, const struct fa_head *hea
         } else if (head->lse != NULL) {
             const size_t given_size = first->geometry->ops->size;
             if (isnan(read_real(given + j * (int64_t)given_size, given_size))) {
-                store_lse_again(head->lse + (block_key + j) * stride, fa_lse_dtype(g->params),
+                store_lse_again(head->lse + (block_key + j) * stride, g->params,
                                 read_real(max, sizeof(double)), read_real(inverse, sizeof(double)));
             }
         }
@@ -138,7 +139,7 @@ static void run_column_task(struct fa_job *job, int64_t index, int thread)
     const bool stores = head.lse != NULL && forward->first == NULL;
     ops->column_finish(col_max, col_sum, (size_t)keys, (size_t)g->block_k,
                        stores ? head.lse + block_key * lse->row : NULL, lse->row,
-                       fa_lse_dtype(g->params));
+                       fa_lse_dtype(g->params), g->params->bias.data != NULL);
     settle_columns(forward, &head, head_index, block_key, keys);
 }
 

@@ -322,9 +322,7 @@ static void place_row(const struct fa_forward *forward, const struct fa_task *ta
         result->lse = head->lse + member * p->lse.head + token * p->lse.row;
     }
     if (head->alibi_slopes != NULL) {
-        const struct fa_doubt doubt = fa_head_doubt(head, member);
-        result->doubtful_from = doubt.from;
-        result->doubtful_to = doubt.to;
+        result->doubt = fa_head_doubt(head, member);
     }
 }
 
@@ -334,20 +332,19 @@ static void store_rows(struct fa_forward *forward, const struct fa_task *task,
 {
     const struct fa_geometry *g = forward->geometry;
     const struct fa_attention_params *p = g->params;
-    const struct fa_doubt doubt = fa_head_doubt(&task->head, 0);
     const bool has_lse = task->head.lse != NULL && task->first_col == 0 && forward->col_max == NULL;
     struct fa_forward *first = forward->first;
     struct fa_row_result result = {
         .cols = (size_t)task->cols,
         .dtype = p->dtype,
         .lse_dtype = fa_lse_dtype(p),
+        .biased = p->bias.data != NULL,
         .sink = -INFINITY,
         .exponent = g->value_exponent,
         .final = forward->given_back == NULL,
         .look_at_acc = look_at_acc,
         .averages = p->softmax_axis == FA_SOFTMAX_KEYS && p->dropout_p == 0,
-        .doubtful_from = doubt.from,
-        .doubtful_to = doubt.to,
+        .doubt = fa_head_doubt(&task->head, 0),
         .out_stride = p->out.col,
         .residual_stride = p->residual.col,
     };

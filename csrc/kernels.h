@@ -85,7 +85,8 @@ struct fa_product {
 #define FA_VALUE_EXPONENT_F64 960
 #define FA_MOST_KEYS (1 << 23)
 
-/* A base-2 score of float64 from which on it is a bias as it was given, not times log2(e). */
+/* A base-2 score, of float32 or float64, from which on it is a bias as it was given, not times log2(e). */
+#define FA_HALF_RANGE_F32 0x1p127
 #define FA_HALF_RANGE_F64 0x1p1023
 
 /* Rows of online softmax over the keys seen so far. */
@@ -94,6 +95,16 @@ struct fa_state {
     void *row_sum; /* real [rows][vl] */
     void *acc; /* real [rows][ldacc]: unnormalised output */
 };
+
+/* Base-2 maxima of softmaxes that float64 had better compute: above `from`, or below -from but not as low as -to. */
+struct fa_doubt {
+    double from, to;
+};
+
+static inline bool fa_is_doubtful(struct fa_doubt doubt, double top)
+{
+    return top > doubt.from || (-top > doubt.from && -top < doubt.to);
+}
 
 /* One finished row of the online softmax, on its way to caller memory. */
 struct fa_row_result {
@@ -107,11 +118,12 @@ struct fa_row_result {
     int64_t residual_stride;
     void *lse; /* nullable; one element, natural logarithm, of lse_dtype */
     enum fa_dtype lse_dtype; /* FA_F32 or FA_F64 */
+    bool biased; /* scores beyond FA_HALF_RANGE are biases as they were given */
     int exponent; /* of 2, that values were divided by: the result is multiplied, residual aside */
     bool averages; /* of values: finite where acc is */
     /* What is not stored, see enum fa_stored: `final` stores everything. */
     bool final, look_at_acc;
-    double doubtful_from, doubtful_to;
+    struct fa_doubt doubt;
     /* Nullable: a bit for each element.  With `choose` the finite ones of acc are stored, and the bits of the others
      * are set; else elements are stored whose bit is set. */
     uint8_t *columns;
@@ -121,7 +133,7 @@ struct fa_row_result {
 /* A row that left the range of its element type is given back instead of stored. */
 enum fa_stored {
     FA_STORED,
-    FA_ROW_LEFT, /* its sum is not finite, or its row_max between doubtful_from and doubtful_to in size */
+    FA_ROW_LEFT, /* its sum is not finite, or its row_max is doubtful (fa_is_doubtful) */
     FA_SUMS_LEFT, /* with look_at_acc and without columns: elements of acc are not finite */
 };
 
@@ -260,8 +272,8 @@ struct fa_ops {
     void (*scale_gradients)(void *d, const void *slope, size_t ld, size_t rows, size_t n);
     /* sum += x; n: multiple of vl. */
     void (*add)(void *sum, const void *x, size_t n);
-    /* out = acc * factor: one row of gradients. */
-    void (*store_scaled)(const void *acc, double factor, const struct fa_row_result *result);
+    /* out = acc * factor: one row of gradients.  Returns whether the sums are finite. */
+    bool (*store_scaled)(const void *acc, double factor, const struct fa_row_result *result);
 
     /* Softmax over queries: running column maxima and sums of one key block. */
     void (*column_begin)(void *col_max, void *col_sum, size_t n);
@@ -270,7 +282,7 @@ struct fa_ops {
     /* Turn col_sum into reciprocals, and store n natural-log sums.  Where no query takes part, and in
      * columns [n, padded), maximum and reciprocal become 0. */
     void (*column_finish)(void *col_max, void *col_sum, size_t n, size_t padded, void *lse,
-                          int64_t lse_stride, enum fa_dtype lse_dtype);
+                          int64_t lse_stride, enum fa_dtype lse_dtype, bool biased);
     /* s = exp2(s - col_max) * col_inverse */
     void (*column_weights)(void *s, size_t ld, size_t rows, size_t n, const void *col_max,
                            const void *col_inverse);

@@ -199,8 +199,8 @@ bool fa_has_narrow_options(const struct fa_attention_params *params)
 }
 
 /* Beside a bias, or a distance, of more than 2^16 the rest of a score has less than 7 bits left in float32 behind
- * the point, by which keys are told apart.  Narrow biases from 2^127 on leave none of it in float64 either: that is how
- * models mask, with the lowest number of a type, and such rows are the average of their keys in both. */
+ * the point, by which keys are told apart.  Narrow biases from -2^127 down leave none of it in float64 either: that is
+ * how models mask, with the lowest number of a type, and such rows are the average of their keys in both. */
 #define DOUBTFUL_FROM 0x1p16
 #define DOUBTFUL_TO 0x1p127
 

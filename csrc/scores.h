@@ -57,11 +57,7 @@ float fa_softmax_factor(const struct fa_head *head);
 /* Whether a call's scale and softcap, as the scores take them, are numbers of float32 with room on both sides. */
 bool fa_has_narrow_options(const struct fa_attention_params *params);
 
-/* Sizes of row_max between which rows of a head are better computed in float64 (struct fa_row_result). */
-struct fa_doubt {
-    double from, to;
-};
-
+/* Of the rows of a head's stacked query head `member`. */
 struct fa_doubt fa_head_doubt(const struct fa_head *head, int64_t member);
 
 /* Draw the factors of dropout for the tile, into ws->factors; multiply the tile's part of `rows`, which are

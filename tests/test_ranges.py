@@ -273,3 +273,85 @@ def check_call(name: str, arrays: list[np.ndarray], options: dict[str, Any]) -> 
     assert worst <= limit, f"{name}: gauge {worst:.3g}, {sorted(options)}"
     missing = np.isnan(lse) & ~np.isnan(specified[1]) & (exact.lse_unit < float(info.max) / 4)
     assert not np.any(missing), f"{name}: lse is NaN"
+
+
+# --- gradients --------------------------------------------------------------------------------
+
+
+def gradients_of(
+    arrays: list[np.ndarray], grad_out: np.ndarray, options: dict[str, Any]
+) -> tuple[Any, Any]:
+    out, lse = fa.attention(*arrays, return_lse=True, **options)
+    computed = fa.attention_backward(grad_out, *arrays, out, lse, **options)
+    return computed, fa.reference.attention_backward(grad_out, *arrays, **options)
+
+
+@pytest.mark.parametrize("axis", ["keys", "queries"])
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [
+        (1.0, {"scale": 1e39}),
+        (1.0, {"scale": 1e-44}),
+        (1.0, {"softcap": 1e39, "scale": 1.0}),
+        (1.0, {"bias": np.array([MIN64, -1e300, -1e9, 0.5])}),
+        (1.0, {"bias": np.full(4, MIN64)}),
+        (1.0, {"bias": np.full(4, -1e9)}),
+        (1e38, {}),  # products of grad_out and v, and sums of them with keys, pass the range
+        (3e38, {"causal": True}),
+    ],
+    ids=str,
+)
+def test_gradients_beyond_the_range_of_float32(
+    size: float, options: dict[str, Any], axis: str
+) -> None:
+    rng = np.random.default_rng(3)
+    k, v = rng.standard_normal((2, 2, 4, 8), dtype=F32)
+    scale = options.get("scale", 1.0)
+    q, grad_out = rng.standard_normal((2, 2, 30, 8), dtype=F32)
+    q = np.clip(q.astype(np.float64) * min(1 / scale, 1e38), -MAX32, MAX32).astype(F32)
+    v = np.clip(v.astype(np.float64) * size, -MAX32, MAX32).astype(F32)
+    options = {**options, "softmax_axis": axis}
+    computed, expected = gradients_of([q, k, v], grad_out, options)
+    for name in ("q", "k", "v"):
+        value = getattr(expected, name)
+        fits = np.abs(value) < MAX32
+        largest = float(np.max(np.abs(value), where=fits, initial=0))
+        error = np.abs(getattr(computed, name)[fits].astype(np.float64) - value[fits])
+        assert np.all(error <= 1e-5 * largest), name
+
+
+@pytest.mark.parametrize("other", [1.0, 1e38])
+def test_gradients_of_a_head_depend_on_no_other(other: float) -> None:
+    """Heads whose gradients leave the range are computed again, and no others."""
+    rng = np.random.default_rng(4)
+    q, k, v, grad_out = rng.standard_normal((4, 2, 70, 16), dtype=F32)
+    alone = [x[:1] for x in (q, k, v, grad_out)]
+    out, lse = fa.attention(*alone[:3], return_lse=True)
+    expected = fa.attention_backward(alone[3], *alone[:3], out, lse)
+    v[1] *= F32(other)
+    out, lse = fa.attention(q, k, v, return_lse=True)
+    computed = fa.attention_backward(grad_out, q, k, v, out, lse)
+    for name in ("q", "k", "v"):
+        assert getattr(computed, name)[:1].tobytes() == getattr(expected, name).tobytes()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("first", range(0, NUM_DRAWS, DRAWS_PER_TEST))
+def test_gradients_of_random_calls(first: int, dtype: Any) -> None:
+    """No NaN and no infinity where the reference is finite, in the gradients by q, k, v and sinks."""
+    for seed in range(first, first + DRAWS_PER_TEST):
+        rng = np.random.default_rng(seed)
+        arrays, options = draw_call(rng, dtype)
+        shape = (*arrays[0].shape[:-1], arrays[2].shape[-1])
+        kind = rng.random()
+        grad_out = rng.standard_normal(shape).astype(dtype)
+        if kind < 0.5:
+            grad_out = draw_numbers(rng, shape, dtype)
+        computed, expected = gradients_of(arrays, grad_out, options)
+        for name in ("q", "k", "v", "sinks"):
+            gradient, value = getattr(computed, name), getattr(expected, name)
+            if gradient is not None:
+                largest = float(ml_dtypes.finfo(gradient.dtype).max)
+                fits = np.abs(value) < largest * (1 - float(ml_dtypes.finfo(dtype).eps))
+                finite = np.isfinite(gradient.astype(np.float64))
+                assert np.all(finite[fits]), f"seed {seed}, {np.dtype(dtype)}: {name}"

@@ -5,7 +5,7 @@ static inline VEC FN(load_terms)(const char *p, int64_t stride, size_t c, size_t
                                  enum fa_dtype dtype)
 {
     REAL lanes[VL] = {0};
-    if (stride == fa_dtype_size(dtype) && c + VL <= cols) {
+    if (stride == fa_dtype_size(dtype) && FN(knows)(dtype) && c + VL <= cols) {
         return FN(widen)(p + (int64_t)c * stride, dtype);
     }
     for (size_t i = 0; i < VL && c + i < cols; i++) {
@@ -143,7 +143,8 @@ static void FN(add)(void *sum, const void *x, size_t n)
     }
 }
 
-static void FN(store_scaled)(const void *acc, double factor, const struct fa_row_result *result)
+static bool FN(store_scaled)(const void *acc, double factor, const struct fa_row_result *result)
 {
     FN(store_row)((const REAL *)acc, (REAL)factor, result);
+    return FN(sum_probes)(acc, result->cols) == 0;
 }

@@ -40,7 +40,7 @@ static void FN(column_update)(const void *s, size_t ld, size_t rows, size_t n, v
 }
 
 static void FN(column_finish)(void *col_max, void *col_sum, size_t n, size_t padded, void *lse,
-                              int64_t lse_stride, enum fa_dtype lse_dtype)
+                              int64_t lse_stride, enum fa_dtype lse_dtype, bool biased)
 {
     REAL *max = col_max, *sum = col_sum;
     memset(max + n, 0, (padded - n) * sizeof(REAL));
@@ -49,7 +49,7 @@ static void FN(column_finish)(void *col_max, void *col_sum, size_t n, size_t pad
         double total = (double)sum[l], log_sum = -INFINITY;
         if (total != 0) { /* a query takes part, or a NaN does */
             log_sum = (double)max[l];
-            if (fabs(log_sum) < HALF_RANGE) {
+            if (!biased || fabs(log_sum) < HALF_RANGE) {
                 log_sum = (log_sum + log2(total)) * FA_LN_2;
             }
             sum[l] = (REAL)(1 / total);

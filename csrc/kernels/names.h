@@ -53,7 +53,7 @@ _Static_assert(64 + FA_VALUE_EXPONENT_F64 == 1024, "VALUE_PROBE_f64");
 
 /* Half of the largest power of 2, beyond which a base-2 score is a bias as it is, and where that begins
  * (scores_template.h): the distance to BIAS_LIMIT is lost in rounding there. */
-#define HALF_RANGE_f32 0x1p127
+#define HALF_RANGE_f32 FA_HALF_RANGE_F32
 #define HALF_RANGE_f64 FA_HALF_RANGE_F64
 #define HALF_RANGE FN(HALF_RANGE)
 #define BIAS_LIMIT_f32 0x1p100f

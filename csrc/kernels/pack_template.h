@@ -163,17 +163,21 @@ static bool FN(pack_values)(void *dst, size_t panel_stride, size_t keys, size_t 
     return FN(is_finite)(probe);
 }
 
+/* 0, or NaN where one of the sums of a row is not finite. */
+static REAL FN(sum_probes)(const REAL *acc, size_t cols)
+{
+    REAL probe = 0;
+    for (size_t c = 0; c < cols; c++) {
+        probe += acc[c] * 0;
+    }
+    return probe;
+}
+
 /* Whether a row is to be given back because some of its sums are not finite. */
 static bool FN(have_sums_left)(const REAL *acc, const struct fa_row_result *result)
 {
-    REAL probe = 0;
-    if (result->final || !result->look_at_acc || result->columns != NULL) {
-        return false;
-    }
-    for (size_t c = 0; c < result->cols; c++) {
-        probe += acc[c] * 0;
-    }
-    return probe != 0;
+    return !result->final && result->look_at_acc && result->columns == NULL &&
+           FN(sum_probes)(acc, result->cols) != 0;
 }
 
 /* Whether an element of a row is stored, where that is asked for each; see struct fa_row_result. */

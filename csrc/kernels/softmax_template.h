@@ -178,8 +178,7 @@ static enum fa_stored FN(softmax_store)(const struct fa_state *state, size_t lda
     double total = FN(sum_lanes)((const REAL *)state->row_sum + row * VL), weight = 1;
     const bool empty = total == 0; /* no key takes part, nor a NaN */
     const REAL *acc = (const REAL *)state->acc + row * ldacc;
-    const bool doubtful = fabs(top) > result->doubtful_from && fabs(top) < result->doubtful_to;
-    if (!result->final && !empty && (!(total <= REAL_MAX) || doubtful)) {
+    if (!result->final && !empty && (!(total <= REAL_MAX) || fa_is_doubtful(result->doubt, top))) {
         return FA_ROW_LEFT;
     }
     if (FN(have_sums_left)(acc, result)) {
@@ -197,7 +196,8 @@ static enum fa_stored FN(softmax_store)(const struct fa_state *state, size_t lda
     }
     FN(store_row)(acc, (REAL)(weight / total), result);
     if (result->lse != NULL) {
-        const double lse = fabs(top) >= HALF_RANGE ? top : (top + log2(total)) * FA_LN_2;
+        const double lse =
+            result->biased && fabs(top) >= HALF_RANGE ? top : (top + log2(total)) * FA_LN_2;
         FN(write_as)(result->lse, (REAL)lse, result->lse_dtype);
     }
     return FA_STORED;

@@ -71,7 +71,7 @@ static inline float FN(to_odd)(REAL x)
     if ((REAL)near == x || near != near) {
         return near;
     }
-    const bool away = near > 0 ? (REAL)near > x : (REAL)near < x;
+    const bool away = x > 0 ? (REAL)near > x : (REAL)near < x;
     return float_from_bits((bits_from_float(near) - away) | 1);
 }
 
