@@ -117,7 +117,7 @@ def attention(
         Bound on the scores, greater than 0: ``softcap * tanh(score / softcap)``.
     bias : array_like, broadcastable to (..., num_heads, seqlen_q, seqlen_k), optional
         Added to the scores, after `softcap`; of any of q's dtypes, whatever q's own is.  Where it
-        is -inf, the key takes no part for that query, as with `mask`.  Its axes are those of `mask`.
+        is -inf, the key takes no part for that query, as with `mask`.  Its axes are as `mask`'s.
     alibi_slopes : array_like, (num_heads,) or broadcastable to (..., num_heads), optional
         Adds ``-slope * abs(i + q_offset - j)`` to the score of query ``i`` and key ``j``.
     mask : array_like of bool, broadcastable to (..., num_heads, seqlen_q, seqlen_k), optional

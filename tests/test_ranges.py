@@ -1,4 +1,4 @@
-"""Values, scores, options and biases over the whole range of their types (design, sections 1, 4)."""
+"""Values, scores, options and biases over the whole range of their types."""
 
 import os
 from typing import Any
@@ -169,13 +169,14 @@ def test_float64_biases_keep_their_order(bias: list[float], axis: str) -> None:
 @pytest.mark.parametrize("bias_dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
 @pytest.mark.parametrize("score", [1.0, 1e30, 3e38])
 def test_lowest_biases(bias_dtype: Any, score: float) -> None:
-    """A row of nothing but the type's lowest number, beside scores of any size, is as the reference's."""
+    """A row of the type's lowest number alone, beside any scores, is as the reference's."""
     lowest = float(ml_dtypes.finfo(bias_dtype).min)
     q = column(score, -score)
     k, v = column(1, 1, 1, 1), column(1, 2, 3, 6)
     bias = np.full((2, 4), lowest).astype(bias_dtype)
     out = fa.attention(q, k, v, bias=bias, scale=1.0)
-    np.testing.assert_allclose(out, fa.reference.attention(q, k, v, bias=bias, scale=1.0), rtol=1e-6)
+    expected = fa.reference.attention(q, k, v, bias=bias, scale=1.0)
+    np.testing.assert_allclose(out, expected, rtol=1e-6)
 
 
 # --- everything at once -----------------------------------------------------------------------
@@ -198,9 +199,7 @@ def draw_numbers(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any) -
     return np.clip(numbers, float(info.min), float(info.max)).astype(dtype)
 
 
-def draw_call(
-    rng: np.random.Generator, dtype: Any
-) -> tuple[list[np.ndarray], dict[str, Any]]:
+def draw_call(rng: np.random.Generator, dtype: Any) -> tuple[list[np.ndarray], dict[str, Any]]:
     num_kv_heads, group = (int(n) for n in rng.integers(1, 3, 2))
     num_heads = num_kv_heads * group
     seqlen_q, seqlen_k = (int(n) for n in rng.choice([1, 2, 7, 33, 130, 300], 2))
@@ -257,7 +256,7 @@ def check_call(name: str, arrays: list[np.ndarray], options: dict[str, Any]) -> 
     exact = naive_attention(*arrays, dtype=wide, **options)
     with np.errstate(all="ignore"):
         fits = np.abs(specified[0]) < float(info.max) * (1 - float(info.eps))
-        if dtype == np.float64:  # the reference has no wider type: scores that it cannot hold are its
+        if dtype == np.float64:  # the reference has no wider type for scores that it cannot hold
             held = exact.lse_unit < float(info.max) / 4
             fits &= held[..., None] if options["softmax_axis"] == "keys" else np.all(held)
         out, computed_in = out.astype(wide), F32 if dtype.itemsize == 2 else dtype.type
