@@ -42,6 +42,7 @@ WEIGHT_FLOOR = 2.0**-104
 MAX_POSITION = 2**60
 
 # Section 4 of the design: the gauge of every result is at most this, to head_dim 1024; and beyond.
+# Entries of one sign have limits of their own (test_accuracy.py).
 MAX_GAUGE = 5.0
 MAX_GAUGE_BEYOND = 8.0
 
