@@ -599,6 +599,36 @@ def test_a_shared_prefix_gets_the_sum_of_its_gradients(dtype):
         assert_close(x.grad, expected.grad, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_gradients_of_large_scores_beside_pytorchs_exact_path(dtype):
+    """The medians of their errors: one call's owes much to luck."""
+    errors = {"q": [], "k": [], "v": []}
+    for _ in range(20):
+        x = [(torch.rand(1, n, 8) * 18 - 9).to(dtype).requires_grad_() for n in (3, 6, 6)]
+        grad_out = torch.randn(1, 3, 8).to(dtype)
+        ours = torch.autograd.grad(ft.scaled_dot_product_attention(*x), x, grad_out)
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            theirs = torch.autograd.grad(sdpa(*x), x, grad_out)
+            wide = [double(t) for t in x]
+            exact = torch.autograd.grad(sdpa(*wide), wide, grad_out.double())
+        for name, true, *pair in zip(errors, exact, ours, theirs, strict=True):
+            errors[name].append([float((g.double() - true).abs().max()) for g in pair])
+    for name, pairs in errors.items():
+        own, other = np.median(pairs, axis=0)
+        assert own <= 1.5 * other, name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("call", [ft.attention, ft.scaled_dot_product_attention])
+def test_a_single_key_has_no_gradient_of_scores(call, dtype):
+    q, k, v = (x.detach().mul(5).requires_grad_() for x in leaves(dtype, lengths=(7, 1)))
+    out = call(q, k, v)
+    out.backward(torch.randn_like(out))
+    assert torch.equal(q.grad, torch.zeros_like(q))
+    assert torch.equal(k.grad, torch.zeros_like(k))
+    assert v.grad.count_nonzero() > 0
+
+
 def test_only_the_gradients_that_are_needed_are_computed(monkeypatch):
     asked = []
     backward = _torch_ops.attention_backward
