@@ -209,8 +209,8 @@ sinks, softmax_axis, dropout_p, residual, num_threads : optional
         raise TypeError(f"`q` must be {_FLOATS[1]}, got {q.dtype}")
     if not torch.compiler.is_compiling():  # where numbers may be symbols
         scale = None if scale is None else _validate.real("scale", scale)
-        softcap = None if softcap is None else _validate.real("softcap", softcap)
-        dropout_p = _validate.real("dropout_p", dropout_p)
+        softcap = None if softcap is None else _validate._positive("softcap", softcap)
+        dropout_p, _ = _validate._dropout(dropout_p, 0)
         causal = _validate.flag("causal", causal)
         _validate._is_over_queries(softmax_axis)
         if window is not None:

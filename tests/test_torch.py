@@ -415,6 +415,8 @@ def test_errors_name_the_dtypes_of_torch():
         {"bias": [[1, 2, 3]]},
         {"alibi_slopes": [1j, 2]},
         {"scale": 1j},
+        *({"softcap": x} for x in (0, -1, "2", float("inf"))),
+        *({"dropout_p": x, "dropout_seed": 1} for x in (2, -1, "0", None)),
         {"num_threads": True},
     ],
     ids=str,
