@@ -316,7 +316,7 @@ def test_gradients_beyond_the_range_of_float32(
         fits = np.abs(value) < MAX32
         largest = float(np.max(np.abs(value), where=fits, initial=0))
         error = np.abs(getattr(computed, name)[fits].astype(np.float64) - value[fits])
-        assert np.all(error <= 1e-5 * largest), name
+        assert np.all(error <= 1e-5 * largest + 2e-45), name  # of float32, in which both are rounded
 
 
 @pytest.mark.parametrize("other", [1.0, 1e38])
