@@ -133,7 +133,6 @@ enum operand {
     GRAD_K,
     GRAD_V,
     GRAD_BIAS,
-    DELTA,
     NUM_OPERANDS,
 };
 
@@ -894,7 +893,6 @@ static void add_gradients(struct problem *p, enum layout layout)
     add_operand(p, GRAD_K, layout, p->kind, kv_heads, s->seqlen_k, s->head_dim, 1);
     add_operand(p, GRAD_V, layout, p->kind, kv_heads, s->seqlen_k, s->head_dim_v, 1);
     add_operand(p, GRAD_BIAS, PLAIN, p->kind, s->heads, s->seqlen_q, s->seqlen_k, 1);
-    add_operand(p, DELTA, layout, p->kind, s->heads, s->seqlen_q, 1, 1);
 }
 
 /* The forward pass and the gradients of one problem, contiguous; frees nothing of it. */
@@ -919,7 +917,6 @@ static struct result run_backward(struct problem *p, const struct fa_kernels *ke
         .grad_v = output_of(&p->arrays[GRAD_V]),
         .grad_dtype = attention.dtype,
         .grad_bias = has_bias ? output_of(&p->arrays[GRAD_BIAS]) : (struct fa_output){0},
-        .delta = output_of(&p->arrays[DELTA]),
     };
     const enum fa_status status = fa_attention_backward(&params, kernels);
     if (status != FA_OK) {
