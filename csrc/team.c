@@ -106,8 +106,8 @@ static atomic_uint news;
 static atomic_uint era;
 
 /* CPUs of this process, the most threads for a call, and bytes of stack that OpenMP is told to give
- * its threads (0: the default): set at import. */
-static int cpus, limit;
+ * its threads (0: the default): set at import, before which callers work alone. */
+static int cpus, limit = 1;
 static size_t stack_bytes;
 
 /* A child of fork() has none of the threads, and locks as they happened to be. */
