@@ -316,7 +316,8 @@ def test_gradients_beyond_the_range_of_float32(
         fits = np.abs(value) < MAX32
         largest = float(np.max(np.abs(value), where=fits, initial=0))
         error = np.abs(getattr(computed, name)[fits].astype(np.float64) - value[fits])
-        assert np.all(error <= 1e-5 * largest + 2e-45), name  # of float32, in which both are rounded
+        # The last term is a rounding to the least numbers of float32.
+        assert np.all(error <= 1e-5 * largest + 2e-45), name
 
 
 @pytest.mark.parametrize("other", [1.0, 1e38])
@@ -337,7 +338,7 @@ def test_gradients_of_a_head_depend_on_no_other(other: float) -> None:
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("first", range(0, NUM_DRAWS, DRAWS_PER_TEST))
 def test_gradients_of_random_calls(first: int, dtype: Any) -> None:
-    """No NaN and no infinity where the reference is finite, in the gradients by q, k, v and sinks."""
+    """No NaN and no infinity where the reference is finite, by q, k, v and sinks."""
     for seed in range(first, first + DRAWS_PER_TEST):
         rng = np.random.default_rng(seed)
         arrays, options = draw_call(rng, dtype)
