@@ -26,7 +26,7 @@ TEST_ENV := OPENBLAS_NUM_THREADS=1
 # These reach every option, tail and race in three minutes; ASAN_TESTS=tests is all of them.
 ASAN_TESTS ?= tests/test_guard_pages.py tests/test_config.py tests/test_races.py
 
-.PHONY: demo test test-torch bench bench-peers microbench lint asan emulate docs clean help
+.PHONY: demo test test-torch bench bench-peers microbench lint asan emulate fuzz docs clean help
 .DEFAULT_GOAL := help
 
 demo: $(BUILT)  ## find sentences with a real encoder, check and measure it
@@ -70,6 +70,9 @@ microbench: $(BUILT)  ## the inner loops alone, as shares of the multiply-add pe
 	$(CC) -std=c11 -O2 -Icsrc bench/microbench.c \
 	    build/objects/csrc/*.o build/objects/csrc/kernels/*.o -fopenmp -lm -o build/microbench
 	build/microbench
+
+fuzz: $(BUILT) $(VENV)/extra-test  ## 2000 random calls of each dtype with numbers of any size, on every kernel set
+	$(TEST_ENV) FASTATTN_FUZZ_DRAWS=2000 $(PY) -m pytest tests/test_ranges.py -k random $(ARGS)
 
 emulate:  ## run every kernel set, those that this CPU lacks under an emulator
 	$(PYTHON) tests/emulate.py
