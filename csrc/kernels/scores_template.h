@@ -21,14 +21,14 @@ static void FN(softcap)(void *s, size_t ld, size_t rows, size_t n, double cap2)
 static inline VEC FN(with_bias)(VEC s, VEC bias)
 {
     const VEC max = V(set)(REAL_MAX), min = V(set)(-REAL_MAX), limit = V(set)(BIAS_LIMIT);
-    VEC b2 = V(mul)(bias, V(set)((REAL)FA_LOG2_E));
+    VEC sum = V(fma)(bias, V(set)((REAL)FA_LOG2_E), s);
     if (!V(any_gt)(V(abs)(bias), limit)) {
-        return V(add)(s, b2);
+        return sum;
     }
     const VEC more = V(set)((REAL)(FA_LOG2_E - 1) * BIAS_LIMIT);
-    b2 = V(select_lt)(limit, bias, V(add)(bias, more), b2);
-    b2 = V(select_lt)(bias, V(set)(-BIAS_LIMIT), V(sub)(bias, more), b2);
-    VEC sum = V(add)(s, b2), kept = sum;
+    sum = V(select_lt)(limit, bias, V(add)(s, V(add)(bias, more)), sum);
+    sum = V(select_lt)(bias, V(set)(-BIAS_LIMIT), V(add)(s, V(sub)(bias, more)), sum);
+    VEC kept = sum;
     kept = V(select_lt)(kept, min, min, kept);
     kept = V(select_lt)(max, kept, max, kept);
     kept = V(select_lt)(max, V(abs)(s), sum, kept);
