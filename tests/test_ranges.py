@@ -179,6 +179,23 @@ def test_lowest_biases(bias_dtype: Any, score: float) -> None:
     np.testing.assert_allclose(out, expected, rtol=1e-6)
 
 
+@each_dtype
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_gradients_of_rows_at_the_ends_of_the_range(dtype: Any, sign: int) -> None:
+    """Rows whose keys all carry the lowest, or the largest, bias are averages in both passes."""
+    rng = np.random.default_rng(3)
+    q, grad_out = rng.standard_normal((2, 2, 5, 8)).astype(dtype)
+    k, v = rng.standard_normal((2, 2, 40, 8)).astype(dtype)
+    bias = np.zeros((5, 40), dtype)
+    bias[1:4] = sign * np.finfo(dtype).max
+    out, lse = fa.attention(q, k, v, bias=bias, return_lse=True)
+    grads = fa.attention_backward(grad_out, q, k, v, out, lse, bias=bias)
+    expected = fa.reference.attention_backward(grad_out, q, k, v, bias=bias)
+    for name in "qkv":
+        found, value = getattr(grads, name), getattr(expected, name)
+        np.testing.assert_allclose(found, value, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
 # --- everything at once -----------------------------------------------------------------------
 
 
