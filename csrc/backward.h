@@ -181,52 +181,6 @@ static inline bool fa_over_queries(const struct fa_geometry *g)
     return g->params->softmax_axis == FA_SOFTMAX_QUERIES;
 }
 
-/* An element of lse or its gradient, or of the sinks' terms. */
-static inline double fa_read_lse(const struct fa_geometry *g, const char *p)
-{
-    float single;
-    double x;
-    if (fa_lse_dtype(g->params) == FA_F64) {
-        memcpy(&x, p, sizeof x);
-        return x;
-    }
-    memcpy(&single, p, sizeof single);
-    return (double)single;
-}
-
-static inline void fa_write_lse(const struct fa_geometry *g, char *p, double x)
-{
-    const float single = (float)x;
-    if (fa_lse_dtype(g->params) == FA_F64) {
-        memcpy(p, &x, sizeof x);
-    } else {
-        memcpy(p, &single, sizeof single);
-    }
-}
-
-/* An element of the workspace. */
-static inline double fa_read_real(const struct fa_geometry *g, const char *p)
-{
-    float single;
-    double x;
-    if (g->ops->size == sizeof x) {
-        memcpy(&x, p, sizeof x);
-        return x;
-    }
-    memcpy(&single, p, sizeof single);
-    return (double)single;
-}
-
-static inline void fa_write_real(const struct fa_geometry *g, char *p, double x)
-{
-    const float single = (float)x;
-    if (g->ops->size == sizeof x) {
-        memcpy(p, &x, sizeof x);
-    } else {
-        memcpy(p, &single, sizeof single);
-    }
-}
-
 /* Softmax over the queries: where shift, factor and delta of a key lie. */
 static inline int64_t fa_column_at(const struct fa_geometry *g, int64_t head_index, int64_t key)
 {

@@ -13,79 +13,46 @@
 #include "forward.h"
 
 #include <math.h>
-#include <string.h>
 
 #include "keys.h"
 #include "scores.h"
 
-static double read_real(const char *p, size_t size)
-{
-    float narrow;
-    double wide;
-    if (size == sizeof narrow) {
-        memcpy(&narrow, p, sizeof narrow);
-        return narrow;
-    }
-    memcpy(&wide, p, sizeof wide);
-    return wide;
-}
-
-/* Give back the column at these statistics, if they left the range of their type or lost what tells scores apart. */
-static void give_back_column(struct fa_forward *forward, struct fa_doubt doubt, int64_t head_index,
-                             const char *col_max, char *col_inverse)
-{
-    const size_t size = forward->geometry->ops->size;
-    const double max = read_real(col_max, size), inverse = read_real(col_inverse, size);
-    if (!(inverse != 0 && fa_is_doubtful(doubt, max)) && isfinite(inverse) && isfinite(max)) {
-        return;
-    }
-    memset(col_inverse, -1, size); /* a NaN, of either type */
-    atomic_store_explicit(forward->head_given_back + head_index, true, memory_order_relaxed);
-    atomic_store_explicit(&forward->any_given_back, true, memory_order_relaxed);
-}
-
-/* lse of a column that was given back, from its statistics in float64. */
-static void store_lse_again(char *lse, const struct fa_attention_params *params, double col_max,
-                            double col_inverse)
-{
-    const enum fa_dtype dtype = fa_lse_dtype(params);
-    const bool is_bias = params->bias.data != NULL && fabs(col_max) >= FA_HALF_RANGE_F64;
-    const double wide = is_bias ? col_max : (col_max - log2(col_inverse)) * FA_LN_2;
-    const float narrow = (float)wide;
-    if (dtype == FA_F64) {
-        memcpy(lse, &wide, sizeof wide);
-    } else {
-        memcpy(lse, &narrow, sizeof narrow);
-    }
-}
-
-/* After a run over columns: those that are given back, or lse of those that were. */
-static void settle_columns(struct fa_forward *forward, const struct fa_head *head,
-                           int64_t head_index, int64_t block_key, int64_t keys)
+/* Give back columns whose statistics left the range of their type, or lost what tells their scores apart. */
+static void give_back_columns(struct fa_forward *forward, const struct fa_head *head,
+                              int64_t head_index, int64_t block_key, int64_t keys)
 {
     const struct fa_geometry *g = forward->geometry;
-    const struct fa_forward *first = forward->first;
-    const int64_t size = (int64_t)g->ops->size, stride = g->params->lse.row;
     const struct fa_doubt doubt = fa_head_doubt(head, 0);
-    const int64_t at = fa_column_offset(g, head_index, block_key / g->block_k);
-    const char *given = NULL;
-    if (first != NULL) {
-        given = first->col_inverse + fa_column_offset(first->geometry, head_index, 0) +
-                block_key * (int64_t)first->geometry->ops->size;
-    } else if (forward->given_back == NULL) {
-        return;
+    const int64_t size = (int64_t)g->ops->size;
+    int64_t at = fa_column_offset(g, head_index, block_key / g->block_k);
+    for (int64_t j = 0; j < keys; j++, at += size) {
+        const double max = fa_read_real(g, forward->col_max + at);
+        const double inverse = fa_read_real(g, forward->col_inverse + at);
+        const bool doubtful = inverse != 0 && fa_is_doubtful(doubt, max);
+        if (doubtful || !isfinite(inverse) || !isfinite(max)) {
+            fa_write_real(g, forward->col_inverse + at, NAN);
+            atomic_store_explicit(forward->head_given_back + head_index, true,
+                                  memory_order_relaxed);
+            atomic_store_explicit(&forward->any_given_back, true, memory_order_relaxed);
+        }
     }
-    for (int64_t j = 0; j < keys; j++) {
-        const char *max = forward->col_max + at + j * size;
-        char *inverse = forward->col_inverse + at + j * size;
-        if (first == NULL) {
-            give_back_column(forward, doubt, head_index, max, inverse);
-        } else if (head->lse != NULL) {
-            const size_t given_size = first->geometry->ops->size;
-            if (isnan(read_real(given + j * (int64_t)given_size, given_size))) {
-                store_lse_again(head->lse + (block_key + j) * stride, g->params,
-                                read_real(max, sizeof(double)), read_real(inverse, sizeof(double)));
-            }
+}
+
+/* lse of the columns that the first run gave back, from their statistics in float64. */
+static void store_lse_again(const struct fa_forward *forward, const struct fa_head *head,
+                            int64_t head_index, int64_t block_key, int64_t keys)
+{
+    const struct fa_geometry *g = forward->geometry, *before = forward->first->geometry;
+    const char *given = forward->first->col_inverse + fa_column_offset(before, head_index, 0) +
+                        block_key * (int64_t)before->ops->size;
+    int64_t at = fa_column_offset(g, head_index, block_key / g->block_k);
+    for (int64_t j = 0; j < keys; j++, at += (int64_t)g->ops->size) {
+        if (isnan(fa_read_real(before, given + j * (int64_t)before->ops->size))) {
+            const double max = fa_read_real(g, forward->col_max + at);
+            const double inverse = fa_read_real(g, forward->col_inverse + at);
+            const bool is_bias = head->bias != NULL && fabs(max) >= FA_HALF_RANGE_F64;
+            fa_write_lse(g, head->lse + (block_key + j) * g->params->lse.row,
+                         is_bias ? max : (max - log2(inverse)) * FA_LN_2);
         }
     }
 }
@@ -140,7 +107,11 @@ static void run_column_task(struct fa_job *job, int64_t index, int thread)
     ops->column_finish(col_max, col_sum, (size_t)keys, (size_t)g->block_k,
                        stores ? head.lse + block_key * lse->row : NULL, lse->row,
                        fa_lse_dtype(g->params), g->params->bias.data != NULL);
-    settle_columns(forward, &head, head_index, block_key, keys);
+    if (forward->given_back != NULL) {
+        give_back_columns(forward, &head, head_index, block_key, keys);
+    } else if (forward->first != NULL && head.lse != NULL) {
+        store_lse_again(forward, &head, head_index, block_key, keys);
+    }
 }
 
 enum fa_status fa_column_softmax(struct fa_forward *forward, struct fa_job *job)

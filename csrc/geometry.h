@@ -3,6 +3,8 @@
 #ifndef FA_GEOMETRY_H
 #define FA_GEOMETRY_H
 
+#include <string.h>
+
 #include "common.h"
 #include "fastattn.h"
 #include "kernels.h"
@@ -89,6 +91,51 @@ static inline int64_t fa_row_token(const struct fa_geometry *geometry, int64_t r
 static inline int64_t fa_row_member(const struct fa_geometry *geometry, int64_t row)
 {
     return geometry->stacked == 1 ? 0 : row % geometry->stacked;
+}
+
+/* A number of float32 or float64, in `size` bytes of any alignment. */
+static inline double fa_read_number(const char *p, size_t size)
+{
+    float single;
+    double x;
+    if (size == sizeof x) {
+        memcpy(&x, p, sizeof x);
+        return x;
+    }
+    memcpy(&single, p, sizeof single);
+    return (double)single;
+}
+
+static inline void fa_write_number(char *p, double x, size_t size)
+{
+    const float single = (float)x;
+    if (size == sizeof x) {
+        memcpy(p, &x, sizeof x);
+    } else {
+        memcpy(p, &single, sizeof single);
+    }
+}
+
+/* An element of the workspace. */
+static inline double fa_read_real(const struct fa_geometry *g, const char *p)
+{
+    return fa_read_number(p, g->ops->size);
+}
+
+static inline void fa_write_real(const struct fa_geometry *g, char *p, double x)
+{
+    fa_write_number(p, x, g->ops->size);
+}
+
+/* An element of lse or its gradient, or of the sinks' terms. */
+static inline double fa_read_lse(const struct fa_geometry *g, const char *p)
+{
+    return fa_read_number(p, (size_t)fa_dtype_size(fa_lse_dtype(g->params)));
+}
+
+static inline void fa_write_lse(const struct fa_geometry *g, char *p, double x)
+{
+    fa_write_number(p, x, (size_t)fa_dtype_size(fa_lse_dtype(g->params)));
 }
 
 /* Elements of the workspace that `n` elements take where products want them; n: a multiple of depth_step. */
