@@ -65,20 +65,12 @@ static double tolerance(enum fa_dtype dtype)
     }
 }
 
-/* Base-2 scores from here on are biases as they were given (scores_template.h). */
-static double half_range(const struct fa_geometry *g)
-{
-    if (g->params->bias.data == NULL) {
-        return INFINITY;
-    }
-    return g->ops->size == sizeof(double) ? FA_HALF_RANGE_F64 : FA_HALF_RANGE_F32;
-}
+static bool is_biased(const struct fa_geometry *g) { return g->params->bias.data != NULL; }
 
 bool fa_statistics_agree(const struct fa_geometry *g, const struct fa_statistics *of, double lse)
 {
     const bool wide = fa_lse_dtype(g->params) == FA_F64;
-    const double again =
-        fabs(of->top) < half_range(g) ? of->top * FA_LN_2 + log(of->total) : of->top;
+    const double again = fa_natural(of->top, log2(of->total), is_biased(g), g->ops->size);
     const double unit = wide ? 0x1p-53 : 0x1p-24;
     if (isinf(lse)) {
         return (wide ? again : (double)(float)again) == lse;
@@ -126,8 +118,9 @@ struct fa_weighing fa_weighing_by_lse(const struct fa_geometry *g, double lse)
     if (lse == -INFINITY) {
         return (struct fa_weighing){0};
     }
-    if (isfinite(lse) && fabs(lse) >= half_range(g)) {
-        return (struct fa_weighing){.shift = lse, .factor = 1};
+    if (is_biased(g) && isfinite(lse) && fa_is_bias(lse, g->ops->size)) {
+        const double moved = round_real(g, lse + fa_bias_move(lse, g->ops->size));
+        return (struct fa_weighing){.shift = moved, .factor = 1};
     }
     const double shift = round_real(g, lse * FA_LOG2_E);
     /* What rounding it left: exact in double, but for the last bits of log2(e). */

@@ -50,9 +50,8 @@ static void store_lse_again(const struct fa_forward *forward, const struct fa_he
         if (isnan(fa_read_real(before, given + j * (int64_t)before->ops->size))) {
             const double max = fa_read_real(g, forward->col_max + at);
             const double inverse = fa_read_real(g, forward->col_inverse + at);
-            const bool is_bias = head->bias != NULL && fabs(max) >= FA_HALF_RANGE_F64;
             fa_write_lse(g, head->lse + (block_key + j) * g->params->lse.row,
-                         is_bias ? max : (max - log2(inverse)) * FA_LN_2);
+                         fa_natural(max, -log2(inverse), head->bias != NULL, g->ops->size));
         }
     }
 }

@@ -11,6 +11,7 @@
 #ifndef FA_KERNELS_H
 #define FA_KERNELS_H
 
+#include <math.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -85,9 +86,35 @@ struct fa_product {
 #define FA_VALUE_EXPONENT_F64 960
 #define FA_MOST_KEYS (1 << 23)
 
-/* A base-2 score, of float32 or float64, from which on it is a bias as it was given, not times log2(e). */
-#define FA_HALF_RANGE_F32 0x1p127
-#define FA_HALF_RANGE_F64 0x1p1023
+/* Biases beyond this size are not multiplied by log2(e), but moved by what that makes of it (scores_template.h): so they
+ * keep their order up to the end of the range. */
+#define FA_BIAS_LIMIT_F32 0x1p100
+#define FA_BIAS_LIMIT_F64 0x1p960
+#define FA_BIAS_MOVE (FA_LOG2_E - 1)
+
+/* Natural sizes of lse from which on it is such a bias.  Rows of float32 between the limit and this are computed by
+ * float64 (fa_head_doubt). */
+#define FA_BIAS_FROM_F32 0x1p127
+#define FA_BIAS_FROM_F64 FA_BIAS_LIMIT_F64
+
+/* What a base-2 score of that size is moved by, of a real type of `size` bytes. */
+static inline double fa_bias_move(double bias, size_t size)
+{
+    const double limit = size == sizeof(double) ? FA_BIAS_LIMIT_F64 : FA_BIAS_LIMIT_F32;
+    return copysign(FA_BIAS_MOVE * limit, bias);
+}
+
+static inline bool fa_is_bias(double lse, size_t size)
+{
+    return fabs(lse) >= (size == sizeof(double) ? FA_BIAS_FROM_F64 : FA_BIAS_FROM_F32);
+}
+
+/* The natural logarithm of 2^top times a sum, `biased` if there are biases at all: without, no score is one. */
+static inline double fa_natural(double top, double log2_sum, bool biased, size_t size)
+{
+    const double bias = top - fa_bias_move(top, size);
+    return biased && fa_is_bias(bias, size) ? bias : (top + log2_sum) * FA_LN_2;
+}
 
 /* Rows of online softmax over the keys seen so far. */
 struct fa_state {
@@ -118,7 +145,7 @@ struct fa_row_result {
     int64_t residual_stride;
     void *lse; /* nullable; one element, natural logarithm, of lse_dtype */
     enum fa_dtype lse_dtype; /* FA_F32 or FA_F64 */
-    bool biased; /* scores beyond FA_HALF_RANGE are biases as they were given */
+    bool biased; /* the scores have biases in them: see fa_natural */
     int exponent; /* of 2, that values were divided by: the result is multiplied, residual aside */
     bool averages; /* of values: finite where acc is */
     /* What is not stored, see enum fa_stored: `final` stores everything. */

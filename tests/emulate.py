@@ -82,7 +82,7 @@ def unknown_sets(compiler: Sequence[str], machine: str) -> set[str]:
 
 
 def compile_program(compiler: Sequence[str], target: Path, *arguments: str | Path) -> Path:
-    subprocess.run([*compiler, *map(str, arguments), "-o", str(target)], check=True, timeout=300)
+    subprocess.run([*compiler, *map(str, arguments), "-o", str(target)], check=True, timeout=900)
     return target
 
 
@@ -145,7 +145,7 @@ def build(
 def run(program: Path, where: str, *sets: str, under: Sequence[str] = ()) -> Outcome:
     """Run the driver; what it prints is shown."""
     done = subprocess.run(
-        [*under, str(program), where, *sets], stdout=subprocess.PIPE, text=True, timeout=300
+        [*under, str(program), where, *sets], stdout=subprocess.PIPE, text=True, timeout=900
     )
     closing = CLOSING_LINE.search(done.stdout)
     print(CLOSING_LINE.sub("", done.stdout).strip(), flush=True)
@@ -176,7 +176,7 @@ def run_function(
         "-lm",
     )
     command = [*under, str(program), "0", "1", str(FUNCTION_STEP)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=300)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=900)
     what = f"{function} of every {FUNCTION_STEP}th vector"
     print(f"{name:7} {what}: {done.stdout.strip()}", flush=True)
     return Outcome(int(done.returncode == 0), int(done.returncode != 0), {})

@@ -166,6 +166,15 @@ def test_float64_biases_keep_their_order(bias: list[float], axis: str) -> None:
         np.testing.assert_allclose(lse, expected[1].astype(F32), rtol=1e-6)
 
 
+@pytest.mark.parametrize("bias", [1.7e308, 1e300, 1e290, 1e285, 1e100, 1e9])
+@pytest.mark.parametrize("axis", ["keys", "queries"])
+def test_lse_of_large_float64_biases(axis: str, bias: float) -> None:
+    zeros = np.zeros((3, 1))
+    for rows in (np.full((3, 3), bias), np.full((3, 3), -bias)):
+        lse = fa.attention(zeros, zeros, zeros, bias=rows, softmax_axis=axis, return_lse=True)[1]
+        np.testing.assert_allclose(lse, rows[0] + np.log(3), rtol=1e-15)
+
+
 @pytest.mark.parametrize("bias_dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
 @pytest.mark.parametrize("score", [1.0, 1e30, 3e38])
 def test_lowest_biases(bias_dtype: Any, score: float) -> None:

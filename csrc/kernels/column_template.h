@@ -48,10 +48,7 @@ static void FN(column_finish)(void *col_max, void *col_sum, size_t n, size_t pad
     for (size_t l = 0; l < n; l++) {
         double total = (double)sum[l], log_sum = -INFINITY;
         if (total != 0) { /* a query takes part, or a NaN does */
-            log_sum = (double)max[l];
-            if (!biased || fabs(log_sum) < HALF_RANGE) {
-                log_sum = (log_sum + log2(total)) * FA_LN_2;
-            }
+            log_sum = fa_natural((double)max[l], log2(total), biased, sizeof(REAL));
             sum[l] = (REAL)(1 / total);
         } else {
             max[l] = 0;

@@ -51,13 +51,8 @@ _Static_assert(75 + FA_ORDINARY_EXPONENT == 128, "ORDINARY_PROBE_f32");
 _Static_assert(32 + FA_VALUE_EXPONENT_F32 == 128, "VALUE_PROBE_f32");
 _Static_assert(64 + FA_VALUE_EXPONENT_F64 == 1024, "VALUE_PROBE_f64");
 
-/* Half of the largest power of 2, beyond which a base-2 score is a bias as it is, and where that begins
- * (scores_template.h): the distance to BIAS_LIMIT is lost in rounding there. */
-#define HALF_RANGE_f32 FA_HALF_RANGE_F32
-#define HALF_RANGE_f64 FA_HALF_RANGE_F64
-#define HALF_RANGE FN(HALF_RANGE)
-#define BIAS_LIMIT_f32 0x1p100f
-#define BIAS_LIMIT_f64 0x1p960
+#define BIAS_LIMIT_f32 ((float)FA_BIAS_LIMIT_F32)
+#define BIAS_LIMIT_f64 FA_BIAS_LIMIT_F64
 #define BIAS_LIMIT FN(BIAS_LIMIT)
 
 /* Whether narrower types are computed in the element type. */

@@ -25,7 +25,7 @@ static inline VEC FN(with_bias)(VEC s, VEC bias)
     if (!V(any_gt)(V(abs)(bias), limit)) {
         return sum;
     }
-    const VEC more = V(set)((REAL)(FA_LOG2_E - 1) * BIAS_LIMIT);
+    const VEC more = V(set)((REAL)FA_BIAS_MOVE * BIAS_LIMIT);
     sum = V(select_lt)(limit, bias, V(add)(s, V(add)(bias, more)), sum);
     sum = V(select_lt)(bias, V(set)(-BIAS_LIMIT), V(add)(s, V(sub)(bias, more)), sum);
     VEC kept = sum;

@@ -196,8 +196,7 @@ static enum fa_stored FN(softmax_store)(const struct fa_state *state, size_t lda
     }
     FN(store_row)(acc, (REAL)(weight / total), result);
     if (result->lse != NULL) {
-        const double lse =
-            result->biased && fabs(top) >= HALF_RANGE ? top : (top + log2(total)) * FA_LN_2;
+        const double lse = fa_natural(top, log2(total), result->biased, sizeof(REAL));
         FN(write_as)(result->lse, (REAL)lse, result->lse_dtype);
     }
     return FA_STORED;
