@@ -641,16 +641,19 @@ def _divide(name: str, columns: int, divisor_name: str, divisor: int) -> int:
 
 
 def _project(x: Array, w: Array, b: Array | None, out: Array | None = None) -> Array:
-    """``x @ w + b`` as one matrix product over all rows; the result is C-contiguous or `out`."""
-    shape = (*x.shape[:-1], w.shape[1])
-    if out is None:
-        rows = math.prod(x.shape[:-1])
-        result: Array = np.matmul(x.reshape(rows, x.shape[-1]), w).reshape(shape)
-    else:
-        result = np.matmul(x, w, out=out)
+    """``x @ w + b`` as one matrix product over all rows, with the same bits wherever it goes; the
+    result is C-contiguous or `out`."""
+    rows, shape = math.prod(x.shape[:-1]), (*x.shape[:-1], w.shape[1])
+    in_place = out is not None and out.flags.c_contiguous
+    place = out.reshape(rows, w.shape[1]) if out is not None and in_place else None
+    product: Array = np.matmul(x.reshape(rows, x.shape[-1]), w, out=place)
     if b is not None:
-        result += b
-    return result
+        product += b
+    if out is None:
+        return product.reshape(shape)
+    if not in_place:
+        out[...] = product.reshape(shape)
+    return out
 
 
 def _split_heads(x: Array, num_heads: int) -> Array:
