@@ -166,11 +166,16 @@ static bool FN(pack_values)(void *dst, size_t panel_stride, size_t keys, size_t 
 /* 0, or NaN where one of the sums of a row is not finite. */
 static REAL FN(sum_probes)(const REAL *acc, size_t cols)
 {
-    REAL probe = 0;
-    for (size_t c = 0; c < cols; c++) {
-        probe += acc[c] * 0;
+    VEC probe = V(zero)();
+    REAL rest = 0;
+    size_t c = 0;
+    for (; c + VL <= cols; c += VL) {
+        probe = V(fma)(V(load)(acc + c), V(zero)(), probe);
     }
-    return probe;
+    for (; c < cols; c++) {
+        rest += acc[c] * 0;
+    }
+    return FN(is_finite)(probe) ? rest : (REAL)NAN;
 }
 
 /* Whether a row is to be given back because some of its sums are not finite. */
