@@ -50,7 +50,8 @@ static void leave_if_doubtful(struct fa_backward *b, const struct fa_head *head,
                               int64_t row, const struct fa_statistics *of)
 {
     const struct fa_doubt doubt = fa_head_doubt(head, fa_row_member(&b->geometry, row));
-    if (of->total != 0 && (!isfinite(of->total) || fa_is_doubtful(doubt, of->top))) {
+    if (of->total != 0 &&
+        (!isfinite(of->total) || !isfinite(of->products) || fa_is_doubtful(doubt, of->top))) {
         fa_backward_leave(b, head_index);
     }
 }

@@ -78,14 +78,17 @@ bool fa_statistics_agree(const struct fa_geometry *g, const struct fa_statistics
     return fabs(again - lse) <= tolerance(g->params->dtype) + 8 * unit * fabs(lse);
 }
 
+/* Nothing is left of a sum whose factor is 0, whatever it is. */
+static double fade(double sum, double factor) { return factor == 0 ? 0 : sum * factor; }
+
 void fa_statistics_add_sink(struct fa_statistics *of, double sink)
 {
     if (sink == -INFINITY) {
         return;
     }
     const double top = sink > of->top ? sink : of->top, keep = exp2(of->top - top);
-    of->total = of->total * keep + exp2(sink - top);
-    of->products *= keep;
+    of->total = fade(of->total, keep) + exp2(sink - top);
+    of->products = fade(of->products, keep);
     of->top = top;
 }
 
@@ -149,8 +152,8 @@ static void fold(const struct fa_geometry *g, const struct fa_backward_workspace
         const double keep = exp2(of[r].top - max), join = exp2(top - max);
         of[r] = (struct fa_statistics){
             .top = max,
-            .total = of[r].total * keep + total * join,
-            .products = of[r].products * keep + products * join,
+            .total = fade(of[r].total, keep) + fade(total, join),
+            .products = fade(of[r].products, keep) + fade(products, join),
         };
     }
 }
