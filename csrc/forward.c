@@ -243,11 +243,17 @@ static bool attend_keys(struct fa_job *job, int thread, const struct fa_task *ta
     return true;
 }
 
-/* The rows of the task that were given back, in the place of the task that stores them. */
-static uint8_t *given_back_of(const struct fa_forward *forward, const struct fa_task *task)
+/* Where the task's first row stands among the rows of all tasks, those of a group in the place of its first. */
+static int64_t place_of(const struct fa_forward *forward, const struct fa_task *task)
 {
     const int64_t block_q = forward->geometry->block_q;
-    return forward->given_back + task->first_in_group * block_q + task->first_row % block_q;
+    return task->first_in_group * block_q + task->first_row % block_q;
+}
+
+/* Which rows of the task were given back. */
+static uint8_t *given_back_of(const struct fa_forward *forward, const struct fa_task *task)
+{
+    return forward->given_back + place_of(forward, task);
 }
 
 static void give_back(struct fa_forward *forward, const struct fa_task *task, int64_t r,
@@ -282,8 +288,7 @@ static uint8_t *columns_of(struct fa_forward *forward, const struct fa_task *tas
             columns = none; /* another task was first */
         }
     }
-    const int64_t row = task->first_in_group * g->block_q + task->first_row % g->block_q + r;
-    return columns + row * forward->column_bytes;
+    return columns + (place_of(forward, task) + r) * forward->column_bytes;
 }
 
 static enum fa_stored store_row(const struct fa_forward *forward, const struct fa_state *state,
