@@ -205,6 +205,24 @@ def test_gradients_of_rows_at_the_ends_of_the_range(dtype: Any, sign: int) -> No
         np.testing.assert_allclose(found, value, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.parametrize("axis", ["keys", "queries"])
+def test_bits_of_rows_that_leave_the_range(axis: str) -> None:
+    """For any number of threads, and for a strided view or its copy, gradients included."""
+    rng = np.random.default_rng(5)
+    wide = rng.uniform(-1, 1, (4, 2, 190, 66)).astype(F32)
+    wide[0, :, ::3] *= F32(1e37)
+    wide[2, 1] *= F32(1e38)
+    views = [x[..., ::-2] for x in wide]
+    results = []
+    for arrays in (views, [x.copy() for x in views]):
+        for num_threads in (1, 2):
+            options: dict[str, Any] = {"softmax_axis": axis, "num_threads": num_threads}
+            out, lse = fa.attention(*arrays[:3], return_lse=True, **options)
+            grads = fa.attention_backward(arrays[3], *arrays[:3], out, lse, **options)
+            results.append([x.tobytes() for x in (out, lse, grads.q, grads.k, grads.v)])
+    assert all(result == results[0] for result in results)
+
+
 # --- everything at once -----------------------------------------------------------------------
 
 
