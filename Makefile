@@ -23,6 +23,9 @@ BUILT := $(VENV)/built-$(subst $(space),-,$(strip with $(SWITCHES)))
 # Tests use NumPy's BLAS for expected values only; its waiting threads would slow the kernels' own.
 TEST_ENV := OPENBLAS_NUM_THREADS=1
 
+# Most of a test is Python, which one process runs on one core.
+WORKERS ?= -n auto --maxprocesses=4
+
 # These reach every option, tail and race in three minutes; ASAN_TESTS=tests is all of them.
 ASAN_TESTS ?= tests/test_guard_pages.py tests/test_config.py tests/test_races.py
 
@@ -36,7 +39,7 @@ demo: $(BUILT)  ## find sentences with a real encoder, check and measure it
 	$(PY) -m fastattn demo $(ARGS)
 
 test: $(BUILT) $(VENV)/extra-test  ## run the test suite, once per kernel set
-	$(TEST_ENV) $(PY) -m pytest $(ARGS)
+	$(TEST_ENV) $(PY) -m pytest $(WORKERS) $(ARGS)
 
 test-torch: $(BUILT) $(VENV)/extra-test $(VENV)/extra-torch $(VENV)/extra-examples  ## install PyTorch, run its tests and examples
 	$(TEST_ENV) $(PY) -m pytest tests/test_torch.py tests/test_kinds.py tests/test_examples.py $(ARGS)
