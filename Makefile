@@ -23,8 +23,10 @@ BUILT := $(VENV)/built-$(subst $(space),-,$(strip with $(SWITCHES)))
 # Tests use NumPy's BLAS for expected values only; its waiting threads would slow the kernels' own.
 TEST_ENV := OPENBLAS_NUM_THREADS=1
 
-# Most of a test is Python, which one process runs on one core.
-WORKERS ?= -n auto --maxprocesses=4
+# Processes that share out the tests, since most of a test is Python and so the work of one core.  One for each core,
+# but 4 at most: the calls under test start threads of their own.  Tests of one xdist_group stay together.  A debugger
+# needs all in one process: WORKERS=.
+WORKERS ?= -n auto --maxprocesses=4 --dist loadgroup
 
 # These reach every option, tail and race in three minutes; ASAN_TESTS=tests is all of them.
 ASAN_TESTS ?= tests/test_guard_pages.py tests/test_config.py tests/test_races.py
@@ -75,7 +77,7 @@ microbench: $(BUILT)  ## the inner loops alone, as shares of the multiply-add pe
 	build/microbench
 
 fuzz: $(BUILT) $(VENV)/extra-test  ## 2000 random calls of each dtype with numbers of any size, on every kernel set
-	$(TEST_ENV) FASTATTN_FUZZ_DRAWS=2000 $(PY) -m pytest tests/test_ranges.py -k random $(ARGS)
+	$(TEST_ENV) FASTATTN_FUZZ_DRAWS=2000 $(PY) -m pytest $(WORKERS) tests/test_ranges.py -k random $(ARGS)
 
 emulate:  ## run every kernel set, those that this CPU lacks under an emulator
 	$(PYTHON) tests/emulate.py

@@ -18,6 +18,8 @@ from fastattn.bench import cli, contenders, report, runner
 from fastattn.bench.grid import DECODE_DTYPES, DECODE_GROWTH, GROWTH, KINDS
 from fastattn.bench.workloads import decode, prefill
 
+pytestmark = pytest.mark.xdist_group("bench")  # one measurement is for all tests
+
 TINY = prefill("tiny", 1, 4, 32, 16, num_kv_heads=2, causal=True)
 BOTH = TINY._replace(name="both", kind="backward", gradients=True)
 

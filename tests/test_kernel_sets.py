@@ -11,7 +11,8 @@ import pytest
 
 from fastattn import _core
 
-pytestmark = pytest.mark.any_kernel_set
+# One build of the driver is for all tests.
+pytestmark = [pytest.mark.any_kernel_set, pytest.mark.xdist_group("kernel_sets")]
 
 
 @pytest.fixture(scope="module")
