@@ -259,7 +259,7 @@ static struct fa_weighing weigh_column(struct fa_backward *b, const struct key_b
         (!isfinite(sums->total) || fa_is_doubtful(fa_head_doubt(block->head, 0), sums->top))) {
         fa_backward_leave(b, block->head_index);
     }
-    return by_sums && fa_statistics_agree(g, sums, column->lse)
+    return by_sums && fa_statistics_agree(b, sums, column->lse)
                ? fa_weighing_by_statistics(g, sums)
                : fa_weighing_by_lse(g, column->lse);
 }

@@ -125,8 +125,9 @@ void fa_backward_pack(const struct fa_head *head, struct fa_backward_workspace *
 bool fa_statistics_wanted(const struct fa_geometry *g, double lse, int64_t scores,
                           int64_t softmaxes);
 /* Whether lse is theirs.  It is not where the caller merged attention over more keys than those of
- * this call, and means the gradients of that. */
-bool fa_statistics_agree(const struct fa_geometry *g, const struct fa_statistics *of, double lse);
+ * this call, and means the gradients of that.  With what the forward pass kept, nothing is merged. */
+bool fa_statistics_agree(const struct fa_backward *backward, const struct fa_statistics *of,
+                         double lse);
 struct fa_weighing fa_weighing_by_statistics(const struct fa_geometry *g,
                                              const struct fa_statistics *of);
 /* A sink, a base-2 score or -inf, joins the total. */

@@ -104,7 +104,7 @@ static struct row row_by_statistics(struct fa_backward *b, const struct fa_head 
     }
     leave_if_doubtful(b, head, head_index, row, of);
     fa_statistics_add_sink(of, sink);
-    if (!fa_statistics_agree(g, of, lse)) {
+    if (!fa_statistics_agree(b, of, lse)) {
         return row_by_lse(b, head_index, row, sink);
     }
     return (struct row){

@@ -257,18 +257,13 @@ cdef int fill(
     return 0
 
 
-cdef axes weighing_axes(const fa_attention_params *p, bint packed):
+cdef void keep_axes(axes *weighing, axes *exact, fa_attention_params *p) noexcept:
+    """What arrays have that the forward pass keeps for the backward pass."""
+    cdef const int64_t *batch = p.batch_shape
+    cdef int64_t nb = p.batch_ndim if p.q_starts is NULL else 0
     cdef bint over_queries = p.softmax_axis == FA_SOFTMAX_QUERIES
-    return axes(
-        p.batch_shape, 0 if packed else p.batch_ndim, p.num_heads,
-        p.seqlen_k if over_queries else p.seqlen_q, 2,
-    )
-
-
-cdef axes exact_axes(const fa_attention_params *p, bint packed):
-    return axes(
-        p.batch_shape, 0 if packed else p.batch_ndim, p.num_heads, p.seqlen_q, p.head_dim_v
-    )
+    weighing[0] = axes(batch, nb, p.num_heads, p.seqlen_k if over_queries else p.seqlen_q, 2)
+    exact[0] = axes(batch, nb, p.num_heads, p.seqlen_q, p.head_dim_v)
 
 
 cdef int poll_signals(void *raised) noexcept with gil:
@@ -327,7 +322,7 @@ def attention(
     cdef views held
     cdef fa_status status
     cdef int64_t lse_itemsize
-    cdef axes has
+    cdef axes of_weighing, of_exact
     cdef const fa_kernels *kernels = find_kernels(isa)
     cdef list raised = []
     try:
@@ -339,10 +334,9 @@ def attention(
         )
         if weighing is not None or exact is not None:
             lse_itemsize = 8 if params.dtype == FA_F64 else 4
-            has = weighing_axes(&params, q_starts is not None)
-            read_output(&params.weighing, &held, b"weighing", weighing, &has, lse_itemsize)
-            has = exact_axes(&params, q_starts is not None)
-            read_output(&params.exact, &held, b"exact", exact, &has, lse_itemsize)
+            keep_axes(&of_weighing, &of_exact, &params)
+            read_output(&params.weighing, &held, b"weighing", weighing, &of_weighing, lse_itemsize)
+            read_output(&params.exact, &held, b"exact", exact, &of_exact, lse_itemsize)
         params.poll = poll_signals
         params.poll_arg = <void *>raised
         with nogil:
@@ -366,7 +360,7 @@ def attention_backward(
     cdef fa_status status
     cdef int64_t nb = len(q_shape) - 3, itemsize, lse_itemsize
     cdef const int64_t *batch = forward.batch_shape
-    cdef axes has
+    cdef axes has, of_weighing, of_exact
     cdef const fa_kernels *kernels = find_kernels(isa)
     cdef list raised = []
     memset(&params, 0, sizeof(params))
@@ -390,10 +384,9 @@ def attention_backward(
         read_input(&params.lse, &held, b"lse", lse, &has, lse_itemsize)
         read_input(&params.grad_lse, &held, b"grad_lse", grad_lse, &has, lse_itemsize)
         read_output(&params.sink_terms, &held, b"sink_terms", sink_terms, &has, lse_itemsize)
-        has = weighing_axes(forward, q_starts is not None)
-        read_input(&params.weighing, &held, b"weighing", weighing, &has, lse_itemsize)
-        has = exact_axes(forward, q_starts is not None)
-        read_input(&params.exact, &held, b"exact", exact, &has, lse_itemsize)
+        keep_axes(&of_weighing, &of_exact, forward)
+        read_input(&params.weighing, &held, b"weighing", weighing, &of_weighing, lse_itemsize)
+        read_input(&params.exact, &held, b"exact", exact, &of_exact, lse_itemsize)
         params.grad_dtype = forward.dtype
         for array in (grad_q, grad_k, grad_v):
             if array is not None and array.itemsize == 4:

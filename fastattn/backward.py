@@ -188,7 +188,8 @@ def attention_and_kept(
     has_exact_out = out.dtype == lse.dtype and call["residual"] is None
     if not (has_exact_out or call["softmax_over_queries"]):
         kept = kept._replace(exact=_validate.allocate(out.shape, lse.dtype))
-    _core.attention(**call, **_core_kept(call, kept))
+    call |= _core_kept(call, kept)
+    _core.attention(**call)
     return out, lse, kept
 
 
