@@ -220,24 +220,62 @@ static int64_t count_queries(const struct fa_head *head, int64_t key)
     return fa_max(0, hi - lo);
 }
 
+/* A key's softmax, as its lse and the forward pass have it. */
+struct column {
+    double lse;
+    bool is_kept; /* what the forward pass kept is there, and needs no statistics */
+    struct fa_weighing kept;
+    bool wants_statistics;
+};
+
+static struct column column_at(const struct fa_backward *b, const struct key_block *block,
+                               int64_t key)
+{
+    const struct fa_geometry *g = &b->geometry;
+    const struct fa_input *lse = &b->params->lse, *kept = &b->params->weighing;
+    const char *from = fa_input_of(g, kept, block->head_index);
+    struct column column = {
+        .lse = fa_read_lse(g, fa_input_of(g, lse, block->head_index) + key * lse->row),
+    };
+    column.is_kept =
+        from != NULL && fa_weighing_kept(g, kept, from + key * kept->row, &column.kept);
+    column.wants_statistics =
+        !column.is_kept && fa_statistics_wanted(g, column.lse, count_queries(block->head, key),
+                                                fa_backward_seqlen_k(g, block->head_index));
+    return column;
+}
+
+/* sums: the column's statistics, if it wants them. */
+static struct fa_weighing weigh_column(struct fa_backward *b, const struct key_block *block,
+                                       const struct column *column,
+                                       const struct fa_statistics *sums)
+{
+    const struct fa_geometry *g = &b->geometry;
+    const bool by_sums = column->wants_statistics && sums->total != 0;
+    if (column->is_kept) {
+        return column->kept;
+    }
+    if (by_sums &&
+        (!isfinite(sums->total) || fa_is_doubtful(fa_head_doubt(block->head, 0), sums->top))) {
+        fa_backward_leave(b, block->head_index);
+    }
+    return by_sums && fa_statistics_agree(b, sums, column->lse)
+               ? fa_weighing_by_statistics(g, sums)
+               : fa_weighing_by_lse(g, column->lse);
+}
+
 /* shift and factor of every key of the block; 0 up to its end. */
 static bool weigh_columns(struct fa_job *job, int thread, struct key_block *block,
                           struct fa_backward_workspace *ws)
 {
     struct fa_backward *b = job->context;
     const struct fa_geometry *g = &b->geometry;
-    const struct fa_input *from = &b->params->lse;
-    const struct fa_doubt doubt = fa_head_doubt(block->head, 0);
     const int64_t size = (int64_t)g->ops->size;
     const int64_t at = fa_column_at(g, block->head_index, block->key);
-    const int64_t softmaxes = fa_backward_seqlen_k(g, block->head_index);
-    const char *lse = fa_input_of(g, from, block->head_index);
     bool wanted = false;
 
     for (int64_t j = 0; j < block->live; j++) {
-        const double x = fa_read_lse(g, lse + (block->key + j) * from->row);
-        const int64_t count = count_queries(block->head, block->key + j);
-        wanted = wanted || fa_statistics_wanted(g, x, count, softmaxes);
+        wanted = wanted || column_at(b, block, block->key + j).wants_statistics;
     }
     if (wanted) {
         pack_block(b, block, ws);
@@ -248,20 +286,12 @@ static bool weigh_columns(struct fa_job *job, int thread, struct key_block *bloc
     for (int64_t j = 0; j < g->block_k; j++) {
         struct fa_weighing weighing = {0};
         if (j < block->live) {
-            const double x = fa_read_lse(g, lse + (block->key + j) * from->row);
-            const int64_t count = count_queries(block->head, block->key + j);
-            const bool by_sums = fa_statistics_wanted(g, x, count, softmaxes);
+            const struct column column = column_at(b, block, block->key + j);
             const struct fa_statistics sums = {
                 .top = fa_read_real(g, ws->col_max + j * size),
                 .total = fa_read_real(g, ws->col_sum + j * size),
             };
-            if (by_sums && sums.total != 0 &&
-                (!isfinite(sums.total) || fa_is_doubtful(doubt, sums.top))) {
-                fa_backward_leave(b, block->head_index);
-            }
-            weighing = by_sums && sums.total != 0 && fa_statistics_agree(g, &sums, x)
-                           ? fa_weighing_by_statistics(g, &sums)
-                           : fa_weighing_by_lse(g, x);
+            weighing = weigh_column(b, block, &column, &sums);
         }
         fa_write_real(g, b->shift + at + j * size, weighing.shift);
         fa_write_real(g, b->factor + at + j * size, weighing.factor);
@@ -473,17 +503,20 @@ static enum fa_status allocate(struct fa_backward *b)
     const int64_t rows = count_rows(b);
     const int64_t statistics =
         fa_over_queries(g) ? g->batch * g->heads * g->key_blocks * g->block_k : rows;
-    int64_t total, reals = 0;
+    int64_t total, reals = 0, flags = 0;
     if (!fa_backward_workspace_bytes(b) ||
         !fa_multiply(b->workspace_bytes, g->num_threads, &total) ||
-        !fa_add_bytes(&reals, statistics, size)) {
+        !fa_add_bytes(&reals, statistics, size) ||
+        !fa_add_bytes(&flags, fa_over_queries(g) ? 0 : rows, (int64_t)sizeof *b->delta_of_out)) {
         return FA_OVERFLOW;
     }
     b->workspaces = fa_allocate(total);
     b->shift = fa_allocate(reals);
     b->factor = fa_allocate(reals);
     b->delta = fa_allocate(reals);
-    if (b->workspaces == NULL || b->shift == NULL || b->factor == NULL || b->delta == NULL) {
+    b->delta_of_out = fa_allocate(flags);
+    if (b->workspaces == NULL || b->shift == NULL || b->factor == NULL || b->delta == NULL ||
+        b->delta_of_out == NULL) {
         return FA_NO_MEMORY;
     }
     const int64_t members = fa_backward_members(g), units = g->batch * g->heads / members;
@@ -559,6 +592,7 @@ static void release(struct fa_backward *b)
     fa_release(b->shift);
     fa_release(b->factor);
     fa_release(b->delta);
+    fa_release(b->delta_of_out);
     fa_release(b->unit_left);
     fa_sums_release(b->sums);
 }

@@ -62,6 +62,8 @@ struct fa_backward {
     /* real [batch * heads][rows], or [batch * heads][keys] with softmax over the queries.  shift
      * and factor give the weights, see fa_weighing; a row without keys has factor 0. */
     char *shift, *factor, *delta;
+    bool *
+        delta_of_out; /* [batch * heads][rows]: whether delta is grad_out * out, see fa_backward_tile */
     struct fa_sums *sums; /* of grad_q, or NULL */
     /* [units], see fa_sums_init: whether a softmax or a gradient of the unit left the range of float32, and whether any
      * did; NULL if float64 computes.  `first`: NULL, or the run whose units of that kind this one computes again. */
@@ -94,8 +96,8 @@ bool fa_backward_workspace_bytes(struct fa_backward *backward);
 struct fa_backward_workspace fa_backward_workspace_of(const struct fa_backward *backward,
                                                       int thread);
 
-/* Rows [first, first + rows) of a head against the key block whose packed keys and values ws holds: weights
- * and gradients of scores, in ws->weights and ws->gradients, 0 where a key takes no part.  Returns the
+/* Rows [first, first + rows) of a head against the key block whose packed keys and values ws holds and has
+ * located: weights and gradients of scores, in ws->weights and ws->gradients, 0 where a key takes no part.  Returns the
  * columns, whole panels, outside of which there is nothing; none: lo == hi.  weights_only: and nothing in
  * ws->gradients. */
 struct fa_key_range fa_backward_tile(const struct fa_backward *backward, const struct fa_head *head,
@@ -123,14 +125,22 @@ void fa_backward_pack(const struct fa_head *head, struct fa_backward_workspace *
 bool fa_statistics_wanted(const struct fa_geometry *g, double lse, int64_t scores,
                           int64_t softmaxes);
 /* Whether lse is theirs.  It is not where the caller merged attention over more keys than those of
- * this call, and means the gradients of that. */
-bool fa_statistics_agree(const struct fa_geometry *g, const struct fa_statistics *of, double lse);
+ * this call, and means the gradients of that.  With what the forward pass kept, nothing is merged. */
+bool fa_statistics_agree(const struct fa_backward *backward, const struct fa_statistics *of,
+                         double lse);
 struct fa_weighing fa_weighing_by_statistics(const struct fa_geometry *g,
                                              const struct fa_statistics *of);
-/* A sink, a base-2 score or -inf, joins the total; its weight. */
+/* A sink, a base-2 score or -inf, joins the total. */
 void fa_statistics_add_sink(struct fa_statistics *of, double sink);
-double fa_sink_weight(const struct fa_statistics *of, double lse, double sink);
 struct fa_weighing fa_weighing_by_lse(const struct fa_geometry *g, double lse);
+/* The nearest element of the workspace's type; a finite number stays finite. */
+double fa_round_real(const struct fa_geometry *g, double x);
+/* That of a row, or of a key with softmax over the queries, as the forward pass kept it.  False: it is not there, or
+ * not of the scores that this run computes. */
+bool fa_weighing_kept(const struct fa_geometry *g, const struct fa_input *from, const char *at,
+                      struct fa_weighing *kept);
+/* The weight of a sink, a base-2 score or -inf, beside it. */
+double fa_kept_sink_weight(const struct fa_weighing *kept, double sink);
 /* Those of the rows from `first` on, FA_BACKWARD_ROWS at most, that are wanted; the others' are
  * arbitrary.  Without sinks.  False: stopped. */
 bool fa_backward_row_statistics(struct fa_job *job, int thread, const struct fa_head *head,

@@ -22,22 +22,33 @@ static double row_sink(const struct fa_head *head, int64_t row)
     return sink * FA_LOG2_E;
 }
 
-/* sum(grad_out * out), of the result as the caller has it. */
+/* Whether a row's result is there as the sums left it. */
+static bool is_out_exact(const struct fa_backward_params *p)
+{
+    const struct fa_attention_params *forward = &p->attention;
+    return p->exact.data != NULL ||
+           (forward->residual.data == NULL && fa_lse_dtype(forward) == forward->dtype);
+}
+
+/* sum(grad_out * out), of the exact result or of the one that the caller has. */
 static double delta_of_out(const struct fa_backward *b, int64_t head_index, int64_t row)
 {
     const struct fa_geometry *g = &b->geometry;
     const struct fa_backward_params *p = b->params;
     const struct fa_attention_params *forward = &p->attention;
-    const char *residual = fa_input_of(g, &forward->residual, head_index);
+    const bool exact = p->exact.data != NULL;
+    const struct fa_input *out = exact ? &p->exact : &p->out;
+    const char *residual = exact ? NULL : fa_input_of(g, &forward->residual, head_index);
     struct fa_row_terms terms = {
         .grad = fa_row_at(g, fa_input_of(g, &p->grad_out, head_index), row, p->grad_out.head,
                           p->grad_out.row),
-        .out = fa_row_at(g, fa_input_of(g, &p->out, head_index), row, p->out.head, p->out.row),
+        .out = fa_row_at(g, fa_input_of(g, out, head_index), row, out->head, out->row),
         .grad_stride = p->grad_out.col,
-        .out_stride = p->out.col,
+        .out_stride = out->col,
         .residual_stride = forward->residual.col,
         .cols = (size_t)forward->head_dim_v,
         .dtype = forward->dtype,
+        .out_dtype = exact ? fa_lse_dtype(forward) : forward->dtype,
     };
     if (residual != NULL) {
         terms.residual = fa_row_at(g, residual, row, forward->residual.head, forward->residual.row);
@@ -56,47 +67,113 @@ static void leave_if_doubtful(struct fa_backward *b, const struct fa_head *head,
     }
 }
 
+/* What is to be stored of a row.  All 0: of one without keys and sink. */
+struct row {
+    bool some; /* it has a key or a sink */
+    struct fa_weighing weighing;
+    double delta; /* but for grad_lse */
+    bool delta_of_out;
+    double sink_weight;
+};
+
+static struct row row_by_lse(const struct fa_backward *b, int64_t head_index, int64_t row,
+                             double sink)
+{
+    const double lse = row_lse(b, head_index, row);
+    if (lse == -INFINITY) { /* nothing that is subtracted from it may be -inf */
+        return (struct row){0};
+    }
+    return (struct row){
+        .some = true,
+        .weighing = fa_weighing_by_lse(&b->geometry, lse),
+        .delta = delta_of_out(b, head_index, row),
+        .delta_of_out = true,
+        .sink_weight = exp2(sink - lse * FA_LOG2_E),
+    };
+}
+
+/* of: without the sink. */
+static struct row row_by_statistics(struct fa_backward *b, const struct fa_head *head,
+                                    int64_t head_index, int64_t row, double sink,
+                                    struct fa_statistics *of)
+{
+    const struct fa_geometry *g = &b->geometry;
+    const double lse = row_lse(b, head_index, row);
+    if (isinf(lse) && of->total == 0 && sink == -INFINITY) {
+        return (struct row){0};
+    }
+    leave_if_doubtful(b, head, head_index, row, of);
+    fa_statistics_add_sink(of, sink);
+    if (!fa_statistics_agree(b, of, lse)) {
+        return row_by_lse(b, head_index, row, sink);
+    }
+    return (struct row){
+        .some = true,
+        .weighing = fa_weighing_by_statistics(g, of),
+        .delta = of->products / of->total,
+        .sink_weight = exp2(sink - of->top) / of->total,
+    };
+}
+
+/* Whether the forward pass kept all that a row needs. */
+static bool is_row_kept(const struct fa_backward *b, int64_t head_index, int64_t row,
+                        struct fa_weighing *kept)
+{
+    const struct fa_geometry *g = &b->geometry;
+    const struct fa_input *from = &b->params->weighing;
+    const char *data = fa_input_of(g, from, head_index);
+    return data != NULL && is_out_exact(b->params) &&
+           fa_weighing_kept(g, from, fa_row_at(g, data, row, from->head, from->row), kept);
+}
+
+static struct row row_as_kept(const struct fa_backward *b, int64_t head_index, int64_t row,
+                              double sink, struct fa_weighing kept)
+{
+    if (kept.factor == 0 && sink == -INFINITY) {
+        return (struct row){0};
+    }
+    return (struct row){
+        .some = true,
+        .weighing = kept,
+        .delta = delta_of_out(b, head_index, row),
+        .delta_of_out = true,
+        .sink_weight = fa_kept_sink_weight(&kept, sink),
+    };
+}
+
 /* shift, factor and delta of a row, and what it adds to the gradient of its sink.  of: its
- * statistics without the sink, or NULL. */
+ * statistics, or NULL. */
 static void store_row(struct fa_backward *b, const struct fa_head *head, int64_t head_index,
                       int64_t row, struct fa_statistics *of)
 {
     const struct fa_geometry *g = &b->geometry;
     const struct fa_backward_params *p = b->params;
-    const int64_t at = (fa_rows_before(g, head_index) + row) * (int64_t)g->ops->size;
+    const int64_t place = fa_rows_before(g, head_index) + row, at = place * (int64_t)g->ops->size;
     const struct fa_output *to = &p->sink_terms;
     const char *grad_lse = fa_input_of(g, &p->grad_lse, head_index);
-    const double lse = row_lse(b, head_index, row), sink = row_sink(head, row);
-    /* A row without keys has no weights; nothing that is subtracted from -inf may be -inf. */
-    const bool empty =
-        of != NULL && isinf(lse) ? of->total == 0 && sink == -INFINITY : lse == -INFINITY;
-    struct fa_weighing weighing = {0};
-    double delta = 0;
+    const double sink = row_sink(head, row);
+    struct fa_weighing kept;
+    struct row found;
 
     if (of != NULL) {
-        leave_if_doubtful(b, head, head_index, row, of);
-        fa_statistics_add_sink(of, sink);
+        found = row_by_statistics(b, head, head_index, row, sink, of);
+    } else if (is_row_kept(b, head_index, row, &kept)) {
+        found = row_as_kept(b, head_index, row, sink, kept);
+    } else {
+        found = row_by_lse(b, head_index, row, sink);
     }
-    if (of != NULL && (empty || !fa_statistics_agree(g, of, lse))) {
-        of = NULL;
+    if (grad_lse != NULL && found.some) {
+        found.delta -=
+            fa_read_lse(g, fa_row_at(g, grad_lse, row, p->grad_lse.head, p->grad_lse.row));
     }
-    if (of != NULL) {
-        weighing = fa_weighing_by_statistics(g, of);
-        delta = of->products / of->total;
-    } else if (!empty) {
-        weighing = fa_weighing_by_lse(g, lse);
-        delta = delta_of_out(b, head_index, row);
-    }
-    if (grad_lse != NULL && !empty) {
-        delta -= fa_read_lse(g, fa_row_at(g, grad_lse, row, p->grad_lse.head, p->grad_lse.row));
-    }
-    fa_write_real(g, b->shift + at, weighing.shift);
-    fa_write_real(g, b->factor + at, weighing.factor);
-    fa_write_real(g, b->delta + at, delta);
+    fa_write_real(g, b->shift + at, found.weighing.shift);
+    fa_write_real(g, b->factor + at, found.weighing.factor);
+    fa_write_real(g, b->delta + at, found.delta);
+    b->delta_of_out[place] = found.delta_of_out;
     if (to->data != NULL) {
         char *term = fa_output_of(g, to, head_index, false) + fa_row_member(g, row) * to->head +
                      fa_row_token(g, row) * to->row;
-        fa_write_lse(g, term, empty ? 0 : -fa_sink_weight(of, lse, sink) * delta);
+        fa_write_lse(g, term, found.some ? -found.sink_weight * found.delta : 0);
     }
 }
 
@@ -107,6 +184,10 @@ static bool row_wants_statistics(const struct fa_backward *b, const struct fa_he
     const struct fa_geometry *g = &b->geometry;
     const struct fa_key_range keys = fa_token_keys(head, fa_row_token(g, row));
     const double lse = row_lse(b, head_index, row);
+    struct fa_weighing kept;
+    if (is_row_kept(b, head_index, row, &kept)) {
+        return false;
+    }
     return fa_statistics_wanted(g, lse, keys.hi - keys.lo, head->rows / g->stacked) ||
            (head->residual != NULL && isfinite(lse));
 }

@@ -3,6 +3,8 @@
  *   weights   = exp2(scores - shift) * factor
  *   gradients = weights * (grad_out v^T - delta), delta = sum(grad_out * out) - grad_lse
  */
+#include <math.h>
+
 #include "backward.h"
 #include "keys.h"
 
@@ -109,6 +111,60 @@ static void clear_columns(const struct fa_geometry *g, struct fa_backward_worksp
     }
 }
 
+/* One element of a tile, whose weight is above 1/2: its gradient again.
+ *
+ * delta is the mean of a row's grad_out v^T by its weights p, and where one of these is near 1, what that mean leaves of
+ * it is all of its gradient.  A delta that comes from `out` has the rounding of another sum of products: of the dot
+ * product x * that row_delta computes, where the tile has x.  So p (x - delta) becomes p (x - (delta + p (x - x *))),
+ * which is exactly 0 in a row of one weight.  Of the other keys all weights together are below 1/2. */
+static void refine_gradient(const struct fa_backward *b, const struct fa_tile *tile,
+                            const struct fa_workspace *part, int64_t head_index, int64_t r,
+                            int64_t column, double weight, char *gradient)
+{
+    const struct fa_geometry *g = tile->head->geometry;
+    const struct fa_attention_params *p = g->params;
+    const struct fa_input *grad_out = &b->params->grad_out;
+    const int64_t size = (int64_t)g->ops->size, row = tile->first_row + r;
+    const struct fa_row_terms terms = {
+        .grad =
+            fa_row_at(g, fa_input_of(g, grad_out, head_index), row, grad_out->head, grad_out->row),
+        .out = part->v_row[tile->begin + column],
+        .grad_stride = grad_out->col,
+        .out_stride = p->v.col,
+        .cols = (size_t)p->head_dim_v,
+        .dtype = p->dtype,
+        .out_dtype = p->dtype,
+    };
+    const double delta = fa_read_real(g, b->delta + (fa_rows_before(g, head_index) + row) * size);
+    const double kept =
+        p->dropout_p > 0 ? fa_read_real(g, part->factors + (r * g->block_k + column) * size) : 1;
+    const double product = fa_round_real(g, g->ops->row_delta(&terms) * kept);
+    const double difference = fa_read_real(g, gradient) / weight;
+    const double refined = difference - weight * (difference + delta - product);
+    if (isfinite(refined)) {
+        fa_write_real(g, gradient, weight * refined);
+    }
+}
+
+/* dominated: a bit for each row of the tile that has a weight above 1/2. */
+static void refine_rows(const struct fa_backward *b, const struct fa_tile *tile,
+                        const struct fa_workspace *part, int64_t head_index, const char *weights,
+                        char *gradients, uint32_t dominated)
+{
+    const struct fa_geometry *g = tile->head->geometry;
+    const bool *delta_of_out = b->delta_of_out + fa_rows_before(g, head_index) + tile->first_row;
+    for (int64_t r = 0; dominated != 0 && r < tile->rows; r++) {
+        const bool refines = (dominated >> r & 1) != 0 && delta_of_out[r];
+        for (int64_t c = 0; refines && c < tile->columns; c++) {
+            const int64_t at = (r * g->score_stride + c) * (int64_t)g->ops->size;
+            const double weight = fa_read_real(g, weights + at);
+            if (weight > 0.5) {
+                refine_gradient(b, tile, part, head_index, r, c, weight, gradients + at);
+            }
+        }
+    }
+}
+
 /* Scores to weights, and gradients of weights to those of scores. */
 static void finish_tile(const struct fa_backward *b, const struct fa_tile *tile,
                         struct fa_workspace *part, struct fa_backward_workspace *ws,
@@ -125,8 +181,10 @@ static void finish_tile(const struct fa_backward *b, const struct fa_tile *tile,
                                  rows, columns, b->shift + at, b->factor + at, b->delta + at);
     } else {
         const int64_t at = (fa_rows_before(g, head_index) + tile->first_row) * size;
-        g->ops->score_gradients(scores, gradients, (size_t)g->score_stride, rows, columns,
-                                b->shift + at, b->factor + at, b->delta + at);
+        const uint32_t dominated =
+            g->ops->score_gradients(scores, gradients, (size_t)g->score_stride, rows, columns,
+                                    b->shift + at, b->factor + at, b->delta + at);
+        refine_rows(b, tile, part, head_index, scores, gradients, dominated);
     }
     fa_apply_dropout(tile, part, scores);
 }

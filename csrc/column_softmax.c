@@ -56,6 +56,24 @@ static void store_lse_again(const struct fa_forward *forward, const struct fa_he
     }
 }
 
+/* Maximum and reciprocal sum are shift and factor; those of a column that was given back are NaN. */
+static void store_weighing(const struct fa_forward *forward, const struct fa_head *head,
+                           int64_t head_index, int64_t block_key, int64_t keys)
+{
+    const struct fa_geometry *g = forward->geometry;
+    const struct fa_output *to = &g->params->weighing;
+    int64_t at = fa_column_offset(g, head_index, block_key / g->block_k);
+    for (int64_t j = 0; j < keys; j++, at += (int64_t)g->ops->size) {
+        char *weighing = head->weighing + (block_key + j) * to->row;
+        if (forward->keeps_weighing) {
+            fa_write_lse(g, weighing, fa_read_real(g, forward->col_max + at));
+            fa_write_lse(g, weighing + to->col, fa_read_real(g, forward->col_inverse + at));
+        } else {
+            fa_forget_weighing(g, weighing);
+        }
+    }
+}
+
 static void run_column_task(struct fa_job *job, int64_t index, int thread)
 {
     struct fa_forward *forward = job->context;
@@ -110,6 +128,9 @@ static void run_column_task(struct fa_job *job, int64_t index, int thread)
         give_back_columns(forward, &head, head_index, block_key, keys);
     } else if (forward->first != NULL && head.lse != NULL) {
         store_lse_again(forward, &head, head_index, block_key, keys);
+    }
+    if (head.weighing != NULL && forward->first == NULL) {
+        store_weighing(forward, &head, head_index, block_key, keys);
     }
 }
 

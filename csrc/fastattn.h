@@ -71,7 +71,7 @@ struct fa_output {
     int64_t head, row, col;
 };
 
-/* One call of attention.  All sizes are >= 0.  Aliasing: `out` and `lse` overlap no input, with one
+/* One call of attention.  All sizes are >= 0.  Aliasing: outputs overlap no input, with one
  * exception: `residual` may be exactly `out` (same address, same strides). */
 struct fa_attention_params {
     enum fa_dtype dtype; /* of q, out and residual; lse is float64 for FA_F64, else float32 */
@@ -95,6 +95,13 @@ struct fa_attention_params {
     struct fa_output lse; /* nullable; (batch..., num_heads, seqlen_q), one per `row`;
                                    * softmax over queries: (batch..., num_heads, seqlen_k) */
     struct fa_input residual; /* nullable; shape of out; added to it */
+
+    /* For the backward pass, in lse's dtype.  `weighing` is nullable, not without lse, of lse's shape
+     * and 2 more columns, shift and factor: a weight is exp2(base-2 score - shift) * factor, to the
+     * bit what this pass multiplied.  A factor of NaN says that this pass cannot tell.  `exact` is
+     * nullable, of out's shape: the result without residual, not rounded to a narrower dtype;
+     * softmax over keys only. */
+    struct fa_output weighing, exact;
 
     /* Pages: nullable; int64 (batch..., pages), one per `row`.  Key j of a batch entry is then key
      * j % page_size of page page_table[j / page_size], and k, v, k_scale and v_scale are
@@ -143,13 +150,15 @@ static inline enum fa_dtype fa_lse_dtype(const struct fa_attention_params *param
 
 /* Gradients of one call of attention.  The forward's arguments are `attention`, with
  * head_dim and head_dim_v at most FA_MAX_BACKWARD_DIM, no page_table, no bias with packed sequences, kv_dtype ==
- * dtype; its `out` and `lse` are not used.  Nothing overlaps, but that rows of grad_bias may share memory. */
+ * dtype; its `out`, `lse`, `weighing` and `exact` are not used.  Nothing overlaps, but that rows of grad_bias may share memory. */
 struct fa_backward_params {
     struct fa_attention_params attention;
     struct fa_input out; /* shape and dtype of q's result, `residual` included */
     struct fa_input lse; /* (batch..., num_heads, seqlen_q), as the forward gave it */
     struct fa_input grad_out; /* shape and dtype of out */
     struct fa_input grad_lse; /* nullable; shape and dtype of lse */
+    struct fa_input weighing,
+        exact; /* nullable, each by itself: what the forward pass wrote there */
     struct fa_output grad_q; /* nullable; shape of q */
     struct fa_output grad_k; /* nullable; shape of k at its full batch shape */
     struct fa_output grad_v; /* nullable; likewise */

@@ -301,9 +301,26 @@ static enum fa_stored store_row(const struct fa_forward *forward, const struct f
     return g->ops->softmax_store(state, (size_t)g->block_dv, result);
 }
 
-/* What is the row's own in its result. */
+/* Where a row's weighing is stored, if it is known; if not, that is noted. */
+static char *weighing_of(const struct fa_forward *forward, const struct fa_head *head, int64_t row)
+{
+    const struct fa_geometry *g = forward->geometry;
+    const struct fa_output *to = &g->params->weighing;
+    if (head->weighing == NULL) {
+        return NULL;
+    }
+    char *weighing =
+        head->weighing + fa_row_member(g, row) * to->head + fa_row_token(g, row) * to->row;
+    if (!forward->keeps_weighing) {
+        fa_forget_weighing(g, weighing);
+        return NULL;
+    }
+    return weighing;
+}
+
+/* What is the row's own in its result.  of_softmax: and in what tells of its softmax. */
 static void place_row(const struct fa_forward *forward, const struct fa_task *task, int64_t r,
-                      bool with_lse, struct fa_row_result *result)
+                      bool of_softmax, struct fa_row_result *result)
 {
     const struct fa_geometry *g = forward->geometry;
     const struct fa_attention_params *p = g->params;
@@ -323,8 +340,15 @@ static void place_row(const struct fa_forward *forward, const struct fa_task *ta
         memcpy(&result->sink, head->sinks + member * p->sinks.head, sizeof result->sink);
         result->sink *= FA_LOG2_E;
     }
-    if (with_lse) {
+    if (head->exact != NULL) {
+        result->exact = head->exact + member * p->exact.head + token * p->exact.row +
+                        task->first_col * p->exact.col;
+    }
+    result->lse = NULL;
+    result->weighing = NULL;
+    if (of_softmax) {
         result->lse = head->lse + member * p->lse.head + token * p->lse.row;
+        result->weighing = weighing_of(forward, head, row);
     }
     if (head->alibi_slopes != NULL) {
         result->doubt = fa_head_doubt(head, member);
@@ -352,13 +376,14 @@ static void store_rows(struct fa_forward *forward, const struct fa_task *task,
         .doubt = fa_head_doubt(&task->head, 0),
         .out_stride = p->out.col,
         .residual_stride = p->residual.col,
+        .exact_stride = p->exact.col,
+        .weighing_stride = p->weighing.col,
     };
     for (int64_t r = 0; r < task->rows; r++) {
         const enum fa_stored before = first == NULL ? FA_STORED : given_back_of(first, task)[r];
         if (first != NULL && before == FA_STORED) {
             continue;
         }
-        result.lse = NULL;
         place_row(forward, task, r, has_lse && before != FA_SUMS_LEFT, &result);
         if (before == FA_SUMS_LEFT) {
             result.columns = columns_of(first, task, r);
@@ -642,7 +667,11 @@ static enum fa_status attend(const struct fa_attention_params *params,
     if (status != FA_OK) {
         return status;
     }
-    struct fa_forward forward = {.geometry = &geometry};
+    struct fa_forward forward = {
+        .geometry = &geometry,
+        .keeps_weighing = ops->size == (size_t)fa_dtype_size(fa_lse_dtype(params)) &&
+                          ops != kernels->forward_bf16,
+    };
     status = fa_plan_init(&forward.plan, &geometry);
     if (status == FA_OK) {
         status = run(&forward);

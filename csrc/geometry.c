@@ -267,6 +267,8 @@ void fa_head_init(struct fa_head *head, const struct fa_geometry *geometry, int6
         .k_segment_ids = locate(&p->k_segment_ids, at, n),
         .out = skip_output_heads(locate_output(&p->out, at, n), first_head, &p->out),
         .lse = skip_output_heads(locate_output(&p->lse, at, n), first_head, &p->lse),
+        .weighing = skip_output_heads(locate_output(&p->weighing, at, n), first_head, &p->weighing),
+        .exact = skip_output_heads(locate_output(&p->exact, at, n), first_head, &p->exact),
     };
     if (p->q_starts != NULL) {
         const int64_t start = p->q_starts[entry];
@@ -274,6 +276,8 @@ void fa_head_init(struct fa_head *head, const struct fa_geometry *geometry, int6
         head->residual = skip_rows(head->residual, start, p->residual.row);
         head->out = skip_output_rows(head->out, start, p->out.row);
         head->lse = skip_output_rows(head->lse, start, p->lse.row);
+        head->weighing = skip_output_rows(head->weighing, start, p->weighing.row);
+        head->exact = skip_output_rows(head->exact, start, p->exact.row);
     }
     if (p->k_starts != NULL) {
         head->k = skip_rows(head->k, p->k_starts[entry], p->k.row);

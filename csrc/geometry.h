@@ -63,7 +63,7 @@ struct fa_head {
     int64_t entry, first_head; /* batch entry, first of the stacked query heads */
     const char *q, *k, *v, *bias, *mask, *residual, *alibi_slopes, *sinks;
     const char *q_segment_ids, *k_segment_ids, *k_scale, *v_scale, *page_table;
-    char *out, *lse;
+    char *out, *lse, *weighing, *exact;
     int64_t rows; /* queries times stacked heads */
     int64_t kv_length; /* keys [0, kv_length) are valid */
     int64_t q_offset; /* position of token 0 on the key axis */

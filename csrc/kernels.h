@@ -146,6 +146,9 @@ struct fa_row_result {
     void *lse; /* nullable; one element, natural logarithm, of lse_dtype */
     enum fa_dtype lse_dtype; /* FA_F32 or FA_F64 */
     bool biased; /* the scores have biases in them: see fa_natural */
+    /* Nullable, of lse_dtype: cols elements as in `out`, but without residual; shift and factor of the weights. */
+    void *exact, *weighing;
+    int64_t exact_stride, weighing_stride;
     int exponent; /* of 2, that values were divided by: the result is multiplied, residual aside */
     bool averages; /* of values: finite where acc is */
     /* What is not stored, see enum fa_stored: `final` stores everything. */
@@ -177,7 +180,7 @@ struct fa_row_terms {
     const char *grad, *out, *residual; /* residual nullable */
     int64_t grad_stride, out_stride, residual_stride;
     size_t cols;
-    enum fa_dtype dtype;
+    enum fa_dtype dtype, out_dtype; /* of out and residual: out_dtype */
 };
 
 /* The inner loops for one element type ("real").
@@ -289,9 +292,9 @@ struct fa_ops {
                              size_t n);
     /* From scores s and gradients of weights d, weights and gradients of scores in their place:
      * s = exp2(s - shift[row]) * factor[row], d = s * (d - delta[row]), both 0 where the weight
-     * is. */
-    void (*score_gradients)(void *s, void *d, size_t ld, size_t rows, size_t n, const void *shift,
-                            const void *factor, const void *delta);
+     * is.  Returns a bit for each row, FA_MAX_TILE_Q at most, with a weight above 1/2. */
+    uint32_t (*score_gradients)(void *s, void *d, size_t ld, size_t rows, size_t n,
+                                const void *shift, const void *factor, const void *delta);
     /* The same with a shift, a factor and a delta for each column; d nullable: weights only. */
     void (*column_gradients)(void *s, void *d, size_t ld, size_t rows, size_t n, const void *shift,
                              const void *factor, const void *delta);

@@ -42,6 +42,8 @@ def attention(
     page_table: NDArray[np.int64] | None = None,
     q_starts: NDArray[np.int64] | None = None,
     k_starts: NDArray[np.int64] | None = None,
+    weighing: NDArray[Any] | None = None,
+    exact: NDArray[Any] | None = None,
 ) -> None: ...
 def attention_backward(
     isa: str,
@@ -81,6 +83,8 @@ def attention_backward(
     sink_terms: NDArray[Any] | None = None,
     q_starts: NDArray[np.int64] | None = None,
     k_starts: NDArray[np.int64] | None = None,
+    weighing: NDArray[Any] | None = None,
+    exact: NDArray[Any] | None = None,
 ) -> None: ...
 def describe(
     isa: str,

@@ -49,6 +49,7 @@ cdef extern from "fastattn.h" nogil:
         fa_input q, k, v, k_scale, v_scale
         fa_output out, lse
         fa_input residual
+        fa_output weighing, exact
         fa_input page_table
         int64_t page_size
         const int64_t *q_starts
@@ -67,6 +68,7 @@ cdef extern from "fastattn.h" nogil:
     struct fa_backward_params:
         fa_attention_params attention
         fa_input out, lse, grad_out, grad_lse
+        fa_input weighing, exact
         fa_output grad_q, grad_k, grad_v
         fa_dtype grad_dtype
         fa_output grad_bias, sink_terms
