@@ -41,6 +41,26 @@ struct key_block {
     bool finite; /* all keys are */
 };
 
+/* x *= factor, of rows whose elements lie side by side. */
+static void multiply_rows(double *x, int64_t stride, int64_t rows, int64_t cols, double factor)
+{
+    for (int64_t r = 0; r < rows; r++) {
+        for (int64_t c = 0; c < cols; c++) {
+            x[r * stride + c] *= factor;
+        }
+    }
+}
+
+/* What fa_backward_load_grad does to the rows, to their panels. */
+static void scale_panels(const struct fa_geometry *g, char *panels, int64_t padded, int64_t rows)
+{
+    const int64_t nr = (int64_t)g->ops->nr;
+    for (int64_t c = 0; c < padded; c += nr) {
+        multiply_rows((double *)(void *)panels + c * FA_BACKWARD_ROWS, nr, rows, nr,
+                      ldexp(1, -g->value_exponent));
+    }
+}
+
 /* Rows [first, first + rows) of q and grad_out, in the forms that the products take.  Returns whether q and
  * grad_out are finite. */
 static void load_tile_rows(const struct fa_backward *b, const struct key_block *block,
@@ -59,6 +79,9 @@ static void load_tile_rows(const struct fa_backward *b, const struct key_block *
                                        (size_t)p->head_dim_v, &from);
     for (int64_t r = 0; r < rows; r++) {
         ws->row[r] = fa_row_at(g, block->head->q, first + r, p->q.head, p->q.row);
+    }
+    if (g->value_exponent != 0) {
+        scale_panels(g, ws->grad_out_panels, b->padded_v, rows);
     }
     from.col_stride = p->q.col;
     *q_finite =
@@ -137,7 +160,7 @@ static void store_keys(struct fa_backward *b, const struct key_block *block,
                        double factor)
 {
     const struct fa_geometry *g = &b->geometry;
-    if (to->data == NULL) {
+    if (to->data == NULL || fa_backward_is_stored(b, block->head_index)) {
         return;
     }
     char *out = fa_output_of(g, to, block->head_index, true) + block->key * to->row;
@@ -147,6 +170,7 @@ static void store_keys(struct fa_backward *b, const struct key_block *block,
             .dtype = b->params->grad_dtype,
             .out = out + j * to->row,
             .out_stride = to->col,
+            .exponent = g->value_exponent,
         };
         if (!g->ops->store_scaled(acc + j * padded * (int64_t)g->ops->size, factor, &result)) {
             fa_backward_leave(b, block->head_index);
@@ -198,6 +222,10 @@ static bool visit_rows(struct fa_job *job, int thread, struct key_block *block,
             g->ops->scale_gradients(ws->gradients + at, ws->slope + at, (size_t)g->score_stride,
                                     (size_t)rows, (size_t)(keys.hi - keys.lo));
         }
+        if (g->scales_scores && !weights_only) {
+            multiply_rows((double *)(void *)ws->gradients + keys.lo, g->score_stride, rows,
+                          keys.hi - keys.lo, g->params->scale);
+        }
         add_products(b, block, ws, first, rows, keys, q_finite, grad_finite);
     }
     return true;
@@ -225,10 +253,11 @@ static bool weigh_columns(struct fa_job *job, int thread, struct key_block *bloc
                           struct fa_backward_workspace *ws)
 {
     struct fa_backward *b = job->context;
-    const struct fa_geometry *g = &b->geometry;
+    const struct fa_geometry *g = &b->geometry, *before = &fa_first_run(b)->geometry;
     const struct fa_input *from = &b->params->lse;
     const struct fa_doubt doubt = fa_head_doubt(block->head, 0);
-    const int64_t size = (int64_t)g->ops->size;
+    const int64_t size = (int64_t)g->ops->size, size_before = (int64_t)before->ops->size;
+    char *excess = fa_first_run(b)->excess + fa_column_at(before, block->head_index, block->key);
     const int64_t at = fa_column_at(g, block->head_index, block->key);
     const int64_t softmaxes = fa_backward_seqlen_k(g, block->head_index);
     const char *lse = fa_input_of(g, from, block->head_index);
@@ -237,7 +266,7 @@ static bool weigh_columns(struct fa_job *job, int thread, struct key_block *bloc
     for (int64_t j = 0; j < block->live; j++) {
         const double x = fa_read_lse(g, lse + (block->key + j) * from->row);
         const int64_t count = count_queries(block->head, block->key + j);
-        wanted = wanted || fa_statistics_wanted(g, x, count, softmaxes);
+        wanted = wanted || fa_statistics_wanted(b, x, count, softmaxes);
     }
     if (wanted) {
         pack_block(b, block, ws);
@@ -250,18 +279,18 @@ static bool weigh_columns(struct fa_job *job, int thread, struct key_block *bloc
         if (j < block->live) {
             const double x = fa_read_lse(g, lse + (block->key + j) * from->row);
             const int64_t count = count_queries(block->head, block->key + j);
-            const bool by_sums = fa_statistics_wanted(g, x, count, softmaxes);
-            const struct fa_statistics sums = {
+            struct fa_statistics sums = {
                 .top = fa_read_real(g, ws->col_max + j * size),
                 .total = fa_read_real(g, ws->col_sum + j * size),
             };
-            if (by_sums && sums.total != 0 &&
-                (!isfinite(sums.total) || fa_is_doubtful(doubt, sums.top))) {
+            const bool by_sums =
+                fa_statistics_wanted(b, x, count, softmaxes) && sums.total != 0;
+            const bool left =
+                by_sums && (!isfinite(sums.total) || fa_is_doubtful(doubt, sums.top));
+            if (left) {
                 fa_backward_leave(b, block->head_index);
             }
-            weighing = by_sums && sums.total != 0 && fa_statistics_agree(g, &sums, x)
-                           ? fa_weighing_by_statistics(g, &sums)
-                           : fa_weighing_by_lse(g, x);
+            weighing = fa_weigh(b, excess + j * size_before, by_sums ? &sums : NULL, !left, x);
         }
         fa_write_real(g, b->shift + at + j * size, weighing.shift);
         fa_write_real(g, b->factor + at + j * size, weighing.factor);
@@ -301,7 +330,9 @@ static void find_column_deltas(const struct fa_backward *b, const struct key_blo
         for (int64_t j = 0; j < keys; j++) {
             double delta = fa_read_real(g, ws->value_products + j * (nr + 1) * size);
             if (from != NULL) {
-                delta -= fa_read_lse(g, from + (block->key + first + j) * grad_lse->row);
+                const double grad =
+                    fa_read_lse(g, from + (block->key + first + j) * grad_lse->row);
+                delta -= ldexp(grad, -g->value_exponent);
             }
             fa_write_real(g, b->delta + at + (first + j) * size, delta);
         }
@@ -372,7 +403,8 @@ static bool visit_key_block(struct fa_job *job, int thread, struct key_block *bl
     }
     block->head_index = first_head;
     if (done) {
-        store_keys(b, block, &b->params->grad_k, ws->grad_k, b->padded_k, p->head_dim, p->scale);
+        store_keys(b, block, &b->params->grad_k, ws->grad_k, b->padded_k, p->head_dim,
+                   fa_backward_factor(g));
         store_keys(b, block, &b->params->grad_v, ws->grad_v, b->padded_v, p->head_dim_v, 1);
     }
     return done;
@@ -393,12 +425,17 @@ void fa_backward_leave(struct fa_backward *backward, int64_t head_index)
     }
 }
 
-bool fa_backward_is_done(const struct fa_backward *backward, int64_t head_index)
+bool fa_backward_is_stored(const struct fa_backward *backward, int64_t head_index)
 {
     const int64_t unit = head_index / fa_backward_members(&backward->geometry);
-    /* Softmax over the queries prepares the bias' gradient by the same tasks. */
     return backward->first != NULL &&
-           !atomic_load_explicit(backward->first->unit_left + unit, memory_order_relaxed) &&
+           !atomic_load_explicit(backward->first->unit_left + unit, memory_order_relaxed);
+}
+
+bool fa_backward_is_done(const struct fa_backward *backward, int64_t head_index)
+{
+    /* Softmax over the queries prepares the bias' gradient by the same tasks. */
+    return fa_backward_is_stored(backward, head_index) &&
            !(fa_over_queries(&backward->geometry) && backward->params->grad_bias.data != NULL);
 }
 
@@ -407,7 +444,7 @@ static void store_unit(struct fa_backward *b, struct fa_backward_workspace *ws, 
                        char *unit_sums)
 {
     const int64_t members = fa_backward_members(&b->geometry);
-    for (int64_t i = 0; i < members; i++) {
+    for (int64_t i = 0; i < members && !fa_backward_is_stored(b, unit * members); i++) {
         fa_backward_store_rows(b, unit * members + i, sums_of(b, unit_sums, i, 0), ws->q_panels);
     }
     fa_sums_leave(b->sums, unit);
@@ -488,8 +525,12 @@ static enum fa_status allocate(struct fa_backward *b)
     }
     const int64_t members = fa_backward_members(g), units = g->batch * g->heads / members;
     enum fa_status status = FA_OK;
-    if (g->ops->size < sizeof(double)) {
-        status = allocate_unit_left(b, units);
+    if (b->first == NULL) {
+        b->excess = fa_allocate(reals);
+        status = b->excess == NULL ? FA_NO_MEMORY : allocate_unit_left(b, units);
+    }
+    if (status == FA_OK && b->params->grad_bias.data != NULL) {
+        status = fa_backward_allocate_bias(b);
     }
     return status == FA_OK && b->params->grad_q.data != NULL ? fa_sums_init(b, units, members)
                                                              : status;
@@ -524,7 +565,7 @@ static enum fa_status run_passes(struct fa_backward *b)
     if (status == FA_OK && main_pass) {
         status = run_pass(b, run_group, heads / fa_backward_members(g) * b->groups);
     }
-    /* A second run does that for all heads: they may add to the same elements. */
+    /* A second run does that for all heads: their sums may meet in the same elements. */
     if (status == FA_OK && p->grad_bias.data != NULL && !atomic_load(&b->any_left)) {
         status = run_pass(b, fa_backward_bias, fa_backward_bias_tasks(b));
     }
@@ -540,7 +581,10 @@ static enum fa_status run(struct fa_backward *b, const struct fa_ops *ops,
     if (status != FA_OK) {
         return status;
     }
+    const bool again = b->first != NULL;
     g->block_q = FA_BACKWARD_ROWS;
+    g->scales_scores = fa_scales_scores(p, again);
+    g->value_exponent = again && p->dtype == FA_F64 ? FA_AGAIN_EXPONENT : 0;
     /* Products read columns of weights: rows a power of two apart would share few sets of L1. */
     g->score_stride += FA_LINE / (int64_t)ops->size;
     b->padded_k = fa_round_up(p->head_dim, (int64_t)ops->nr);
@@ -559,12 +603,15 @@ static void release(struct fa_backward *b)
     fa_release(b->shift);
     fa_release(b->factor);
     fa_release(b->delta);
+    fa_release(b->excess);
+    fa_release(b->bias_sums);
     fa_release(b->unit_left);
     fa_sums_release(b->sums);
 }
 
-/* In float64 where the options leave no choice, or, for heads whose softmax or gradients left the range of float32,
- * in a second run. */
+/* In float64 where the options leave no choice, or, for heads whose softmax or gradients left the range of their type,
+ * in a second run.  For float64 that has grad_out and grad_lse divided by 2^value_exponent, and the gradients, which are
+ * linear in them, multiplied again. */
 static enum fa_status compute_gradients(const struct fa_backward_params *params,
                                         const struct fa_kernels *kernels)
 {

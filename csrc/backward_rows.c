@@ -42,18 +42,15 @@ static double delta_of_out(const struct fa_backward *b, int64_t head_index, int6
     if (residual != NULL) {
         terms.residual = fa_row_at(g, residual, row, forward->residual.head, forward->residual.row);
     }
-    return g->ops->row_delta(&terms);
+    return ldexp(g->ops->row_delta(&terms), -g->value_exponent);
 }
 
-/* Scores that left the range of float32, or lost what tells them apart there. */
-static void leave_if_doubtful(struct fa_backward *b, const struct fa_head *head, int64_t head_index,
-                              int64_t row, const struct fa_statistics *of)
+/* Whether scores left the range of float32, or lost what tells them apart there. */
+static bool have_scores_left(const struct fa_backward *b, const struct fa_head *head, int64_t row,
+                             const struct fa_statistics *of)
 {
     const struct fa_doubt doubt = fa_head_doubt(head, fa_row_member(&b->geometry, row));
-    if (of->total != 0 &&
-        (!isfinite(of->total) || !isfinite(of->products) || fa_is_doubtful(doubt, of->top))) {
-        fa_backward_leave(b, head_index);
-    }
+    return of->total != 0 && (!isfinite(of->total) || fa_is_doubtful(doubt, of->top));
 }
 
 /* shift, factor and delta of a row, and what it adds to the gradient of its sink.  of: its
@@ -63,7 +60,10 @@ static void store_row(struct fa_backward *b, const struct fa_head *head, int64_t
 {
     const struct fa_geometry *g = &b->geometry;
     const struct fa_backward_params *p = b->params;
-    const int64_t at = (fa_rows_before(g, head_index) + row) * (int64_t)g->ops->size;
+    const struct fa_backward *first = fa_first_run(b);
+    const int64_t index = fa_rows_before(g, head_index) + row;
+    const int64_t at = index * (int64_t)g->ops->size;
+    char *excess = first->excess + index * (int64_t)first->geometry.ops->size;
     const struct fa_output *to = &p->sink_terms;
     const char *grad_lse = fa_input_of(g, &p->grad_lse, head_index);
     const double lse = row_lse(b, head_index, row), sink = row_sink(head, row);
@@ -72,31 +72,34 @@ static void store_row(struct fa_backward *b, const struct fa_head *head, int64_t
         of != NULL && isinf(lse) ? of->total == 0 && sink == -INFINITY : lse == -INFINITY;
     struct fa_weighing weighing = {0};
     double delta = 0;
+    bool left = false;
 
     if (of != NULL) {
-        leave_if_doubtful(b, head, head_index, row, of);
+        left = have_scores_left(b, head, row, of);
         fa_statistics_add_sink(of, sink);
     }
-    if (of != NULL && (empty || !fa_statistics_agree(g, of, lse))) {
-        of = NULL;
-    }
-    if (of != NULL) {
-        weighing = fa_weighing_by_statistics(g, of);
-        delta = of->products / of->total;
-    } else if (!empty) {
-        weighing = fa_weighing_by_lse(g, lse);
-        delta = delta_of_out(b, head_index, row);
+    if (!empty) {
+        weighing = fa_weigh(b, excess, of, !left, lse);
+        delta = weighing.own ? of->products / of->total : delta_of_out(b, head_index, row);
     }
     if (grad_lse != NULL && !empty) {
-        delta -= fa_read_lse(g, fa_row_at(g, grad_lse, row, p->grad_lse.head, p->grad_lse.row));
+        const double grad =
+            fa_read_lse(g, fa_row_at(g, grad_lse, row, p->grad_lse.head, p->grad_lse.row));
+        delta -= ldexp(grad, -g->value_exponent);
     }
     fa_write_real(g, b->shift + at, weighing.shift);
     fa_write_real(g, b->factor + at, weighing.factor);
     fa_write_real(g, b->delta + at, delta);
-    if (to->data != NULL) {
+    if (left || !isfinite(fa_read_real(g, b->delta + at))) {
+        fa_backward_leave(b, head_index);
+    }
+    if (to->data != NULL && !fa_backward_is_stored(b, head_index)) {
         char *term = fa_output_of(g, to, head_index, false) + fa_row_member(g, row) * to->head +
                      fa_row_token(g, row) * to->row;
-        fa_write_lse(g, term, empty ? 0 : -fa_sink_weight(of, lse, sink) * delta);
+        const double weight =
+            empty ? 0 : fa_sink_weight(weighing.by_sums ? of : NULL, lse, sink);
+        const double x = weight == 0 ? 0 : ldexp(-weight * delta, g->value_exponent);
+        memcpy(term, &x, sizeof x);
     }
 }
 
@@ -107,7 +110,7 @@ static bool row_wants_statistics(const struct fa_backward *b, const struct fa_he
     const struct fa_geometry *g = &b->geometry;
     const struct fa_key_range keys = fa_token_keys(head, fa_row_token(g, row));
     const double lse = row_lse(b, head_index, row);
-    return fa_statistics_wanted(g, lse, keys.hi - keys.lo, head->rows / g->stacked) ||
+    return fa_statistics_wanted(b, lse, keys.hi - keys.lo, head->rows / g->stacked) ||
            (head->residual != NULL && isfinite(lse));
 }
 
@@ -158,12 +161,13 @@ void fa_backward_store_rows(struct fa_backward *backward, int64_t head_index, co
             .dtype = backward->params->grad_dtype,
             .out = out + fa_row_member(g, row) * to->head + fa_row_token(g, row) * to->row,
             .out_stride = to->col,
+            .exponent = g->value_exponent,
         };
         memcpy(scratch, first, (size_t)bytes);
         for (int64_t i = 1; i < groups; i++) {
             g->ops->add(scratch, first + i * group_bytes, (size_t)backward->padded_k);
         }
-        if (!g->ops->store_scaled(scratch, backward->params->attention.scale, &result)) {
+        if (!g->ops->store_scaled(scratch, fa_backward_factor(g), &result)) {
             fa_backward_leave(backward, head_index);
         }
     }

@@ -39,9 +39,10 @@
 /* Base-2: how far a shift may be from its softmax' top, and its factor from 1 / total. */
 #define MOST_APART 64
 
-bool fa_statistics_wanted(const struct fa_geometry *g, double lse, int64_t scores,
+bool fa_statistics_wanted(const struct fa_backward *backward, double lse, int64_t scores,
                           int64_t softmaxes)
 {
+    const struct fa_geometry *g = &backward->geometry;
     if (isinf(lse)) { /* of no key, or of scores that float32 has no lse for */
         return g->params->dtype != FA_F64 && scores > 0;
     }
@@ -49,7 +50,8 @@ bool fa_statistics_wanted(const struct fa_geometry *g, double lse, int64_t score
         return false;
     }
     const bool flat = scores >= FLAT_SCORES && fabs(lse - log((double)scores)) <= FLAT;
-    return !flat || fabs(lse) > (softmaxes >= MANY ? LARGE_LSE : SMALL_LSE);
+    /* lse may be of a first run's scores, and delta be lost among sums that passed the range of the results. */
+    return backward->first != NULL || !flat || fabs(lse) > (softmaxes >= MANY ? LARGE_LSE : SMALL_LSE);
 }
 
 /* How far apart two lse of the same scores may be, besides their own rounding. */
@@ -67,15 +69,20 @@ static double tolerance(enum fa_dtype dtype)
 
 static bool is_biased(const struct fa_geometry *g) { return g->params->bias.data != NULL; }
 
-bool fa_statistics_agree(const struct fa_geometry *g, const struct fa_statistics *of, double lse)
+static double lse_again(const struct fa_geometry *g, const struct fa_statistics *of)
+{
+    return fa_natural(of->top, log2(of->total), is_biased(g), g->ops->size);
+}
+
+/* Whether lse is theirs alone.  Of more keys it is larger: where it is less, roundings made it so. */
+static bool agrees(const struct fa_geometry *g, const struct fa_statistics *of, double lse)
 {
     const bool wide = fa_lse_dtype(g->params) == FA_F64;
-    const double again = fa_natural(of->top, log2(of->total), is_biased(g), g->ops->size);
-    const double unit = wide ? 0x1p-53 : 0x1p-24;
+    const double again = lse_again(g, of), unit = wide ? 0x1p-53 : 0x1p-24;
     if (isinf(lse)) {
         return (wide ? again : (double)(float)again) == lse;
     }
-    return fabs(again - lse) <= tolerance(g->params->dtype) + 8 * unit * fabs(lse);
+    return lse - again <= tolerance(g->params->dtype) + 8 * unit * fabs(lse);
 }
 
 /* Nothing is left of a sum whose factor is 0, whatever it is. */
@@ -106,17 +113,18 @@ static double round_real(const struct fa_geometry *g, double x)
     return isfinite(x) ? (double)(float)fmin(fmax(x, -(double)FLT_MAX), (double)FLT_MAX) : x;
 }
 
-struct fa_weighing fa_weighing_by_statistics(const struct fa_geometry *g,
-                                             const struct fa_statistics *of)
+static struct fa_weighing weighing_by_statistics(const struct fa_geometry *g,
+                                                 const struct fa_statistics *of)
 {
     const double more = of->total > LARGE_TOTAL ? log2(of->total) : 0;
     const double shift = round_real(g, of->top + more);
     /* Far apart only where a sink is the top, and no score near it. */
     const double apart = fmin(fmax(shift - of->top, -MOST_APART), MOST_APART);
-    return (struct fa_weighing){.shift = shift, .factor = exp2(apart) / of->total};
+    return (struct fa_weighing){
+        .shift = shift, .factor = exp2(apart) / of->total, .by_sums = true};
 }
 
-struct fa_weighing fa_weighing_by_lse(const struct fa_geometry *g, double lse)
+static struct fa_weighing weighing_by_lse(const struct fa_geometry *g, double lse)
 {
     if (lse == -INFINITY) {
         return (struct fa_weighing){0};
@@ -129,6 +137,34 @@ struct fa_weighing fa_weighing_by_lse(const struct fa_geometry *g, double lse)
     /* What rounding it left: exact in double, but for the last bits of log2(e). */
     const double rest = fma(lse, FA_LOG2_E, -shift) + lse * LOG2_E_REST;
     return (struct fa_weighing){.shift = shift, .factor = exp2(-rest)};
+}
+
+struct fa_weighing fa_weigh(const struct fa_backward *backward, char *excess,
+                            struct fa_statistics *of, bool sure, double lse)
+{
+    const struct fa_geometry *g = &backward->geometry;
+    const size_t size = fa_first_run(backward)->geometry.ops->size;
+    double more = NAN;
+    if (backward->first != NULL) {
+        more = fa_read_number(excess, size);
+    } else if (of != NULL && sure) {
+        more = agrees(g, of, lse) ? 0 : lse - lse_again(g, of);
+    }
+    const bool own = of != NULL && (isnan(more) ? agrees(g, of, lse) : more == 0);
+    struct fa_weighing weighing;
+    if (own) {
+        weighing = weighing_by_statistics(g, of);
+    } else if (of != NULL && backward->first != NULL && !isnan(more)) {
+        of->total *= exp(more);
+        weighing = weighing_by_statistics(g, of);
+    } else {
+        weighing = weighing_by_lse(g, lse);
+    }
+    if (backward->first == NULL) {
+        fa_write_number(excess, more, size);
+    }
+    weighing.own = own;
+    return weighing;
 }
 
 /* The statistics of the rows over one more stretch of keys.  In double, once per split_k keys. */

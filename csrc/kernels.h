@@ -75,8 +75,9 @@ struct fa_product {
 
 /* Elements of queries, scaled or not, and of keys that are below 2^FA_ORDINARY_EXPONENT are ordinary: no sum of
  * FA_ORDINARY_DIM products of two of them leaves float32, in whatever order it is taken, nor does that times
- * FA_ORDINARY_FACTOR: 53 + 53 + 13 + 8 < 128. */
+ * FA_ORDINARY_FACTOR: 53 + 53 + 13 + 8 < 128.  The same of float64: 500 + 500 + 13 + 8 < 1024. */
 #define FA_ORDINARY_EXPONENT 53
+#define FA_ORDINARY_EXPONENT_F64 500
 #define FA_ORDINARY_DIM 8192
 #define FA_ORDINARY_FACTOR 256
 

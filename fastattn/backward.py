@@ -164,7 +164,7 @@ sinks, softmax_axis, dropout_p, dropout_seed : optional
     call = dict(zip(_validate.CORE_ARGUMENTS, arguments, strict=True))
     grad_bias = None
     if given_bias is not None and "bias" in wanted:
-        grad_bias = _zeros(given_bias.shape, call["lse"].dtype)
+        grad_bias = _zeros(given_bias.shape, np.promote_types(call["lse"].dtype, given_bias.dtype))
         if call["bias"] is not None:
             call["grad_bias"] = _as_broadcast(grad_bias, call["bias"].shape)
     sinks_dtype = None if given_sinks is None else given_sinks.dtype
@@ -221,7 +221,7 @@ def compute_gradients(
     ):
         return _no_gradients(wanted, given, call["sinks"], sinks_dtype)
     if sinks_dtype is not None:
-        call["sink_terms"] = _validate.allocate(call["lse"].shape, call["lse"].dtype)
+        call["sink_terms"] = _validate.allocate(call["lse"].shape, np.dtype(np.float64))
 
     finish: dict[str, Callable[[], Array]] = {}
     places = {name: _Place(given[name], call[name], call["lse"].dtype) for name in given}
