@@ -283,10 +283,10 @@ static bool weigh_columns(struct fa_job *job, int thread, struct key_block *bloc
                 .top = fa_read_real(g, ws->col_max + j * size),
                 .total = fa_read_real(g, ws->col_sum + j * size),
             };
-            const bool by_sums =
-                fa_statistics_wanted(b, x, count, softmaxes) && sums.total != 0;
+            const bool by_sums = fa_statistics_wanted(b, x, count, softmaxes);
             const bool left =
-                by_sums && (!isfinite(sums.total) || fa_is_doubtful(doubt, sums.top));
+                by_sums && (!isfinite(sums.total) ||
+                            fa_is_doubtful(doubt, sums.top, sums.total == 0));
             if (left) {
                 fa_backward_leave(b, block->head_index);
             }

@@ -50,7 +50,7 @@ static bool have_scores_left(const struct fa_backward *b, const struct fa_head *
                              const struct fa_statistics *of)
 {
     const struct fa_doubt doubt = fa_head_doubt(head, fa_row_member(&b->geometry, row));
-    return of->total != 0 && (!isfinite(of->total) || fa_is_doubtful(doubt, of->top));
+    return !isfinite(of->total) || fa_is_doubtful(doubt, of->top, of->total == 0);
 }
 
 /* shift, factor and delta of a row, and what it adds to the gradient of its sink.  of: its
@@ -70,7 +70,6 @@ static void store_row(struct fa_backward *b, const struct fa_head *head, int64_t
     /* A row without keys has no weights; nothing that is subtracted from -inf may be -inf. */
     const bool empty =
         of != NULL && isinf(lse) ? of->total == 0 && sink == -INFINITY : lse == -INFINITY;
-    struct fa_weighing weighing = {0};
     double delta = 0;
     bool left = false;
 
@@ -78,8 +77,10 @@ static void store_row(struct fa_backward *b, const struct fa_head *head, int64_t
         left = have_scores_left(b, head, row, of);
         fa_statistics_add_sink(of, sink);
     }
-    if (!empty) {
-        weighing = fa_weigh(b, excess, of, !left, lse);
+    struct fa_weighing weighing = fa_weigh(b, excess, empty ? NULL : of, !left, lse);
+    if (empty) {
+        weighing = (struct fa_weighing){0};
+    } else {
         delta = weighing.own ? of->products / of->total : delta_of_out(b, head_index, row);
     }
     if (grad_lse != NULL && !empty) {

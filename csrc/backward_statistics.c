@@ -145,6 +145,9 @@ struct fa_weighing fa_weigh(const struct fa_backward *backward, char *excess,
     const struct fa_geometry *g = &backward->geometry;
     const size_t size = fa_first_run(backward)->geometry.ops->size;
     double more = NAN;
+    if (of != NULL && of->total == 0) { /* no key, of this call at least */
+        of = NULL;
+    }
     if (backward->first != NULL) {
         more = fa_read_number(excess, size);
     } else if (of != NULL && sure) {

@@ -296,6 +296,9 @@ static enum fa_stored store_row(const struct fa_forward *forward, const struct f
 {
     const struct fa_geometry *g = forward->geometry;
     if (forward->col_max != NULL) {
+        if (!result->final && result->doubt.from < 0) {
+            return FA_ROW_LEFT; /* a weight that seems to be 0 does not show that its column was given back */
+        }
         return g->ops->store(fa_state_from(g, state, (int64_t)result->row).acc, result);
     }
     return g->ops->softmax_store(state, (size_t)g->block_dv, result);

@@ -124,14 +124,15 @@ struct fa_state {
     void *acc; /* real [rows][ldacc]: unnormalised output */
 };
 
-/* Base-2 maxima of softmaxes that float64 had better compute: above `from`, or below -from but not as low as -to. */
+/* Base-2 maxima of softmaxes that float64 had better compute: above `from`, or below -from but not as low as -to.  from
+ * < 0: all, those too that seem to have no key, because every score may have become -inf. */
 struct fa_doubt {
     double from, to;
 };
 
-static inline bool fa_is_doubtful(struct fa_doubt doubt, double top)
+static inline bool fa_is_doubtful(struct fa_doubt doubt, double top, bool empty)
 {
-    return top > doubt.from || (-top > doubt.from && -top < doubt.to);
+    return empty ? doubt.from < 0 : top > doubt.from || (-top > doubt.from && -top < doubt.to);
 }
 
 /* One finished row of the online softmax, on its way to caller memory. */
