@@ -171,6 +171,7 @@ static void store_keys(struct fa_backward *b, const struct key_block *block,
             .out = out + j * to->row,
             .out_stride = to->col,
             .exponent = g->value_exponent,
+            .mends = g->value_exponent != 0,
         };
         if (!g->ops->store_scaled(acc + j * padded * (int64_t)g->ops->size, factor, &result)) {
             fa_backward_leave(b, block->head_index);
@@ -565,8 +566,10 @@ static enum fa_status run_passes(struct fa_backward *b)
     if (status == FA_OK && main_pass) {
         status = run_pass(b, run_group, heads / fa_backward_members(g) * b->groups);
     }
-    /* A second run does that for all heads: their sums may meet in the same elements. */
-    if (status == FA_OK && p->grad_bias.data != NULL && !atomic_load(&b->any_left)) {
+    /* A second run does that for all heads: their sums may meet in the same elements.  For float64 it mends what it
+     * finds. */
+    if (status == FA_OK && p->grad_bias.data != NULL &&
+        (!atomic_load(&b->any_left) || p->attention.dtype == FA_F64)) {
         status = run_pass(b, fa_backward_bias, fa_backward_bias_tasks(b));
     }
     return status;
@@ -611,7 +614,8 @@ static void release(struct fa_backward *b)
 
 /* In float64 where the options leave no choice, or, for heads whose softmax or gradients left the range of their type,
  * in a second run.  For float64 that has grad_out and grad_lse divided by 2^value_exponent, and the gradients, which are
- * linear in them, multiplied again. */
+ * linear in them, multiplied again; of these only elements are stored that were not finite, because small ones lose
+ * bits. */
 static enum fa_status compute_gradients(const struct fa_backward_params *params,
                                         const struct fa_kernels *kernels)
 {

@@ -244,6 +244,7 @@ static void store_part(const struct fa_backward *b, const struct part *part,
 {
     const struct fa_output *bias = &b->params->grad_bias;
     const size_t size = (size_t)fa_dtype_size(b->params->grad_bias_dtype);
+    const int exponent = b->geometry.value_exponent;
     for (int64_t m = 0; m < part->members; m++) {
         for (int64_t i = 0; i < part->tokens; i++) {
             const char *from = sums->data + m * sums->head + i * sums->row;
@@ -251,7 +252,10 @@ static void store_part(const struct fa_backward *b, const struct part *part,
                        part->first_key * bias->col;
             for (int64_t j = 0; j < part->keys; j++) {
                 const double x = fa_read_number(from + j * sums->col, sizeof x);
-                fa_write_number(to + j * bias->col, ldexp(x, b->geometry.value_exponent), size);
+                char *at = to + j * bias->col;
+                if (exponent == 0 || !isfinite(fa_read_number(at, size))) {
+                    fa_write_number(at, ldexp(x, exponent), size);
+                }
             }
         }
     }

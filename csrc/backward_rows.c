@@ -100,7 +100,9 @@ static void store_row(struct fa_backward *b, const struct fa_head *head, int64_t
         const double weight =
             empty ? 0 : fa_sink_weight(weighing.by_sums ? of : NULL, lse, sink);
         const double x = weight == 0 ? 0 : ldexp(-weight * delta, g->value_exponent);
-        memcpy(term, &x, sizeof x);
+        if (g->value_exponent == 0 || !isfinite(fa_read_number(term, sizeof x))) {
+            memcpy(term, &x, sizeof x);
+        }
     }
 }
 
@@ -163,6 +165,7 @@ void fa_backward_store_rows(struct fa_backward *backward, int64_t head_index, co
             .out = out + fa_row_member(g, row) * to->head + fa_row_token(g, row) * to->row,
             .out_stride = to->col,
             .exponent = g->value_exponent,
+            .mends = g->value_exponent != 0,
         };
         memcpy(scratch, first, (size_t)bytes);
         for (int64_t i = 1; i < groups; i++) {

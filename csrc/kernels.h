@@ -150,6 +150,7 @@ struct fa_row_result {
     bool biased; /* the scores have biases in them: see fa_natural */
     int exponent; /* of 2, that values were divided by: the result is multiplied, residual aside */
     bool averages; /* of values: finite where acc is */
+    bool mends; /* with an exponent: elements of out that are finite stay as they are */
     /* What is not stored, see enum fa_stored: `final` stores everything. */
     bool final, look_at_acc;
     struct fa_doubt doubt;
