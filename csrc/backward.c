@@ -285,9 +285,8 @@ static bool weigh_columns(struct fa_job *job, int thread, struct key_block *bloc
                 .total = fa_read_real(g, ws->col_sum + j * size),
             };
             const bool by_sums = fa_statistics_wanted(b, x, count, softmaxes);
-            const bool left =
-                by_sums && (!isfinite(sums.total) ||
-                            fa_is_doubtful(doubt, sums.top, sums.total == 0));
+            const bool left = by_sums && (!isfinite(sums.total) ||
+                                          fa_is_doubtful(doubt, sums.top, sums.total == 0));
             if (left) {
                 fa_backward_leave(b, block->head_index);
             }
@@ -331,8 +330,7 @@ static void find_column_deltas(const struct fa_backward *b, const struct key_blo
         for (int64_t j = 0; j < keys; j++) {
             double delta = fa_read_real(g, ws->value_products + j * (nr + 1) * size);
             if (from != NULL) {
-                const double grad =
-                    fa_read_lse(g, from + (block->key + first + j) * grad_lse->row);
+                const double grad = fa_read_lse(g, from + (block->key + first + j) * grad_lse->row);
                 delta -= ldexp(grad, -g->value_exponent);
             }
             fa_write_real(g, b->delta + at + (first + j) * size, delta);

@@ -25,8 +25,7 @@ static int64_t count_parts(const struct fa_geometry *g, const struct fa_output *
     if (by_keys(bias)) {
         return fa_max(1, g->key_blocks);
     }
-    return bias->row == 0 ? 1
-                          : fa_max(1, fa_ceil_div(g->params->seqlen_q, tokens_per_part(g)));
+    return bias->row == 0 ? 1 : fa_max(1, fa_ceil_div(g->params->seqlen_q, tokens_per_part(g)));
 }
 
 /* Elements of the bias: heads where it tells the stacked ones apart, tokens and keys where it tells those apart, else

@@ -97,8 +97,7 @@ static void store_row(struct fa_backward *b, const struct fa_head *head, int64_t
     if (to->data != NULL && !fa_backward_is_stored(b, head_index)) {
         char *term = fa_output_of(g, to, head_index, false) + fa_row_member(g, row) * to->head +
                      fa_row_token(g, row) * to->row;
-        const double weight =
-            empty ? 0 : fa_sink_weight(weighing.by_sums ? of : NULL, lse, sink);
+        const double weight = empty ? 0 : fa_sink_weight(weighing.by_sums ? of : NULL, lse, sink);
         const double x = weight == 0 ? 0 : ldexp(-weight * delta, g->value_exponent);
         if (g->value_exponent == 0 || !isfinite(fa_read_number(term, sizeof x))) {
             memcpy(term, &x, sizeof x);

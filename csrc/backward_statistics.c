@@ -51,7 +51,8 @@ bool fa_statistics_wanted(const struct fa_backward *backward, double lse, int64_
     }
     const bool flat = scores >= FLAT_SCORES && fabs(lse - log((double)scores)) <= FLAT;
     /* lse may be of a first run's scores, and delta be lost among sums that passed the range of the results. */
-    return backward->first != NULL || !flat || fabs(lse) > (softmaxes >= MANY ? LARGE_LSE : SMALL_LSE);
+    return backward->first != NULL || !flat ||
+           fabs(lse) > (softmaxes >= MANY ? LARGE_LSE : SMALL_LSE);
 }
 
 /* How far apart two lse of the same scores may be, besides their own rounding. */
@@ -120,8 +121,7 @@ static struct fa_weighing weighing_by_statistics(const struct fa_geometry *g,
     const double shift = round_real(g, of->top + more);
     /* Far apart only where a sink is the top, and no score near it. */
     const double apart = fmin(fmax(shift - of->top, -MOST_APART), MOST_APART);
-    return (struct fa_weighing){
-        .shift = shift, .factor = exp2(apart) / of->total, .by_sums = true};
+    return (struct fa_weighing){.shift = shift, .factor = exp2(apart) / of->total, .by_sums = true};
 }
 
 static struct fa_weighing weighing_by_lse(const struct fa_geometry *g, double lse)

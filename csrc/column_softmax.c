@@ -49,8 +49,7 @@ static void store_lse_again(const struct fa_forward *forward, const struct fa_he
         if (isnan(fa_read_real(before, given + j * (int64_t)before->ops->size))) {
             const double max = fa_read_real(g, forward->col_max + at);
             const double inverse = fa_read_real(g, forward->col_inverse + at);
-            const double lse =
-                fa_natural(max, -log2(inverse), head->bias != NULL, g->ops->size);
+            const double lse = fa_natural(max, -log2(inverse), head->bias != NULL, g->ops->size);
             fa_write_lse(g, head->lse + (block_key + j) * g->params->lse.row,
                          inverse == 0 ? -INFINITY : lse); /* no query joined it */
         }

@@ -180,7 +180,7 @@ def test_a_scale_that_only_products_can_take() -> None:
     ("dtype", "tiny", "huge"), [(np.float64, 1e-250, 1e300), (F32, 1e-13, 1e38)]
 )
 def test_small_queries_under_a_large_softcap(dtype: Any, tiny: float, huge: float) -> None:
-    """A query divided by the cap is a subnormal number, whose lost bits the cap would bring back."""
+    """A query divided by the cap is a subnormal number: the cap would multiply what that loses."""
     rng = np.random.default_rng(6)
     q = (rng.standard_normal((30, 1)) * tiny).astype(dtype)
     k = (rng.standard_normal((40, 1)) * huge / 10).astype(dtype)
@@ -543,7 +543,9 @@ def test_sums_of_float64_gradients_pass_the_range_on_their_way(axis: str) -> Non
         found = getattr(computed, name)
         assert np.all(np.isfinite(found)), name
         unit = UNIT_ROUNDOFF[np.dtype(np.float64)] * exact.units[name]
-        assert np.all(np.abs(found - value) <= GRADIENT_SLACK * MAX_GRADIENT_GAUGES[name] * unit), name
+        assert np.all(np.abs(found - value) <= GRADIENT_SLACK * MAX_GRADIENT_GAUGES[name] * unit), (
+            name
+        )
 
 
 def test_small_float64_gradients_beside_large_ones() -> None:
