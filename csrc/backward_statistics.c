@@ -42,9 +42,10 @@
 /* Base-2: beside a sink this far above them, scores are nothing. */
 #define ALL_APART 100
 
-bool fa_statistics_wanted(const struct fa_geometry *g, double lse, int64_t scores,
+bool fa_statistics_wanted(const struct fa_backward *backward, double lse, int64_t scores,
                           int64_t softmaxes)
 {
+    const struct fa_geometry *g = &backward->geometry;
     if (isinf(lse)) { /* of no key, or of scores that float32 has no lse for */
         return g->params->dtype != FA_F64 && scores > 0;
     }
@@ -52,7 +53,9 @@ bool fa_statistics_wanted(const struct fa_geometry *g, double lse, int64_t score
         return false;
     }
     const bool flat = scores >= FLAT_SCORES && fabs(lse - log((double)scores)) <= FLAT;
-    return !flat || fabs(lse) > (softmaxes >= MANY ? LARGE_LSE : SMALL_LSE);
+    /* lse may be of a first run's scores, and delta be lost among sums that passed the range of the results. */
+    return backward->first != NULL || !flat ||
+           fabs(lse) > (softmaxes >= MANY ? LARGE_LSE : SMALL_LSE);
 }
 
 /* How far apart two lse of the same scores may be, besides their own rounding. */
@@ -70,20 +73,24 @@ static double tolerance(enum fa_dtype dtype)
 
 static bool is_biased(const struct fa_geometry *g) { return g->params->bias.data != NULL; }
 
-bool fa_statistics_agree(const struct fa_backward *backward, const struct fa_statistics *of,
-                         double lse)
+static double lse_again(const struct fa_geometry *g, const struct fa_statistics *of)
+{
+    return fa_natural(of->top, log2(of->total), is_biased(g), g->ops->size);
+}
+
+/* Whether lse is theirs alone.  Of more keys it is larger: where it is less, roundings made it so. */
+static bool agrees(const struct fa_backward *backward, const struct fa_statistics *of, double lse)
 {
     const struct fa_geometry *g = &backward->geometry;
     const bool wide = fa_lse_dtype(g->params) == FA_F64;
-    const double again = fa_natural(of->top, log2(of->total), is_biased(g), g->ops->size);
-    const double unit = wide ? 0x1p-53 : 0x1p-24;
+    const double again = lse_again(g, of), unit = wide ? 0x1p-53 : 0x1p-24;
     if (backward->params->weighing.data != NULL) {
         return true;
     }
     if (isinf(lse)) {
         return (wide ? again : (double)(float)again) == lse;
     }
-    return fabs(again - lse) <= tolerance(g->params->dtype) + 8 * unit * fabs(lse);
+    return lse - again <= tolerance(g->params->dtype) + 8 * unit * fabs(lse);
 }
 
 /* Nothing is left of a sum whose factor is 0, whatever it is. */
@@ -108,17 +115,17 @@ double fa_round_real(const struct fa_geometry *g, double x)
     return isfinite(x) ? (double)(float)fmin(fmax(x, -(double)FLT_MAX), (double)FLT_MAX) : x;
 }
 
-struct fa_weighing fa_weighing_by_statistics(const struct fa_geometry *g,
-                                             const struct fa_statistics *of)
+static struct fa_weighing weighing_by_statistics(const struct fa_geometry *g,
+                                                 const struct fa_statistics *of)
 {
     const double more = of->total > LARGE_TOTAL ? log2(of->total) : 0;
     const double shift = fa_round_real(g, of->top + more);
     /* Far apart only where a sink is the top, and no score near it. */
     const double apart = fmin(fmax(shift - of->top, -MOST_APART), MOST_APART);
-    return (struct fa_weighing){.shift = shift, .factor = exp2(apart) / of->total};
+    return (struct fa_weighing){.shift = shift, .factor = exp2(apart) / of->total, .by_sums = true};
 }
 
-struct fa_weighing fa_weighing_by_lse(const struct fa_geometry *g, double lse)
+static struct fa_weighing weighing_by_lse(const struct fa_geometry *g, double lse)
 {
     if (lse == -INFINITY) {
         return (struct fa_weighing){0};
@@ -133,15 +140,15 @@ struct fa_weighing fa_weighing_by_lse(const struct fa_geometry *g, double lse)
     return (struct fa_weighing){.shift = shift, .factor = exp2(-rest)};
 }
 
-bool fa_weighing_kept(const struct fa_geometry *g, const struct fa_input *from, const char *at,
-                      struct fa_weighing *kept)
+bool fa_weighing_kept(const struct fa_backward *backward, const char *at, struct fa_weighing *kept)
 {
-    if (g->ops->size != (size_t)fa_dtype_size(fa_lse_dtype(g->params))) {
+    const struct fa_geometry *g = &backward->geometry;
+    if (backward->first != NULL || g->ops->size != (size_t)fa_dtype_size(fa_lse_dtype(g->params))) {
         return false;
     }
     *kept = (struct fa_weighing){
         .shift = fa_read_lse(g, at),
-        .factor = fa_read_lse(g, at + from->col),
+        .factor = fa_read_lse(g, at + backward->params->weighing.col),
     };
     return !isnan(kept->factor);
 }
@@ -151,6 +158,42 @@ double fa_kept_sink_weight(const struct fa_weighing *kept, double sink)
 {
     const bool alone = kept->factor == 0 || sink - kept->shift >= ALL_APART;
     return alone ? sink != -INFINITY : exp2(sink - kept->shift) * kept->factor;
+}
+
+struct fa_weighing fa_weigh(const struct fa_backward *backward, char *excess,
+                            const struct fa_weighing *kept, struct fa_statistics *of, bool sure,
+                            double lse)
+{
+    const struct fa_geometry *g = &backward->geometry;
+    const size_t size = fa_first_run(backward)->geometry.ops->size;
+    double more = NAN;
+    if (kept != NULL) {
+        fa_write_number(excess, 0, size);
+        return *kept;
+    }
+    if (of != NULL && of->total == 0) { /* no key, of this call at least */
+        of = NULL;
+    }
+    if (backward->first != NULL) {
+        more = fa_read_number(excess, size);
+    } else if (of != NULL && sure) {
+        more = agrees(backward, of, lse) ? 0 : lse - lse_again(g, of);
+    }
+    const bool own = of != NULL && (isnan(more) ? agrees(backward, of, lse) : more == 0);
+    struct fa_weighing weighing;
+    if (own) {
+        weighing = weighing_by_statistics(g, of);
+    } else if (of != NULL && backward->first != NULL && !isnan(more)) {
+        of->total *= exp(more);
+        weighing = weighing_by_statistics(g, of);
+    } else {
+        weighing = weighing_by_lse(g, lse);
+    }
+    if (backward->first == NULL) {
+        fa_write_number(excess, more, size);
+    }
+    weighing.own = own;
+    return weighing;
 }
 
 /* The statistics of the rows over one more stretch of keys.  In double, once per split_k keys. */

@@ -223,7 +223,7 @@ void fa_backward_load_grad(const struct fa_backward *backward, int64_t head_inde
         ws->row[r] = fa_row_at(g, grad_out, first + r, grad->head, grad->row);
     }
     g->ops->load_rows(ws->grad_out, (size_t)rows, ws->row, grad->col, (size_t)p->head_dim_v,
-                      p->dtype, 1);
+                      p->dtype, ldexp(1, -g->value_exponent));
 }
 
 struct fa_key_range fa_backward_tile(const struct fa_backward *backward, const struct fa_head *head,

@@ -28,8 +28,7 @@ static void give_back_columns(struct fa_forward *forward, const struct fa_head *
     for (int64_t j = 0; j < keys; j++, at += size) {
         const double max = fa_read_real(g, forward->col_max + at);
         const double inverse = fa_read_real(g, forward->col_inverse + at);
-        const bool doubtful = inverse != 0 && fa_is_doubtful(doubt, max);
-        if (doubtful || !isfinite(inverse) || !isfinite(max)) {
+        if (fa_is_doubtful(doubt, max, inverse == 0) || !isfinite(inverse) || !isfinite(max)) {
             fa_write_real(g, forward->col_inverse + at, NAN);
             atomic_store_explicit(forward->head_given_back + head_index, true,
                                   memory_order_relaxed);
@@ -50,8 +49,9 @@ static void store_lse_again(const struct fa_forward *forward, const struct fa_he
         if (isnan(fa_read_real(before, given + j * (int64_t)before->ops->size))) {
             const double max = fa_read_real(g, forward->col_max + at);
             const double inverse = fa_read_real(g, forward->col_inverse + at);
+            const double lse = fa_natural(max, -log2(inverse), head->bias != NULL, g->ops->size);
             fa_write_lse(g, head->lse + (block_key + j) * g->params->lse.row,
-                         fa_natural(max, -log2(inverse), head->bias != NULL, g->ops->size));
+                         inverse == 0 ? -INFINITY : lse); /* no query joined it */
         }
     }
 }

@@ -164,10 +164,10 @@ struct fa_backward_params {
     struct fa_output grad_v; /* nullable; likewise */
     enum fa_dtype grad_dtype; /* of these three: dtype, or FA_F32 beside 16-bit inputs */
     struct fa_output
-        grad_bias; /* nullable; shape of bias, zero strides where it is broadcast; float64 for
-                                 * FA_F64, else float32; added to */
+        grad_bias; /* nullable; shape of bias, zero strides where it is broadcast; 0 at first */
+    enum fa_dtype grad_bias_dtype; /* FA_F64 for FA_F64, else that or FA_F32 */
     struct fa_output
-        sink_terms; /* nullable; (batch..., num_heads, seqlen_q), dtype of lse: the gradient of a
+        sink_terms; /* nullable; float64 (batch..., num_heads, seqlen_q): the gradient of a
                                 * head's sink is the sum over its rows */
 };
 

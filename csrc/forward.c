@@ -296,6 +296,9 @@ static enum fa_stored store_row(const struct fa_forward *forward, const struct f
 {
     const struct fa_geometry *g = forward->geometry;
     if (forward->col_max != NULL) {
+        if (!result->final && result->doubt.from < 0) {
+            return FA_ROW_LEFT; /* a weight that seems to be 0 does not show that its column was given back */
+        }
         return g->ops->store(fa_state_from(g, state, (int64_t)result->row).acc, result);
     }
     return g->ops->softmax_store(state, (size_t)g->block_dv, result);
@@ -622,10 +625,6 @@ static enum fa_status run(struct fa_forward *forward)
     return status == FA_OK && atomic_load(&forward->no_memory) ? FA_NO_MEMORY : status;
 }
 
-/* The values of float64 are divided by 2^64 where their sums leave its range: 2^64 keys of weight 1 then do not.  Bits
- * are lost by values below 2^-958 only. */
-#define AGAIN_VALUE_EXPONENT 64
-
 /* The rows that `first` gave back, by the same tasks. */
 static enum fa_status run_again(struct fa_forward *first, const struct fa_kernels *kernels)
 {
@@ -637,10 +636,8 @@ static enum fa_status run_again(struct fa_forward *first, const struct fa_kernel
     }
     geometry.block_q = g->block_q;
     geometry.num_threads = g->num_threads;
-    if (g->params->dtype == FA_F64) {
-        geometry.scales_scores = true;
-        geometry.value_exponent = AGAIN_VALUE_EXPONENT;
-    }
+    geometry.scales_scores = fa_scales_scores(g->params, true);
+    geometry.value_exponent = g->params->dtype == FA_F64 ? FA_AGAIN_EXPONENT : 0;
     FA_ASSERT(geometry.dv_blocks == g->dv_blocks && geometry.split_k == g->split_k);
     struct fa_forward forward = {.geometry = &geometry, .plan = first->plan, .first = first};
     forward.plan.geometry = &geometry;
@@ -667,6 +664,7 @@ static enum fa_status attend(const struct fa_attention_params *params,
     if (status != FA_OK) {
         return status;
     }
+    geometry.scales_scores = fa_scales_scores(params, false);
     struct fa_forward forward = {
         .geometry = &geometry,
         .keeps_weighing = ops->size == (size_t)fa_dtype_size(fa_lse_dtype(params)) &&

@@ -42,11 +42,15 @@ struct fa_geometry {
     int64_t key_blocks, dv_blocks;
     int num_threads;     /* that will work */
     bool widened; /* float64 computes for narrower arrays, which it reads and writes one by one */
-    /* A second run of float64: scores are multiplied by the scale after their sum, as in the reference, and every
-     * value is divided by 2^value_exponent.  A first run multiplies q; its value_exponent is 0. */
+    /* Of float64: scores are multiplied by the scale after their sum, and gradients before theirs, as in the reference,
+     * whose numbers are then finite where this run's are.  Else q and the gradients' sums are multiplied. */
     bool scales_scores;
+    /* Not 0 in a second run for float64: every value, or every gradient of the result, is divided by 2^value_exponent. */
     int value_exponent;
 };
+
+/* That exponent: 2^64 values of weight 1 have a finite sum then.  Bits are lost by values below 2^-958 only. */
+#define FA_AGAIN_EXPONENT 64
 
 /* Whether the call has an element to write.  If not, its other sizes may be anything: nothing is to be
  * counted, allocated or visited. */

@@ -75,8 +75,9 @@ struct fa_product {
 
 /* Elements of queries, scaled or not, and of keys that are below 2^FA_ORDINARY_EXPONENT are ordinary: no sum of
  * FA_ORDINARY_DIM products of two of them leaves float32, in whatever order it is taken, nor does that times
- * FA_ORDINARY_FACTOR: 53 + 53 + 13 + 8 < 128. */
+ * FA_ORDINARY_FACTOR: 53 + 53 + 13 + 8 < 128.  The same of float64: 500 + 500 + 13 + 8 < 1024. */
 #define FA_ORDINARY_EXPONENT 53
+#define FA_ORDINARY_EXPONENT_F64 500
 #define FA_ORDINARY_DIM 8192
 #define FA_ORDINARY_FACTOR 256
 
@@ -123,14 +124,15 @@ struct fa_state {
     void *acc; /* real [rows][ldacc]: unnormalised output */
 };
 
-/* Base-2 maxima of softmaxes that float64 had better compute: above `from`, or below -from but not as low as -to. */
+/* Base-2 maxima of softmaxes that float64 had better compute: above `from`, or below -from but not as low as -to.  from
+ * < 0: all, those too that seem to have no key, because every score may have become -inf. */
 struct fa_doubt {
     double from, to;
 };
 
-static inline bool fa_is_doubtful(struct fa_doubt doubt, double top)
+static inline bool fa_is_doubtful(struct fa_doubt doubt, double top, bool empty)
 {
-    return top > doubt.from || (-top > doubt.from && -top < doubt.to);
+    return empty ? doubt.from < 0 : top > doubt.from || (-top > doubt.from && -top < doubt.to);
 }
 
 /* One finished row of the online softmax, on its way to caller memory. */
@@ -151,6 +153,7 @@ struct fa_row_result {
     int64_t exact_stride, weighing_stride;
     int exponent; /* of 2, that values were divided by: the result is multiplied, residual aside */
     bool averages; /* of values: finite where acc is */
+    bool mends; /* with an exponent: elements of out that are finite stay as they are */
     /* What is not stored, see enum fa_stored: `final` stores everything. */
     bool final, look_at_acc;
     struct fa_doubt doubt;

@@ -383,7 +383,7 @@ def attention_backward(
             has.row = seqlen_k
         read_input(&params.lse, &held, b"lse", lse, &has, lse_itemsize)
         read_input(&params.grad_lse, &held, b"grad_lse", grad_lse, &has, lse_itemsize)
-        read_output(&params.sink_terms, &held, b"sink_terms", sink_terms, &has, lse_itemsize)
+        read_output(&params.sink_terms, &held, b"sink_terms", sink_terms, &has, 8)
         keep_axes(&of_weighing, &of_exact, forward)
         read_input(&params.weighing, &held, b"weighing", weighing, &of_weighing, lse_itemsize)
         read_input(&params.exact, &held, b"exact", exact, &of_exact, lse_itemsize)
@@ -399,6 +399,9 @@ def attention_backward(
         has.col = head_dim_v
         read_output(&params.grad_v, &held, b"v", grad_v, &has, itemsize)
         has = axes(batch, nb, forward.num_heads, forward.seqlen_q, seqlen_k)
+        if grad_bias is not None and grad_bias.itemsize == 8:
+            lse_itemsize = 8
+        params.grad_bias_dtype = FA_F64 if lse_itemsize == 8 else FA_F32
         read_output(&params.grad_bias, &held, b"bias", grad_bias, &has, lse_itemsize)
         forward.poll = poll_signals
         forward.poll_arg = <void *>raised

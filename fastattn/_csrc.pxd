@@ -71,7 +71,9 @@ cdef extern from "fastattn.h" nogil:
         fa_input weighing, exact
         fa_output grad_q, grad_k, grad_v
         fa_dtype grad_dtype
-        fa_output grad_bias, sink_terms
+        fa_output grad_bias
+        fa_dtype grad_bias_dtype
+        fa_output sink_terms
 
     struct fa_attention_plan:
         int64_t block_q, block_k, tile_q

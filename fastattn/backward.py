@@ -120,9 +120,16 @@ sinks, softmax_axis, dropout_p, dropout_seed : optional
     that depends on the shapes alone, and rounded once.  Keys that do not take part get gradient 0
     and change none, whatever they hold; so does a query without keys.
 
+    Heads whose scores, sums or gradients leave the range of float32 are computed again in float64:
+    a gradient is infinite only where its own dtype cannot hold it.  float64 inputs are computed
+    again with `grad_out` divided by ``2**64``, so that their sums may pass the range on the way;
+    scores, and products of `grad_out` and `v`, that float64 cannot hold give what they give in
+    the reference.
+
     Memory, beyond inputs and results: up to 3 float32 arrays (one for each 1024 keys) of the size
-    of q's heads that read `num_threads` + 1 key heads, three numbers per query and head, and a
-    workspace per thread.  A gradient whose argument was
+    of q's heads that read `num_threads` + 1 key heads, five numbers per query and head (with
+    `sinks`, else four), and a workspace per thread.  Heads that are computed again, twice as much
+    more, and with `bias` 64 float64 numbers per query and thread.  A gradient whose argument was
     broadcast along leading dimensions is computed at the full shape and summed in float64.  The
     gradient by `bias` costs two more matrix products.
 
@@ -257,7 +264,7 @@ def _gradients(
         call |= _core_kept(call, kept)
     grad_bias = None
     if given_bias is not None and "bias" in wanted:
-        grad_bias = _zeros(given_bias.shape, call["lse"].dtype)
+        grad_bias = _zeros(given_bias.shape, np.promote_types(call["lse"].dtype, given_bias.dtype))
         if call["bias"] is not None:
             call["grad_bias"] = _as_broadcast(grad_bias, call["bias"].shape)
     sinks_dtype = None if given_sinks is None else given_sinks.dtype
@@ -314,7 +321,7 @@ def compute_gradients(
     ):
         return _no_gradients(wanted, given, call["sinks"], sinks_dtype)
     if sinks_dtype is not None:
-        call["sink_terms"] = _validate.allocate(call["lse"].shape, call["lse"].dtype)
+        call["sink_terms"] = _validate.allocate(call["lse"].shape, np.dtype(np.float64))
 
     finish: dict[str, Callable[[], Array]] = {}
     places = {name: _Place(given[name], call[name], call["lse"].dtype) for name in given}

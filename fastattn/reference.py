@@ -202,7 +202,7 @@ def _compute_weights(
     # 2. Soft cap.
     slope = np.ones_like(scores)
     if softcap is not None:
-        slope = 1.0 - np.tanh(scores / softcap) ** 2
+        slope = np.cosh(scores / softcap) ** -2.0  # 1 - tanh^2, which cancels where tanh is near 1
         scores = softcap * np.tanh(scores / softcap)
     # 3. Terms added to the scores.  Query i stands at `position` on the key axis.
     lengths = _per_batch_entry(seqlen_k if kv_lengths is None else kv_lengths, batch_shape)

@@ -197,7 +197,7 @@ static enum fa_stored FN(softmax_store)(const struct fa_state *state, size_t lda
     double total = FN(sum_lanes)((const REAL *)state->row_sum + row * VL), weight = 1;
     const bool empty = total == 0; /* no key takes part, nor a NaN */
     const REAL *acc = (const REAL *)state->acc + row * ldacc;
-    if (!result->final && !empty && (!(total <= REAL_MAX) || fa_is_doubtful(result->doubt, top))) {
+    if (!result->final && (!(total <= REAL_MAX) || fa_is_doubtful(result->doubt, top, empty))) {
         return FA_ROW_LEFT;
     }
     if (FN(have_sums_left)(acc, result)) {
