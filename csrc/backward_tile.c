@@ -111,12 +111,12 @@ static void clear_columns(const struct fa_geometry *g, struct fa_backward_worksp
     }
 }
 
-/* One element of a tile, whose weight is above 1/2: its gradient again.
+/* The gradient p (x - delta) of one score again, x being its element of grad_out v^T, where the weight p is above 1/2.
  *
- * delta is the mean of a row's grad_out v^T by its weights p, and where one of these is near 1, what that mean leaves of
- * it is all of its gradient.  A delta that comes from `out` has the rounding of another sum of products: of the dot
- * product x * that row_delta computes, where the tile has x.  So p (x - delta) becomes p (x - (delta + p (x - x *))),
- * which is exactly 0 in a row of one weight.  Of the other keys all weights together are below 1/2. */
+ * delta is the mean of the row's x by its weights.  Where p is near 1, the gradient is what little that mean leaves of
+ * x; but a delta that comes from `out` has for this key not x in it, but y, the same product by row_delta's sum.  So the
+ * difference of the two sums is taken out: p (x - delta - p (x - y)), which is exactly 0 in a row of one weight.  The
+ * row's other weights are below 1/2, and do without. */
 static void refine_gradient(const struct fa_backward *b, const struct fa_tile *tile,
                             const struct fa_workspace *part, int64_t head_index, int64_t r,
                             int64_t column, double weight, char *gradient)
@@ -146,21 +146,38 @@ static void refine_gradient(const struct fa_backward *b, const struct fa_tile *t
     }
 }
 
+/* The first of a row's weights that is above 1/2, of which there is one. */
+static int64_t find_above_half(const struct fa_geometry *g, const char *weights)
+{
+    const float *singles = (const float *)(const void *)weights;
+    const double *doubles = (const double *)(const void *)weights;
+    int64_t c = 0;
+    if (g->ops->size == sizeof(float)) {
+        while (!(singles[c] > 0.5f)) {
+            c++;
+        }
+    } else {
+        while (!(doubles[c] > 0.5)) {
+            c++;
+        }
+    }
+    return c;
+}
+
 /* dominated: a bit for each row of the tile that has a weight above 1/2. */
 static void refine_rows(const struct fa_backward *b, const struct fa_tile *tile,
                         const struct fa_workspace *part, int64_t head_index, const char *weights,
                         char *gradients, uint32_t dominated)
 {
     const struct fa_geometry *g = tile->head->geometry;
+    const int64_t size = (int64_t)g->ops->size;
     const bool *delta_of_out = b->delta_of_out + fa_rows_before(g, head_index) + tile->first_row;
     for (int64_t r = 0; dominated != 0 && r < tile->rows; r++) {
-        const bool refines = (dominated >> r & 1) != 0 && delta_of_out[r];
-        for (int64_t c = 0; refines && c < tile->columns; c++) {
-            const int64_t at = (r * g->score_stride + c) * (int64_t)g->ops->size;
-            const double weight = fa_read_real(g, weights + at);
-            if (weight > 0.5) {
-                refine_gradient(b, tile, part, head_index, r, c, weight, gradients + at);
-            }
+        const int64_t at = r * g->score_stride * size;
+        if ((dominated >> r & 1) != 0 && delta_of_out[r]) {
+            const int64_t c = find_above_half(g, weights + at);
+            refine_gradient(b, tile, part, head_index, r, c,
+                            fa_read_real(g, weights + at + c * size), gradients + at + c * size);
         }
     }
 }

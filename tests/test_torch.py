@@ -864,10 +864,12 @@ def test_opcheck(name):
     arguments = operator_arguments(name)
     torch.library.opcheck(_torch_ops.FORWARD, arguments)
     detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
-    out, lse = _torch_ops.FORWARD(*detached)
+    torch.library.opcheck(_torch_ops.FORWARD_AND_KEPT, detached)
+    out, lse, weighing, *exact = _torch_ops.FORWARD_AND_KEPT(*detached)
+    kept = (weighing, exact[0] if exact else None)
     options = dict(zip(_torch_ops.OPTIONS, arguments[3:], strict=True))
     given = [True, False, True, options["bias"] is not None, options["sinks"] is not None]
-    backward = (torch.randn_like(out), None, out, lse, *detached, given)
+    backward = (torch.randn_like(out), None, out, lse, *kept, *detached, given)
     torch.library.opcheck(_torch_ops.BACKWARD, backward)
 
 
@@ -887,9 +889,13 @@ def test_opcheck_of_strides(dtype):
         leaves = [x.detach().requires_grad_() for x in (q, k, k)]
         torch.library.opcheck(_torch_ops.FORWARD, (*leaves, *options))
         leaves = [x.detach() for x in leaves]
-        out, lse = _torch_ops.FORWARD(*leaves, *options)
+        torch.library.opcheck(_torch_ops.FORWARD_AND_KEPT, (*leaves, *options))
+        out, lse, weighing, *exact = _torch_ops.FORWARD_AND_KEPT(*leaves, *options)
+        kept = (weighing, exact[0] if exact else None)
         needs = [True, True, True, False, False]
-        torch.library.opcheck(_torch_ops.BACKWARD, (out, None, out, lse, *leaves, *options, needs))
+        torch.library.opcheck(
+            _torch_ops.BACKWARD, (out, None, out, lse, *kept, *leaves, *options, needs)
+        )
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
