@@ -38,8 +38,11 @@ struct fa_forward {
     struct fa_forward *first;
 };
 
-/* Column statistics of every key: the first pass of softmax over queries. */
+/* Column statistics of every key: the first pass of softmax over queries; and room for them, col_max, col_inverse and
+ * head_given_back. */
+enum fa_status fa_columns_allocate(struct fa_forward *forward);
 enum fa_status fa_column_softmax(struct fa_forward *forward, struct fa_job *job);
+void fa_columns_release(struct fa_forward *forward);
 
 /* Where the statistics of a key block lie in col_max and col_inverse. */
 static inline int64_t fa_column_offset(const struct fa_geometry *g, int64_t head_index,
