@@ -476,7 +476,6 @@ static void find_task(const struct weights *w, int64_t index, struct buffers *of
             const int64_t row = task->head_index * m + task->first_result_row;
             task->cells = w->parts + (row * w->shares + share) * w->result_cols;
         }
-        memset(task->cells, 0, (size_t)(task->result_rows * w->result_cols) * sizeof *task->cells);
     }
     fa_head_init(&task->head, g, task->head_index);
 }
@@ -507,6 +506,9 @@ static void run_task(struct fa_job *job, int64_t index, int thread)
     if (is_done(w, &task)) {
         return;
     }
+    if (task.cells != NULL) {
+        memset(task.cells, 0, (size_t)(task.result_rows * w->result_cols) * sizeof *task.cells);
+    }
     fa_begin_task(g->score_ops);
     for (int64_t row = task.begin; whole && row < task.end; row += g->block_q) {
         whole = run_rows(job, thread, &task, &of, row, fa_min(g->block_q, task.end - row));
@@ -524,8 +526,10 @@ static void store_parts(const struct weights *w)
     const int64_t cols = w->result_cols;
     for (int64_t row = 0; row < rows; row++) {
         double *cells = w->parts + row * w->shares * cols;
-        for (int64_t i = cols; i < w->shares * cols; i++) {
-            cells[i % cols] += cells[i];
+        for (int64_t share = 1; share < w->shares; share++) {
+            for (int64_t i = 0; i < cols; i++) {
+                cells[i] += cells[share * cols + i];
+            }
         }
         store_cells(w, row / w->result_rows, row % w->result_rows, cells);
     }

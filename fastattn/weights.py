@@ -56,9 +56,9 @@ def attention_weights(
     heads : slice or array_like of int, one-dimensional, optional
         The query heads whose weights are wanted, likewise.  None where q and k are 2-D.
     pool : pair of int, optional
-        ``(r, c)``: means of blocks, r of the chosen queries by c of the keys.  Block i of n elements
-        cut into m begins at ``i * n // m`` and ends where the next one begins; r is at most the
-        number of chosen queries, and c at most seqlen_k, so that no block is empty.
+        ``(r, c)``: means of blocks, r of the chosen queries by c of the keys.  Block i of n
+        elements cut into m begins at ``i * n // m`` and ends where the next one begins; r is at
+        most the number of chosen queries, and c at most seqlen_k, so that no block is empty.
     reduce : {"keys"}, optional
         A number for each key: the sum of its weights over the chosen queries.
     scale, softcap, bias, alibi_slopes, mask, causal, window, q_offset, kv_lengths, segment_ids, \
