@@ -147,7 +147,7 @@ sinks, softmax_axis, num_threads : optional
         None,
         num_threads,
     )
-    named = dict(zip(_validate.CORE_ARGUMENTS, arguments, strict=True))
+    named: dict[str, Any] = dict(zip(_validate.CORE_ARGUMENTS, arguments, strict=True))
     *batch_shape, num_heads, seqlen_q, _ = named["q_shape"]
     seqlen_k = named["seqlen_k"]
     single_head = out.ndim == 2
@@ -175,8 +175,8 @@ sinks, softmax_axis, num_threads : optional
         shape = (*batch_shape, num_heads if chosen_heads is None else chosen_heads.size, *shape)
     weights = _validate.allocate(shape, _validate.lse_dtype(out.dtype), np.zeros)
     _core.attention_weights(
-        *arguments,
-        weights,
+        **named,
+        weights=weights,
         rows=chosen_rows,
         places=places,
         heads=chosen_heads,

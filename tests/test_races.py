@@ -5,6 +5,7 @@ and where a result has one right value, as a wrong one.
 """
 
 import contextlib
+import re
 import sys
 import threading
 import time

@@ -1,4 +1,4 @@
-"""fastattn.attention_weights against the specification, and its promises of bits, ranges, errors."""
+"""fastattn.attention_weights against the specification; its bits, ranges and errors."""
 
 import os
 from typing import Any
@@ -458,7 +458,7 @@ def test_errors_name_the_argument(error: type[Exception], name: str, changed: An
 @pytest.mark.any_kernel_set
 def test_other_errors() -> None:
     x = np.zeros((5, 8), F32)
-    with pytest.raises(ValueError, match="^`heads` must be None where `q` and `k` are 2-D"):
+    with pytest.raises(ValueError, match=r"^`heads` must be None where `q` and `k` are 2-D"):
         fa.attention_weights(x, x, heads=[0])
     with pytest.raises(TypeError, match="dropout_p"):
         fa.attention_weights(x, x, dropout_p=0.5)  # type: ignore[call-arg]
