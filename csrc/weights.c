@@ -64,7 +64,7 @@ struct buffers {
     struct fa_workspace tile;
     double *top, *total; /* [block_q]: of each row, in base 2 */
     char *factor; /* real [block_q]: of what the second pass leaves of scores */
-    char *sums; /* real [block_k]: of some rows of a tile */
+    char *column_sums; /* real [block_k]: of some rows of a tile */
     double *cells; /* [together][result_cols] */
 };
 
@@ -99,12 +99,12 @@ static bool lay_out(const struct weights *w, int thread, struct buffers *to, int
 {
     const struct fa_geometry *g = &w->geometry;
     const int64_t size = (int64_t)g->ops->size, own = w->shares == 1 && sums(w) ? w->together : 0;
-    int64_t top, total, factor, cell_sums, cells, count;
+    int64_t top, total, factor, column_sums, cells, count;
     if (!fa_workspace_bytes(g, bytes) ||
         !reserve(bytes, &top, g->block_q, (int64_t)sizeof *to->top) ||
         !reserve(bytes, &total, g->block_q, (int64_t)sizeof *to->total) ||
         !reserve(bytes, &factor, g->block_q, size) ||
-        !reserve(bytes, &cell_sums, g->block_k, size) ||
+        !reserve(bytes, &column_sums, g->block_k, size) ||
         !fa_multiply(own, w->result_cols, &count) ||
         !reserve(bytes, &cells, count, (int64_t)sizeof *to->cells)) {
         return false;
@@ -116,7 +116,7 @@ static bool lay_out(const struct weights *w, int thread, struct buffers *to, int
             .top = (double *)(void *)(base + top),
             .total = (double *)(void *)(base + total),
             .factor = base + factor,
-            .sums = base + cell_sums,
+            .column_sums = base + column_sums,
             .cells = (double *)(void *)(base + cells),
         };
     }
@@ -218,19 +218,28 @@ static void sum_group(const struct weights *w, const struct task *task, const st
     while (keys.lo < keys.hi && r < end) {
         const int64_t result_row = block_of(tile->first_row + r, n, m);
         const int64_t stop = fa_min(end, block_begin(result_row + 1, n, m) - tile->first_row);
-        g->ops->sum_rows(of->sums, weights + (r * g->score_stride + keys.lo) * size,
+        g->ops->sum_rows(of->column_sums, weights + (r * g->score_stride + keys.lo) * size,
                          (size_t)g->score_stride, (size_t)(stop - r), (size_t)columns,
                          of->factor + (tile->row_offset + r) * size);
-        add_to_cells(w, of->sums, tile->block_key + tile->begin + keys.lo, keys.hi - keys.lo,
+        add_to_cells(w, of->column_sums, tile->block_key + tile->begin + keys.lo, keys.hi - keys.lo,
                      task->cells + (result_row - task->first_result_row) * w->result_cols);
         r = stop;
     }
 }
 
-/* What a second run computes of a row, or a first one does not. */
 static bool is_given_back(const struct weights *first, int64_t head_index, int64_t row)
 {
     return first->given_back[head_index * first->geometry.rows + row] != 0;
+}
+
+/* The second run stores what the first gave back. */
+static bool stores_row(const struct weights *w, int64_t head_index, int64_t row)
+{
+    if (over_queries(w)) { /* which has columns of that kind */
+        return true;
+    }
+    return w->first != NULL ? is_given_back(w->first, head_index, row)
+                            : w->given_back == NULL || !is_given_back(w, head_index, row);
 }
 
 /* A row of weights to the result: the columns that the first run gave back, where this is the second over columns. */
@@ -273,11 +282,7 @@ static void store_group(const struct weights *w, const struct task *task,
         const int64_t row = tile->first_row + i;
         const int64_t place = w->params->places == NULL ? row : w->params->places[row];
         const int64_t at = (task->head_index * g->rows + place) * w->result_cols + key;
-        if (!over_queries(w) && w->first != NULL &&
-            !is_given_back(w->first, task->head_index, row)) {
-            continue;
-        }
-        if (w->given_back != NULL && is_given_back(w, task->head_index, row)) {
+        if (!stores_row(w, task->head_index, row)) {
             continue;
         }
         store_columns(w, task->head_index, weights + (i * g->score_stride + keys.lo) * size, key,
@@ -357,21 +362,13 @@ static bool visit_keys(struct fa_job *job, int thread, const struct task *task, 
     return true;
 }
 
-/* Maximum and sum of each row, sink included, and what the second pass begins with.  False: stopped. */
-static bool prepare_rows(struct fa_job *job, int thread, const struct task *task,
-                         struct buffers *of, int64_t first, int64_t rows)
+/* Maximum and sum of each row, without its sink.  False: stopped. */
+static bool find_statistics(struct fa_job *job, int thread, const struct task *task,
+                            struct buffers *of, int64_t first, int64_t rows)
 {
-    struct weights *w = job->context;
+    const struct weights *w = job->context;
     const struct fa_geometry *g = &w->geometry;
-    const struct fa_head *head = &task->head;
-    const struct fa_key_range keys = fa_rows_keys(head, first, first + rows - 1);
-    const struct fa_doubt doubt = fa_head_doubt(head, 0);
-    const int64_t size = (int64_t)g->ops->size;
-    double sink = -INFINITY;
-    if (head->sinks != NULL) {
-        memcpy(&sink, head->sinks, sizeof sink);
-        sink *= FA_LOG2_E;
-    }
+    const struct fa_key_range keys = fa_rows_keys(&task->head, first, first + rows - 1);
     for (int64_t r = 0; r < rows; r++) {
         of->top[r] = -INFINITY;
         of->total[r] = 0;
@@ -384,27 +381,38 @@ static bool prepare_rows(struct fa_job *job, int thread, const struct task *task
         }
         fold_rows(g, of, rows);
     }
+    return true;
+}
+
+/* What the second pass takes: row_max and the factor of what exp2 leaves.  No score is so far above row_max that it would
+ * be raised: the first pass has seen them all.  Rows that left the range are given back. */
+static void prepare_rows(struct weights *w, const struct task *task, struct buffers *of,
+                         int64_t first, int64_t rows)
+{
+    const struct fa_geometry *g = &w->geometry;
+    const struct fa_doubt doubt = fa_head_doubt(&task->head, 0);
+    const int64_t size = (int64_t)g->ops->size;
+    double sink = -INFINITY;
+    if (task->head.sinks != NULL) {
+        memcpy(&sink, task->head.sinks, sizeof sink);
+        sink *= FA_LOG2_E;
+    }
     for (int64_t r = 0; r < rows; r++) {
-        const double top = of->top[r], total = of->total[r];
-        const double max = sink > top ? sink : top, weight = exp2(top - max);
-        double factor = 0, row_max = top;
-        if (w->given_back != NULL && total != 0 &&
-            (!isfinite(total) || fa_is_doubtful(doubt, top))) {
+        const double top = of->top[r], max = sink > top ? sink : top, weight = exp2(top - max);
+        const bool empty = of->total[r] == 0; /* no key takes part, nor a NaN */
+        const bool doubtful = empty ? doubt.from < 0 : fa_is_doubtful(doubt, top);
+        if (w->given_back != NULL && (doubtful || !isfinite(of->total[r]))) {
             w->given_back[task->head_index * g->rows + first + r] = 1;
             atomic_store_explicit(&w->any_given_back, true, memory_order_relaxed);
         }
-        if (total != 0) {
-            of->total[r] = total * weight + exp2(sink - max);
-            factor = weight / of->total[r];
+        if (!empty) {
+            of->total[r] = of->total[r] * weight + exp2(sink - max);
         }
-        if (total == 0 || isnan(of->total[r])) { /* of nothing but -inf, and NaN */
-            row_max = 0;
-            factor = 1;
-        }
-        fa_write_real(g, (char *)of->tile.part.row_max + r * size, row_max);
-        fa_write_real(g, of->factor + r * size, factor);
+        /* Where no score is more than -inf, and where spoil_rows leaves none, these do for all. */
+        const bool plain = !empty && !isnan(of->total[r]);
+        fa_write_real(g, (char *)of->tile.part.row_max + r * size, plain ? top : 0);
+        fa_write_real(g, of->factor + r * size, plain ? weight / of->total[r] : 1);
     }
-    return true;
 }
 
 /* Whether a row of [first, first + rows) was given back. */
@@ -429,9 +437,14 @@ static bool run_rows(struct fa_job *job, int thread, const struct task *task, st
         for (int64_t r = 0; r < rows; r++) {
             fa_write_real(&w->geometry, of->factor + r * (int64_t)w->geometry.ops->size, 1);
         }
-    } else if (!prepare_rows(job, thread, task, of, first, rows) ||
-               (sums(w) && any_given_back(w, task->head_index, first, rows))) {
-        return false;
+    } else {
+        if (!find_statistics(job, thread, task, of, first, rows)) {
+            return false;
+        }
+        prepare_rows(w, task, of, first, rows);
+        if (sums(w) && any_given_back(w, task->head_index, first, rows)) {
+            return false;
+        }
     }
     return visit_keys(job, thread, task, of, first, rows, keys.lo, keys.hi, true);
 }
