@@ -55,7 +55,7 @@ struct weights {
     atomic_bool any_given_back;
     struct fa_forward columns; /* softmax over the queries: statistics of all of them */
     struct fa_geometry column_geometry;
-    const struct weights
+    struct weights
         *first; /* NULL, or the run whose rows and columns of that kind this one computes */
 };
 
@@ -625,7 +625,7 @@ static enum fa_status allocate(struct weights *w)
             .geometry = &w->column_geometry,
             .workspaces = w->workspaces,
             .given_back = w->given_back,
-            .first = w->first == NULL ? NULL : (struct fa_forward *)&w->first->columns,
+            .first = w->first == NULL ? NULL : &w->first->columns,
         };
         status = fa_columns_allocate(&w->columns);
     }
