@@ -81,7 +81,7 @@ emulate:  ## run every kernel set, those that this CPU lacks under an emulator
 	$(PYTHON) tests/emulate.py
 
 # The examples of fastattn.torch run in test-torch, which installs what they need.
-docs: $(BUILT) $(VENV)/extra-test $(VENV)/extra-docs  ## run every example, write API pages
+docs: $(BUILT) $(VENV)/extra-test $(VENV)/extra-plot $(VENV)/extra-docs  ## run every example, write API pages
 	$(PY) -m pytest -q --doctest-modules --doctest-glob='*.md' fastattn README.md docs \
 	    --ignore=docs/torch.md --ignore=fastattn/torch.py --ignore-glob='*/_torch_*.py' $(ARGS)
 	$(VENV)/bin/pdoc --docformat numpy --output-directory build/docs fastattn

@@ -17,6 +17,46 @@
 #include "keys.h"
 #include "scores.h"
 
+static enum fa_status allocate_given_back(struct fa_forward *forward)
+{
+    const int64_t heads = forward->geometry->batch * forward->geometry->heads;
+    int64_t bytes = 0;
+    if (!fa_add_bytes(&bytes, heads, (int64_t)sizeof *forward->head_given_back)) {
+        return FA_OVERFLOW;
+    }
+    forward->head_given_back = fa_allocate(bytes);
+    if (forward->head_given_back == NULL) {
+        return FA_NO_MEMORY;
+    }
+    for (int64_t i = 0; i < heads; i++) {
+        atomic_init(forward->head_given_back + i, false);
+    }
+    return FA_OK;
+}
+
+enum fa_status fa_columns_allocate(struct fa_forward *forward)
+{
+    const struct fa_geometry *g = forward->geometry;
+    int64_t columns, bytes = 0;
+    if (!fa_multiply(g->batch * g->heads, g->key_blocks * g->block_k, &columns) ||
+        !fa_add_bytes(&bytes, columns, (int64_t)g->ops->size)) {
+        return FA_OVERFLOW;
+    }
+    forward->col_max = fa_allocate(bytes);
+    forward->col_inverse = fa_allocate(bytes);
+    if (forward->col_max == NULL || forward->col_inverse == NULL) {
+        return FA_NO_MEMORY;
+    }
+    return forward->given_back == NULL ? FA_OK : allocate_given_back(forward);
+}
+
+void fa_columns_release(struct fa_forward *forward)
+{
+    fa_release(forward->col_max);
+    fa_release(forward->col_inverse);
+    fa_release(forward->head_given_back);
+}
+
 /* Give back columns whose statistics left the range of their type, or lost what tells their scores apart. */
 static void give_back_columns(struct fa_forward *forward, const struct fa_head *head,
                               int64_t head_index, int64_t block_key, int64_t keys)

@@ -173,6 +173,30 @@ struct fa_backward_params {
 
 #define FA_MAX_BACKWARD_DIM 1024
 
+/* What becomes of the weights of chosen queries and heads. */
+enum fa_weights_form {
+    FA_WEIGHTS_EACH, /* (batch..., num_heads, num_rows, seqlen_k) */
+    FA_WEIGHTS_MEANS, /* (batch..., num_heads, pool_rows, pool_cols): of blocks.  Block i of n elements cut into
+                       * m begins at i * n / m, rounded down */
+    FA_WEIGHTS_SUMS, /* (batch..., num_heads, seqlen_k): over the queries */
+};
+
+/* The weights of one call of attention.  The call's arguments are `attention`, where v is like k with no columns
+ * (head_dim_v 0), and which has no page_table, q_starts, k_starts or dropout; its out, lse and residual are not used. */
+struct fa_weights_params {
+    struct fa_attention_params attention;
+    enum fa_weights_form form;
+    /* Queries, ascending; NULL: all, and num_rows is seqlen_q.  `places`, nullable and with FA_WEIGHTS_EACH only: the row
+     * of the result for each of them, every row once. */
+    const int64_t *rows, *places;
+    int64_t num_rows;
+    const int64_t
+        *heads; /* query heads in the order of the result; NULL: all, and num_heads is theirs */
+    int64_t num_heads;
+    int64_t pool_rows, pool_cols; /* with FA_WEIGHTS_MEANS: 1 .. num_rows and 1 .. seqlen_k */
+    void *weights; /* the result: of the dtype of lse, contiguous, zero before the call */
+};
+
 /* What a call would do. */
 struct fa_attention_plan {
     int64_t block_q, block_k, tile_q; /* rows per task, keys per block, rows per score tile */
@@ -202,6 +226,10 @@ enum fa_status fa_attention(const struct fa_attention_params *params,
 /* Compute the gradients that have somewhere to go. */
 enum fa_status fa_attention_backward(const struct fa_backward_params *params,
                                      const struct fa_kernels *kernels);
+
+/* Compute weights and no values. */
+enum fa_status fa_attention_weights(const struct fa_weights_params *params,
+                                    const struct fa_kernels *kernels);
 
 /* Say what fa_attention would do.  Reads mask and segment ids (to count tiles, on num_threads threads), nothing
  * else; data pointers of q, k, v and out may be NULL.  Polls as fa_attention does. */

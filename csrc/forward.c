@@ -540,46 +540,24 @@ static enum fa_status allocate_given_back(struct fa_forward *forward)
         return FA_NO_MEMORY;
     }
     memset(forward->given_back, 0, (size_t)rows);
-    if (g->params->softmax_axis == FA_SOFTMAX_QUERIES) {
-        const int64_t heads = g->batch * g->heads;
-        bytes = 0;
-        if (!fa_add_bytes(&bytes, heads, (int64_t)sizeof *forward->head_given_back)) {
-            return FA_OVERFLOW;
-        }
-        forward->head_given_back = fa_allocate(bytes);
-        if (forward->head_given_back == NULL) {
-            return FA_NO_MEMORY;
-        }
-        for (int64_t i = 0; i < heads; i++) {
-            atomic_init(forward->head_given_back + i, false);
-        }
-    }
     return FA_OK;
 }
 
 static enum fa_status allocate(struct fa_forward *forward)
 {
     const struct fa_geometry *g = forward->geometry;
-    int64_t per_thread, total, columns = 0, bytes = 0;
+    int64_t per_thread, total;
     if (!fa_workspace_bytes(g, &per_thread) || !fa_multiply(per_thread, g->num_threads, &total)) {
         return FA_OVERFLOW;
     }
     forward->workspaces = fa_allocate(total);
-    if (g->params->softmax_axis == FA_SOFTMAX_QUERIES) {
-        if (!fa_multiply(g->batch * g->heads, g->key_blocks * g->block_k, &columns) ||
-            !fa_add_bytes(&bytes, columns, (int64_t)g->ops->size)) {
-            return FA_OVERFLOW;
-        }
-        forward->col_max = fa_allocate(bytes);
-        forward->col_inverse = fa_allocate(bytes);
-        if (forward->col_max == NULL || forward->col_inverse == NULL) {
-            return FA_NO_MEMORY;
-        }
-    }
     if (forward->workspaces == NULL) {
         return FA_NO_MEMORY;
     }
     enum fa_status status = allocate_given_back(forward);
+    if (status == FA_OK && g->params->softmax_axis == FA_SOFTMAX_QUERIES) {
+        status = fa_columns_allocate(forward);
+    }
     return status == FA_OK && forward->plan.by_splits ? allocate_parts(forward) : status;
 }
 
@@ -607,13 +585,11 @@ static enum fa_status run_passes(struct fa_forward *forward)
 static void release(struct fa_forward *forward)
 {
     fa_release(forward->workspaces);
-    fa_release(forward->col_max);
-    fa_release(forward->col_inverse);
+    fa_columns_release(forward);
     fa_release(forward->parts);
     fa_release(forward->arrived);
     fa_release(forward->given_back);
     fa_release(forward->columns);
-    fa_release(forward->head_given_back);
 }
 
 static enum fa_status run(struct fa_forward *forward)

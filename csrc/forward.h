@@ -40,8 +40,11 @@ struct fa_forward {
     bool keeps_weighing;
 };
 
-/* Column statistics of every key: the first pass of softmax over queries. */
+/* Column statistics of every key: the first pass of softmax over queries; and room for them, col_max, col_inverse and
+ * head_given_back. */
+enum fa_status fa_columns_allocate(struct fa_forward *forward);
 enum fa_status fa_column_softmax(struct fa_forward *forward, struct fa_job *job);
+void fa_columns_release(struct fa_forward *forward);
 
 /* A row's or a key's place of `weighing`: the backward pass is to find these out for itself. */
 static inline void fa_forget_weighing(const struct fa_geometry *g, char *weighing)

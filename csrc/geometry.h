@@ -29,6 +29,7 @@ struct fa_geometry {
     const struct fa_ops
         *score_ops; /* of q, packed keys and their product: panels as wide as those of ops */
     int64_t heads;       /* key heads, or query heads for softmax over queries */
+    bool of_key_heads;
     int64_t stacked;     /* query heads stacked in a block of rows */
     int64_t rows; /* of a head: seqlen_q * stacked; the longest's with packed sequences */
     int64_t batch;       /* product of batch_shape */
@@ -41,6 +42,8 @@ struct fa_geometry {
     int64_t block_dv;    /* columns of v per task */
     int64_t key_blocks, dv_blocks;
     int num_threads;     /* that will work */
+    /* Nullable: the query heads and the queries that heads and rows are, see fa_geometry_choose. */
+    const int64_t *chosen_heads, *chosen_rows;
     bool widened; /* float64 computes for narrower arrays, which it reads and writes one by one */
     /* Of float64: scores are multiplied by the scale after their sum, and gradients before theirs, as in the reference,
      * whose numbers are then finite where this run's are.  Else q and the gradients' sums are multiplied. */
@@ -60,6 +63,10 @@ bool fa_has_results(const struct fa_attention_params *params);
 enum fa_status fa_geometry_init(struct fa_geometry *geometry,
                                 const struct fa_attention_params *params, const struct fa_ops *ops,
                                 const struct fa_ops *score_ops);
+
+/* Keep chosen query heads and queries only, NULL for all of them; nothing is stacked.  Queries ascend. */
+void fa_geometry_choose(struct fa_geometry *geometry, const int64_t *heads, int64_t num_heads,
+                        const int64_t *rows, int64_t num_rows);
 
 /* One (batch entry, head) of the call: where its arrays start. */
 struct fa_head {
@@ -85,10 +92,13 @@ struct fa_head_place {
 struct fa_head_place fa_head_place(const struct fa_geometry *geometry, int64_t index);
 int64_t fa_entry_offset(const struct fa_geometry *geometry, int64_t entry, const int64_t *batch);
 
-/* Row r of a head is token r / stacked of the stacked query head r % stacked.  Asked for every row of every
- * tile: most calls stack nothing, and need no division. */
+/* Row r of a head is token r / stacked of the stacked query head r % stacked, or the token that was chosen.  Asked
+ * for every row of every tile: most calls stack nothing, and need no division. */
 static inline int64_t fa_row_token(const struct fa_geometry *geometry, int64_t row)
 {
+    if (geometry->chosen_rows != NULL) {
+        return geometry->chosen_rows[row];
+    }
     return geometry->stacked == 1 ? row : row / geometry->stacked;
 }
 

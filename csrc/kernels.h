@@ -319,6 +319,10 @@ struct fa_ops {
     /* s = exp2(s - col_max) * col_inverse */
     void (*column_weights)(void *s, size_t ld, size_t rows, size_t n, const void *col_max,
                            const void *col_inverse);
+    /* sums[l] = sum of factor[r] * w[r][l]: rows of weights together, at most FA_MAX_TILE_Q of them.  n: multiple
+     * of vl. */
+    void (*sum_rows)(void *sums, const void *w, size_t ld, size_t rows, size_t n,
+                     const void *factor);
     /* out = acc (+ residual): softmax over queries has nothing left to divide by. */
     enum fa_stored (*store)(const void *acc, const struct fa_row_result *result);
 

@@ -17,6 +17,7 @@ from cpython.buffer cimport (
     PyBUF_SIMPLE,
     PyBUF_STRIDED,
     PyBUF_STRIDES,
+    PyBUF_WRITABLE,
     PyBuffer_Release,
     PyObject_GetBuffer,
 )
@@ -35,7 +36,8 @@ cdef extern from *:
 
 # Arrays of one call: q k v out lse residual bias alibi_slopes sinks mask kv_lengths q_offset, two
 # of segment ids, two scales, page_table, the starts of packed sequences, weighing and exact; and of
-# its gradients: grad_out grad_lse grad_q grad_k grad_v grad_bias sink_terms.
+# its gradients: grad_out grad_lse grad_q grad_k grad_v grad_bias sink_terms; of weights: rows, places,
+# heads and weights.
 cdef enum:
     MAX_VIEWS = 28
 
@@ -407,6 +409,59 @@ def attention_backward(
         forward.poll_arg = <void *>raised
         with nogil:
             status = fa_attention_backward(&params, kernels)
+    finally:
+        release(&held)
+    check(status, raised)
+
+
+cdef const int64_t *read_indices(
+    views *held, object array, int64_t *count, int64_t all_of_them
+) except? NULL:
+    """Private copies that weights.py checked; None is all."""
+    cdef Py_buffer *view
+    count[0] = all_of_them
+    if array is None:
+        return NULL
+    view = acquire(held, array, PyBUF_SIMPLE)
+    count[0] = view.len // <int64_t>sizeof(int64_t)
+    return <const int64_t *>view.buf
+
+
+def attention_weights(
+    str isa, q, k, v, tuple q_shape, int64_t num_kv_heads, int64_t seqlen_k, int64_t head_dim_v,
+    out, lse, residual, double scale, double softcap, bias, alibi_slopes, sinks, mask, kv_lengths,
+    q_offset, q_segment_ids, k_segment_ids, bint causal, int64_t window_left,
+    int64_t window_right, bint softmax_over_queries, int num_threads, double dropout_p,
+    uint64_t dropout_seed, weights, rows=None, places=None, heads=None, pool=None,
+    bint sums=False,
+):
+    cdef fa_weights_params params
+    cdef fa_attention_params *attention = &params.attention
+    cdef views held
+    cdef fa_status status
+    cdef int64_t count
+    cdef const fa_kernels *kernels = find_kernels(isa)
+    cdef list raised = []
+    memset(&params, 0, sizeof(params))
+    try:
+        fill(
+            attention, &held, q, k, v, q_shape, num_kv_heads, seqlen_k, head_dim_v, out, lse,
+            residual, scale, softcap, bias, alibi_slopes, sinks, mask, kv_lengths, q_offset,
+            q_segment_ids, k_segment_ids, causal, window_left, window_right, softmax_over_queries,
+            num_threads, dropout_p, dropout_seed, None, None, None, None, None,
+        )
+        params.rows = read_indices(&held, rows, &params.num_rows, attention.seqlen_q)
+        params.places = read_indices(&held, places, &count, 0)
+        params.heads = read_indices(&held, heads, &params.num_heads, attention.num_heads)
+        params.form = FA_WEIGHTS_SUMS if sums else FA_WEIGHTS_EACH
+        if pool is not None:
+            params.form = FA_WEIGHTS_MEANS
+            params.pool_rows, params.pool_cols = pool
+        params.weights = acquire(&held, weights, PyBUF_WRITABLE).buf
+        attention.poll = poll_signals
+        attention.poll_arg = <void *>raised
+        with nogil:
+            status = fa_attention_weights(&params, kernels)
     finally:
         release(&held)
     check(status, raised)

@@ -75,6 +75,22 @@ cdef extern from "fastattn.h" nogil:
         fa_dtype grad_bias_dtype
         fa_output sink_terms
 
+    enum fa_weights_form:
+        FA_WEIGHTS_EACH
+        FA_WEIGHTS_MEANS
+        FA_WEIGHTS_SUMS
+
+    struct fa_weights_params:
+        fa_attention_params attention
+        fa_weights_form form
+        const int64_t *rows
+        const int64_t *places
+        int64_t num_rows
+        const int64_t *heads
+        int64_t num_heads
+        int64_t pool_rows, pool_cols
+        void *weights
+
     struct fa_attention_plan:
         int64_t block_q, block_k, tile_q
         int64_t mr, nr, vl
@@ -92,6 +108,9 @@ cdef extern from "fastattn.h" nogil:
     fa_status fa_attention(const fa_attention_params *params, const fa_kernels *kernels) noexcept
     fa_status fa_attention_backward(
         const fa_backward_params *params, const fa_kernels *kernels
+    ) noexcept
+    fa_status fa_attention_weights(
+        const fa_weights_params *params, const fa_kernels *kernels
     ) noexcept
     fa_status fa_attention_describe(
         const fa_attention_params *params, const fa_kernels *kernels, fa_attention_plan *plan

@@ -1,6 +1,7 @@
 """The examples, in short forms."""
 
 import importlib
+import importlib.util
 import re
 from pathlib import Path
 
@@ -231,3 +232,27 @@ def test_classifier_reads_each_text_once(load_torch):
     assert families.tolist() == [text.family for text in texts.training[:4]]
     for row, text in zip(words, texts.training[:4], strict=True):
         assert (row != classifier.PADDING).sum() == len(text.words)
+
+
+def test_attention_map_finds_what_is_repeated(load, capsys, tmp_path):
+    attention_map = load("attention_map")
+    words = attention_map.read_words(300) * 2
+    x = attention_map.vectors_of_places(words)
+    weights = fa.attention_weights(x, x, scale=60.0, causal=True, q_offset=-100)
+    places = np.arange(20, 280)
+    # No earlier place is written more alike; a few are written in the very same words.
+    assert np.all(weights[300 + places, places] > 0.99 * weights[300 + places].max(-1))
+
+    picture = tmp_path / "map.png"
+    draws = importlib.util.find_spec("matplotlib") is not None
+    options = ["--words", "1000", *(["--plot", str(picture)] if draws else [])]
+    assert attention_map.main(options) == 0
+    report = capsys.readouterr().out
+    assert report.startswith("1,000,000 weights of 1,000 words in 256 x 256 blocks: ")
+    assert report.endswith("ok    the weights sum to 900.000, of 900 places\n")
+    assert picture.exists() == draws
+
+
+def test_attention_map_names_what_is_wrong(load):
+    with pytest.raises(SystemExit, match="--words must be 25 to"):
+        load("attention_map").main(["--words", "10"])
