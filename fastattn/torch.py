@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from fastattn import _validate
+from fastattn._enabled import Enabled
 from fastattn._torch_ops import attend, autocast, out_of_place
-from fastattn._torch_routing import Enabled, Route, disable, enable, explain, is_enabled
+from fastattn._torch_routing import Route, disable, enable, explain, is_enabled
 from fastattn._torch_sdpa import DTYPES, drawn_seed, scaled_dot_product_attention
 
 __all__ = [
