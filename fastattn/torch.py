@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fastattn import _validate
+from fastattn._enabled import Enabled
 from fastattn._torch_ops import (
     DEFAULTS,
     as_array,
@@ -31,7 +32,7 @@ from fastattn._torch_ops import (
     out_of_place,
     transforms_active,
 )
-from fastattn._torch_routing import Enabled, Route, disable, enable, explain, is_enabled
+from fastattn._torch_routing import Route, disable, enable, explain, is_enabled
 from fastattn._torch_sdpa import DTYPES, drawn_seed, scaled_dot_product_attention
 from fastattn.weights import attention_weights as weights_of_arrays
 
