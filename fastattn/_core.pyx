@@ -36,8 +36,8 @@ cdef extern from *:
 
 # Arrays of one call: q k v out lse residual bias alibi_slopes sinks mask kv_lengths q_offset, two
 # of segment ids, two scales, page_table, the starts of packed sequences, weighing and exact; and of
-# its gradients: grad_out grad_lse grad_q grad_k grad_v grad_bias sink_terms; of weights: rows, places,
-# heads and weights.
+# its gradients: grad_out grad_lse grad_q grad_k grad_v grad_bias sink_terms; of weights: rows,
+# places, heads and weights.
 cdef enum:
     MAX_VIEWS = 28
 
