@@ -107,6 +107,11 @@ void fa_statistics_add_sink(struct fa_statistics *of, double sink)
     of->top = top;
 }
 
+double fa_sink_weight(const struct fa_statistics *of, double lse, double sink)
+{
+    return of != NULL ? exp2(sink - of->top) / of->total : exp2(sink - lse * FA_LOG2_E);
+}
+
 double fa_round_real(const struct fa_geometry *g, double x)
 {
     if (g->ops->size == sizeof x) {
