@@ -390,9 +390,9 @@ static void group_scores(const struct fa_tile *tile, struct fa_workspace *ws, in
     }
     if (g->scales_scores) {
         scale_products((double *)(void *)scores, g->score_stride, rows, columns, g->params);
-    } else if (!(ws->rows_ordinary && ws->keys_ordinary)) {
-        /* Before the options, so that keys which take no part are masked after all.  Scores in the reference's order
-         * are infinite where the reference's are. */
+    } else if (!g->widened && !(ws->rows_ordinary && ws->keys_ordinary)) {
+        /* Before the options, so that keys which take no part are masked after all.  Scores in the reference's order,
+         * and those of narrower numbers in float64, are infinite where the reference's are. */
         ops->mark_overflow(scores, (size_t)g->score_stride, (size_t)rows, (size_t)columns);
     }
     if (g->params->softcap > 0) {
