@@ -31,7 +31,7 @@ WORKERS ?= -n auto --maxprocesses=4 --dist loadgroup
 # These reach every option, tail and race in three minutes; ASAN_TESTS=tests is all of them.
 ASAN_TESTS ?= tests/test_guard_pages.py tests/test_config.py tests/test_races.py
 
-.PHONY: demo test test-torch bench bench-peers microbench lint asan emulate fuzz docs clean help
+.PHONY: demo test test-torch test-keras bench bench-peers microbench lint asan emulate fuzz docs clean help
 .DEFAULT_GOAL := help
 
 demo: $(BUILT)  ## find sentences with a real encoder, check and measure it
@@ -47,6 +47,15 @@ test-torch: $(BUILT) $(VENV)/extra-test $(VENV)/extra-torch $(VENV)/extra-exampl
 	$(TEST_ENV) $(PY) -m pytest tests/test_torch.py tests/test_kinds.py tests/test_examples.py $(ARGS)
 	$(PY) -m pytest -q --doctest-modules --doctest-glob='*.md' fastattn/torch.py \
 	    fastattn/_torch_ops.py fastattn/_torch_routing.py fastattn/_torch_sdpa.py docs/torch.md
+
+# Keras has one backend in a process.
+test-keras: $(BUILT) $(VENV)/extra-test $(VENV)/extra-torch $(VENV)/group-keras  ## install Keras and its backends, run its tests on each
+	for backend in tensorflow jax torch numpy; do \
+	    $(TEST_ENV) KERAS_BACKEND=$$backend $(PY) -m pytest \
+	        tests/test_keras.py tests/test_example_keras_text_classifier.py $(ARGS) || exit 1; \
+	done
+	KERAS_BACKEND=tensorflow $(PY) -m pytest -q --doctest-modules --doctest-glob='*.md' \
+	    fastattn/keras docs/keras.md
 
 bench: $(BUILT) $(VENV)/group-bench  ## pytest-benchmark: runs to save and to compare, beside NumPy and PyTorch
 	$(PY) -m pytest bench $(ARGS)
@@ -82,10 +91,12 @@ fuzz: $(BUILT) $(VENV)/extra-test  ## 2000 random calls of each dtype with numbe
 emulate:  ## run every kernel set, those that this CPU lacks under an emulator
 	$(PYTHON) tests/emulate.py
 
-# The examples of fastattn.torch run in test-torch, which installs what they need.
-docs: $(BUILT) $(VENV)/extra-test $(VENV)/extra-docs  ## run every example, write API pages
+# The examples of fastattn.torch and fastattn.keras run where what they need is installed: in
+# test-torch and in test-keras.
+docs: $(BUILT) $(VENV)/extra-test $(VENV)/extra-plot $(VENV)/extra-docs  ## run every example, write API pages
 	$(PY) -m pytest -q --doctest-modules --doctest-glob='*.md' fastattn README.md docs \
-	    --ignore=docs/torch.md --ignore=fastattn/torch.py --ignore-glob='*/_torch_*.py' $(ARGS)
+	    --ignore=docs/torch.md --ignore=fastattn/torch.py --ignore-glob='*/_torch_*.py' \
+	    --ignore=docs/keras.md --ignore=fastattn/keras $(ARGS)
 	$(VENV)/bin/pdoc --docformat numpy --output-directory build/docs fastattn
 
 clean:  ## remove everything that the other targets made

@@ -41,6 +41,26 @@ struct key_block {
     bool finite; /* all keys are */
 };
 
+/* x *= factor, of rows whose elements lie side by side. */
+static void multiply_rows(double *x, int64_t stride, int64_t rows, int64_t cols, double factor)
+{
+    for (int64_t r = 0; r < rows; r++) {
+        for (int64_t c = 0; c < cols; c++) {
+            x[r * stride + c] *= factor;
+        }
+    }
+}
+
+/* What fa_backward_load_grad does to the rows, to their panels. */
+static void scale_panels(const struct fa_geometry *g, char *panels, int64_t padded, int64_t rows)
+{
+    const int64_t nr = (int64_t)g->ops->nr;
+    for (int64_t c = 0; c < padded; c += nr) {
+        multiply_rows((double *)(void *)panels + c * FA_BACKWARD_ROWS, nr, rows, nr,
+                      ldexp(1, -g->value_exponent));
+    }
+}
+
 /* Rows [first, first + rows) of q and grad_out, in the forms that the products take.  Returns whether q and
  * grad_out are finite. */
 static void load_tile_rows(const struct fa_backward *b, const struct key_block *block,
@@ -59,6 +79,9 @@ static void load_tile_rows(const struct fa_backward *b, const struct key_block *
                                        (size_t)p->head_dim_v, &from);
     for (int64_t r = 0; r < rows; r++) {
         ws->row[r] = fa_row_at(g, block->head->q, first + r, p->q.head, p->q.row);
+    }
+    if (g->value_exponent != 0) {
+        scale_panels(g, ws->grad_out_panels, b->padded_v, rows);
     }
     from.col_stride = p->q.col;
     *q_finite =
@@ -137,7 +160,7 @@ static void store_keys(struct fa_backward *b, const struct key_block *block,
                        double factor)
 {
     const struct fa_geometry *g = &b->geometry;
-    if (to->data == NULL) {
+    if (to->data == NULL || fa_backward_is_stored(b, block->head_index)) {
         return;
     }
     char *out = fa_output_of(g, to, block->head_index, true) + block->key * to->row;
@@ -147,6 +170,8 @@ static void store_keys(struct fa_backward *b, const struct key_block *block,
             .dtype = b->params->grad_dtype,
             .out = out + j * to->row,
             .out_stride = to->col,
+            .exponent = g->value_exponent,
+            .mends = g->value_exponent != 0,
         };
         if (!g->ops->store_scaled(acc + j * padded * (int64_t)g->ops->size, factor, &result)) {
             fa_backward_leave(b, block->head_index);
@@ -198,6 +223,10 @@ static bool visit_rows(struct fa_job *job, int thread, struct key_block *block,
             g->ops->scale_gradients(ws->gradients + at, ws->slope + at, (size_t)g->score_stride,
                                     (size_t)rows, (size_t)(keys.hi - keys.lo));
         }
+        if (g->scales_scores && !weights_only) {
+            multiply_rows((double *)(void *)ws->gradients + keys.lo, g->score_stride, rows,
+                          keys.hi - keys.lo, g->params->scale);
+        }
         add_products(b, block, ws, first, rows, keys, q_finite, grad_finite);
     }
     return true;
@@ -220,24 +249,44 @@ static int64_t count_queries(const struct fa_head *head, int64_t key)
     return fa_max(0, hi - lo);
 }
 
+/* A key's softmax, as its lse and the forward pass have it. */
+struct column {
+    double lse;
+    bool is_kept; /* what the forward pass kept is there, and needs no statistics */
+    struct fa_weighing kept;
+    bool wants_statistics;
+};
+
+static struct column column_at(const struct fa_backward *b, const struct key_block *block,
+                               int64_t key)
+{
+    const struct fa_geometry *g = &b->geometry;
+    const struct fa_input *lse = &b->params->lse, *kept = &b->params->weighing;
+    const char *from = fa_input_of(g, kept, block->head_index);
+    struct column column = {
+        .lse = fa_read_lse(g, fa_input_of(g, lse, block->head_index) + key * lse->row),
+    };
+    column.is_kept = from != NULL && fa_weighing_kept(b, from + key * kept->row, &column.kept);
+    column.wants_statistics =
+        !column.is_kept && fa_statistics_wanted(b, column.lse, count_queries(block->head, key),
+                                                fa_backward_seqlen_k(g, block->head_index));
+    return column;
+}
+
 /* shift and factor of every key of the block; 0 up to its end. */
 static bool weigh_columns(struct fa_job *job, int thread, struct key_block *block,
                           struct fa_backward_workspace *ws)
 {
     struct fa_backward *b = job->context;
-    const struct fa_geometry *g = &b->geometry;
-    const struct fa_input *from = &b->params->lse;
+    const struct fa_geometry *g = &b->geometry, *before = &fa_first_run(b)->geometry;
     const struct fa_doubt doubt = fa_head_doubt(block->head, 0);
-    const int64_t size = (int64_t)g->ops->size;
+    const int64_t size = (int64_t)g->ops->size, size_before = (int64_t)before->ops->size;
+    char *excess = fa_first_run(b)->excess + fa_column_at(before, block->head_index, block->key);
     const int64_t at = fa_column_at(g, block->head_index, block->key);
-    const int64_t softmaxes = fa_backward_seqlen_k(g, block->head_index);
-    const char *lse = fa_input_of(g, from, block->head_index);
     bool wanted = false;
 
     for (int64_t j = 0; j < block->live; j++) {
-        const double x = fa_read_lse(g, lse + (block->key + j) * from->row);
-        const int64_t count = count_queries(block->head, block->key + j);
-        wanted = wanted || fa_statistics_wanted(g, x, count, softmaxes);
+        wanted = wanted || column_at(b, block, block->key + j).wants_statistics;
     }
     if (wanted) {
         pack_block(b, block, ws);
@@ -248,20 +297,19 @@ static bool weigh_columns(struct fa_job *job, int thread, struct key_block *bloc
     for (int64_t j = 0; j < g->block_k; j++) {
         struct fa_weighing weighing = {0};
         if (j < block->live) {
-            const double x = fa_read_lse(g, lse + (block->key + j) * from->row);
-            const int64_t count = count_queries(block->head, block->key + j);
-            const bool by_sums = fa_statistics_wanted(g, x, count, softmaxes);
-            const struct fa_statistics sums = {
+            const struct column column = column_at(b, block, block->key + j);
+            struct fa_statistics sums = {
                 .top = fa_read_real(g, ws->col_max + j * size),
                 .total = fa_read_real(g, ws->col_sum + j * size),
             };
-            if (by_sums && sums.total != 0 &&
-                (!isfinite(sums.total) || fa_is_doubtful(doubt, sums.top))) {
+            const bool by_sums = column.wants_statistics;
+            const bool left = by_sums && (!isfinite(sums.total) ||
+                                          fa_is_doubtful(doubt, sums.top, sums.total == 0));
+            if (left) {
                 fa_backward_leave(b, block->head_index);
             }
-            weighing = by_sums && sums.total != 0 && fa_statistics_agree(g, &sums, x)
-                           ? fa_weighing_by_statistics(g, &sums)
-                           : fa_weighing_by_lse(g, x);
+            weighing = fa_weigh(b, excess + j * size_before, column.is_kept ? &column.kept : NULL,
+                                by_sums ? &sums : NULL, !left, column.lse);
         }
         fa_write_real(g, b->shift + at + j * size, weighing.shift);
         fa_write_real(g, b->factor + at + j * size, weighing.factor);
@@ -301,7 +349,8 @@ static void find_column_deltas(const struct fa_backward *b, const struct key_blo
         for (int64_t j = 0; j < keys; j++) {
             double delta = fa_read_real(g, ws->value_products + j * (nr + 1) * size);
             if (from != NULL) {
-                delta -= fa_read_lse(g, from + (block->key + first + j) * grad_lse->row);
+                const double grad = fa_read_lse(g, from + (block->key + first + j) * grad_lse->row);
+                delta -= ldexp(grad, -g->value_exponent);
             }
             fa_write_real(g, b->delta + at + (first + j) * size, delta);
         }
@@ -372,7 +421,8 @@ static bool visit_key_block(struct fa_job *job, int thread, struct key_block *bl
     }
     block->head_index = first_head;
     if (done) {
-        store_keys(b, block, &b->params->grad_k, ws->grad_k, b->padded_k, p->head_dim, p->scale);
+        store_keys(b, block, &b->params->grad_k, ws->grad_k, b->padded_k, p->head_dim,
+                   fa_backward_factor(g));
         store_keys(b, block, &b->params->grad_v, ws->grad_v, b->padded_v, p->head_dim_v, 1);
     }
     return done;
@@ -393,12 +443,17 @@ void fa_backward_leave(struct fa_backward *backward, int64_t head_index)
     }
 }
 
-bool fa_backward_is_done(const struct fa_backward *backward, int64_t head_index)
+bool fa_backward_is_stored(const struct fa_backward *backward, int64_t head_index)
 {
     const int64_t unit = head_index / fa_backward_members(&backward->geometry);
-    /* Softmax over the queries prepares the bias' gradient by the same tasks. */
     return backward->first != NULL &&
-           !atomic_load_explicit(backward->first->unit_left + unit, memory_order_relaxed) &&
+           !atomic_load_explicit(backward->first->unit_left + unit, memory_order_relaxed);
+}
+
+bool fa_backward_is_done(const struct fa_backward *backward, int64_t head_index)
+{
+    /* Softmax over the queries prepares the bias' gradient by the same tasks. */
+    return fa_backward_is_stored(backward, head_index) &&
            !(fa_over_queries(&backward->geometry) && backward->params->grad_bias.data != NULL);
 }
 
@@ -407,7 +462,7 @@ static void store_unit(struct fa_backward *b, struct fa_backward_workspace *ws, 
                        char *unit_sums)
 {
     const int64_t members = fa_backward_members(&b->geometry);
-    for (int64_t i = 0; i < members; i++) {
+    for (int64_t i = 0; i < members && !fa_backward_is_stored(b, unit * members); i++) {
         fa_backward_store_rows(b, unit * members + i, sums_of(b, unit_sums, i, 0), ws->q_panels);
     }
     fa_sums_leave(b->sums, unit);
@@ -473,23 +528,30 @@ static enum fa_status allocate(struct fa_backward *b)
     const int64_t rows = count_rows(b);
     const int64_t statistics =
         fa_over_queries(g) ? g->batch * g->heads * g->key_blocks * g->block_k : rows;
-    int64_t total, reals = 0;
+    int64_t total, reals = 0, flags = 0;
     if (!fa_backward_workspace_bytes(b) ||
         !fa_multiply(b->workspace_bytes, g->num_threads, &total) ||
-        !fa_add_bytes(&reals, statistics, size)) {
+        !fa_add_bytes(&reals, statistics, size) ||
+        !fa_add_bytes(&flags, fa_over_queries(g) ? 0 : rows, (int64_t)sizeof *b->delta_of_out)) {
         return FA_OVERFLOW;
     }
     b->workspaces = fa_allocate(total);
     b->shift = fa_allocate(reals);
     b->factor = fa_allocate(reals);
     b->delta = fa_allocate(reals);
-    if (b->workspaces == NULL || b->shift == NULL || b->factor == NULL || b->delta == NULL) {
+    b->delta_of_out = fa_allocate(flags);
+    if (b->workspaces == NULL || b->shift == NULL || b->factor == NULL || b->delta == NULL ||
+        b->delta_of_out == NULL) {
         return FA_NO_MEMORY;
     }
     const int64_t members = fa_backward_members(g), units = g->batch * g->heads / members;
     enum fa_status status = FA_OK;
-    if (g->ops->size < sizeof(double)) {
-        status = allocate_unit_left(b, units);
+    if (b->first == NULL) {
+        b->excess = fa_allocate(reals);
+        status = b->excess == NULL ? FA_NO_MEMORY : allocate_unit_left(b, units);
+    }
+    if (status == FA_OK && b->params->grad_bias.data != NULL) {
+        status = fa_backward_allocate_bias(b);
     }
     return status == FA_OK && b->params->grad_q.data != NULL ? fa_sums_init(b, units, members)
                                                              : status;
@@ -524,8 +586,10 @@ static enum fa_status run_passes(struct fa_backward *b)
     if (status == FA_OK && main_pass) {
         status = run_pass(b, run_group, heads / fa_backward_members(g) * b->groups);
     }
-    /* A second run does that for all heads: they may add to the same elements. */
-    if (status == FA_OK && p->grad_bias.data != NULL && !atomic_load(&b->any_left)) {
+    /* A second run does that for all heads: their sums may meet in the same elements.  For float64 it mends what it
+     * finds. */
+    if (status == FA_OK && p->grad_bias.data != NULL &&
+        (!atomic_load(&b->any_left) || p->attention.dtype == FA_F64)) {
         status = run_pass(b, fa_backward_bias, fa_backward_bias_tasks(b));
     }
     return status;
@@ -540,7 +604,10 @@ static enum fa_status run(struct fa_backward *b, const struct fa_ops *ops,
     if (status != FA_OK) {
         return status;
     }
+    const bool again = b->first != NULL;
     g->block_q = FA_BACKWARD_ROWS;
+    g->scales_scores = fa_scales_scores(p, again);
+    g->value_exponent = again && p->dtype == FA_F64 ? FA_AGAIN_EXPONENT : 0;
     /* Products read columns of weights: rows a power of two apart would share few sets of L1. */
     g->score_stride += FA_LINE / (int64_t)ops->size;
     b->padded_k = fa_round_up(p->head_dim, (int64_t)ops->nr);
@@ -559,12 +626,17 @@ static void release(struct fa_backward *b)
     fa_release(b->shift);
     fa_release(b->factor);
     fa_release(b->delta);
+    fa_release(b->delta_of_out);
+    fa_release(b->excess);
+    fa_release(b->bias_sums);
     fa_release(b->unit_left);
     fa_sums_release(b->sums);
 }
 
-/* In float64 where the options leave no choice, or, for heads whose softmax or gradients left the range of float32,
- * in a second run. */
+/* In float64 where the options leave no choice, or, for heads whose softmax or gradients left the range of their type,
+ * in a second run.  For float64 that has grad_out and grad_lse divided by 2^value_exponent, and the gradients, which are
+ * linear in them, multiplied again; of these only elements are stored that were not finite, because small ones lose
+ * bits. */
 static enum fa_status compute_gradients(const struct fa_backward_params *params,
                                         const struct fa_kernels *kernels)
 {

@@ -46,6 +46,8 @@ struct fa_statistics {
 /* Weights from base-2 scores: exp2(s - shift) * factor. */
 struct fa_weighing {
     double shift, factor;
+    bool by_sums; /* from statistics */
+    bool own; /* and these are of all keys that lse is of */
 };
 
 /* Everything the tasks of one call share. */
@@ -62,12 +64,23 @@ struct fa_backward {
     /* real [batch * heads][rows], or [batch * heads][keys] with softmax over the queries.  shift
      * and factor give the weights, see fa_weighing; a row without keys has factor 0. */
     char *shift, *factor, *delta;
+    bool *
+        delta_of_out; /* [batch * heads][rows]: whether delta is grad_out * out, see fa_backward_tile */
+    /* Likewise, in a first run: by how much lse exceeds the logarithm of the softmax' own sum, because it is of more
+     * keys than those of this call; 0: it does not; NaN: not known.  A second run has scores that are rounded
+     * otherwise, and could not tell. */
+    char *excess;
     struct fa_sums *sums; /* of grad_q, or NULL */
-    /* [units], see fa_sums_init: whether a softmax or a gradient of the unit left the range of float32, and whether any
-     * did; NULL if float64 computes.  `first`: NULL, or the run whose units of that kind this one computes again. */
+    /* [units], see fa_sums_init: whether a softmax or a gradient of the unit left the range of its type, and whether
+     * any did, or a sum of grad_bias; NULL in a second run.  `first`: NULL, or the run whose units of that kind this
+     * one computes again. */
     atomic_bool *unit_left;
     atomic_bool any_left;
     const struct fa_backward *first;
+    /* double [num_threads][bias_elements]: a part of grad_bias for each thread, where its elements are not added to as
+     * they are; or NULL. */
+    double *bias_sums;
+    int64_t bias_elements;
 };
 
 /* Heads that share their keys and are not stacked: those of a unit. */
@@ -75,7 +88,8 @@ int64_t fa_backward_members(const struct fa_geometry *g);
 
 /* Note that a head's unit left the range of its type. */
 void fa_backward_leave(struct fa_backward *backward, int64_t head_index);
-/* Whether this run has nothing to do for a head: it was computed by the first. */
+/* Whether the first run stored the gradients of a head's unit, and whether this run has nothing else to do for it. */
+bool fa_backward_is_stored(const struct fa_backward *backward, int64_t head_index);
 bool fa_backward_is_done(const struct fa_backward *backward, int64_t head_index);
 
 /* Sums of grad_q (backward_sums.c).  A unit is what one task of each group works on: a key head, or, with softmax
@@ -94,8 +108,8 @@ bool fa_backward_workspace_bytes(struct fa_backward *backward);
 struct fa_backward_workspace fa_backward_workspace_of(const struct fa_backward *backward,
                                                       int thread);
 
-/* Rows [first, first + rows) of a head against the key block whose packed keys and values ws holds: weights
- * and gradients of scores, in ws->weights and ws->gradients, 0 where a key takes no part.  Returns the
+/* Rows [first, first + rows) of a head against the key block whose packed keys and values ws holds and has
+ * located: weights and gradients of scores, in ws->weights and ws->gradients, 0 where a key takes no part.  Returns the
  * columns, whole panels, outside of which there is nothing; none: lo == hi.  weights_only: and nothing in
  * ws->gradients. */
 struct fa_key_range fa_backward_tile(const struct fa_backward *backward, const struct fa_head *head,
@@ -120,17 +134,25 @@ void fa_backward_pack(const struct fa_head *head, struct fa_backward_workspace *
 
 /* Statistics (backward_statistics.c).  Whether a softmax over `scores` scores, one of `softmaxes`,
  * needs its own, because lse is not exact enough for its weights. */
-bool fa_statistics_wanted(const struct fa_geometry *g, double lse, int64_t scores,
+bool fa_statistics_wanted(const struct fa_backward *backward, double lse, int64_t scores,
                           int64_t softmaxes);
-/* Whether lse is theirs.  It is not where the caller merged attention over more keys than those of
- * this call, and means the gradients of that. */
-bool fa_statistics_agree(const struct fa_geometry *g, const struct fa_statistics *of, double lse);
-struct fa_weighing fa_weighing_by_statistics(const struct fa_geometry *g,
-                                             const struct fa_statistics *of);
-/* A sink, a base-2 score or -inf, joins the total; its weight. */
+/* How a softmax is weighed: as the forward pass kept it, by its statistics, or by lse if there are none or lse is not
+ * theirs.  It is not where the caller merged attention over more keys than those of this call, and means the gradients
+ * of that; with what the forward pass kept, nothing is merged.  kept, of: each may be NULL.  excess: its own, in the
+ * first run's array.  sure: the statistics are to be believed.  A second run's total becomes that of all keys. */
+struct fa_weighing fa_weigh(const struct fa_backward *backward, char *excess,
+                            const struct fa_weighing *kept, struct fa_statistics *of, bool sure,
+                            double lse);
+/* A sink, a base-2 score or -inf, joins the total; its weight, by statistics or, where they are NULL, by lse. */
 void fa_statistics_add_sink(struct fa_statistics *of, double sink);
 double fa_sink_weight(const struct fa_statistics *of, double lse, double sink);
-struct fa_weighing fa_weighing_by_lse(const struct fa_geometry *g, double lse);
+/* The nearest element of the workspace's type; a finite number stays finite. */
+double fa_round_real(const struct fa_geometry *g, double x);
+/* That of a row, or of a key with softmax over the queries, as the forward pass kept it.  False: it is not there, or
+ * not of the scores that this run computes. */
+bool fa_weighing_kept(const struct fa_backward *backward, const char *at, struct fa_weighing *kept);
+/* The weight of a sink, a base-2 score or -inf, beside it. */
+double fa_kept_sink_weight(const struct fa_weighing *kept, double sink);
 /* Those of the rows from `first` on, FA_BACKWARD_ROWS at most, that are wanted; the others' are
  * arbitrary.  Without sinks.  False: stopped. */
 bool fa_backward_row_statistics(struct fa_job *job, int thread, const struct fa_head *head,
@@ -144,6 +166,7 @@ bool fa_backward_column_statistics(struct fa_job *job, int thread, const struct 
 /* shift, factor and delta of every row; grad_bias. */
 void fa_backward_prepare_rows(struct fa_job *job, int64_t index, int thread);
 void fa_backward_bias(struct fa_job *job, int64_t index, int thread);
+enum fa_status fa_backward_allocate_bias(struct fa_backward *backward);
 int64_t fa_backward_bias_tasks(const struct fa_backward *backward);
 
 /* grad_q of a head from its `groups` sums, each of rows times padded_k elements, g->rows apart; scratch: padded_k
@@ -179,6 +202,18 @@ static inline int64_t fa_backward_groups(const struct fa_geometry *g, int64_t he
 static inline bool fa_over_queries(const struct fa_geometry *g)
 {
     return g->params->softmax_axis == FA_SOFTMAX_QUERIES;
+}
+
+/* What sums of gradients of scores are multiplied by, if their terms were not. */
+static inline double fa_backward_factor(const struct fa_geometry *g)
+{
+    return g->scales_scores ? 1 : g->params->scale;
+}
+
+/* The run that has the array of excesses. */
+static inline const struct fa_backward *fa_first_run(const struct fa_backward *b)
+{
+    return b->first != NULL ? b->first : b;
 }
 
 /* Softmax over the queries: where shift, factor and delta of a key lie. */

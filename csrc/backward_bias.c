@@ -4,6 +4,7 @@
  * order all heads that read it: no two tasks write the same element, and every sum has one order.  Scores and
  * products with the values are computed once more, so this pass costs 2 products.
  */
+#include <math.h>
 #include <string.h>
 
 #include "backward.h"
@@ -11,16 +12,49 @@
 /* Rows of a part where the bias has one column: K and V of a key block are packed once for them. */
 #define PART_ROWS (4 * FA_BACKWARD_ROWS)
 
-/* A plane is split by key blocks, or, where all keys read the same column, by rows. */
+/* A plane is split by key blocks, or, where all keys read the same column, by tokens. */
 static bool by_keys(const struct fa_output *bias) { return bias->col != 0; }
+
+static int64_t tokens_per_part(const struct fa_geometry *g)
+{
+    return fa_max(1, PART_ROWS / g->stacked);
+}
 
 static int64_t count_parts(const struct fa_geometry *g, const struct fa_output *bias)
 {
     if (by_keys(bias)) {
         return fa_max(1, g->key_blocks);
     }
-    return bias->row == 0 ? 1 : fa_max(1, fa_ceil_div(g->rows, PART_ROWS));
+    return bias->row == 0 ? 1 : fa_max(1, fa_ceil_div(g->params->seqlen_q, tokens_per_part(g)));
 }
+
+/* Elements of the bias: heads where it tells the stacked ones apart, tokens and keys where it tells those apart, else
+ * one of each. */
+struct part {
+    int64_t members, first_token, tokens, first_key, keys;
+};
+
+static struct part part_of(const struct fa_geometry *g, const struct fa_output *bias,
+                           int64_t number)
+{
+    struct part part = {.members = bias->head == 0 ? 1 : g->stacked, .tokens = 1, .keys = 1};
+    if (by_keys(bias)) {
+        part.first_key = number * g->block_k;
+        part.keys = fa_min(g->block_k, g->params->seqlen_k - part.first_key);
+        part.tokens = bias->row == 0 ? 1 : g->params->seqlen_q;
+    } else if (bias->row != 0) {
+        part.first_token = number * tokens_per_part(g);
+        part.tokens = fa_min(tokens_per_part(g), g->params->seqlen_q - part.first_token);
+    }
+    return part;
+}
+
+/* Where a part is added up: bytes from element to element, 0 where the bias has one for all. */
+struct sums {
+    char *data; /* of member 0, the part's first token and key */
+    int64_t head, row, col;
+    bool wide; /* double, else float */
+};
 
 static char *plane_of(const struct fa_geometry *g, const struct fa_output *bias, int64_t index)
 {
@@ -52,7 +86,7 @@ int64_t fa_backward_bias_tasks(const struct fa_backward *backward)
     return g->batch * g->heads * count_parts(g, &backward->params->grad_bias);
 }
 
-/* to[j] += from[j], stride in elements; grad_bias is aligned. */
+/* to[j] += from[j], stride in elements; both are aligned. */
 static void add_floats(float *to, int64_t stride, const float *from, int64_t n)
 {
     if (stride == 1) {
@@ -66,6 +100,13 @@ static void add_floats(float *to, int64_t stride, const float *from, int64_t n)
     }
 }
 
+static void add_widened(double *to, int64_t stride, const float *from, int64_t n)
+{
+    for (int64_t j = 0; j < n; j++) {
+        to[j * stride] += (double)from[j];
+    }
+}
+
 static void add_doubles(double *to, int64_t stride, const double *from, int64_t n)
 {
     for (int64_t j = 0; j < n; j++) {
@@ -73,40 +114,32 @@ static void add_doubles(double *to, int64_t stride, const double *from, int64_t 
     }
 }
 
-static void add_rounded(float *to, int64_t stride, const double *from, int64_t n)
-{
-    for (int64_t j = 0; j < n; j++) {
-        to[j * stride] = (float)((double)to[j * stride] + from[j]);
-    }
-}
-
 static void add_tile(const struct fa_backward *b, const struct fa_backward_workspace *ws,
                      int64_t first, int64_t rows, int64_t block_key, struct fa_key_range keys,
-                     char *plane)
+                     const struct part *part, const struct sums *sums)
 {
     const struct fa_geometry *g = &b->geometry;
-    const struct fa_output *bias = &b->params->grad_bias;
-    const int64_t size = (int64_t)g->ops->size, stride = bias->col / size;
+    const int64_t size = (int64_t)g->ops->size, n = keys.hi - keys.lo;
+    const int64_t stride = sums->col / (int64_t)(sums->wide ? sizeof(double) : sizeof(float));
     for (int64_t r = 0; r < rows; r++) {
-        char *to = plane + fa_row_member(g, first + r) * bias->head +
-                   fa_row_token(g, first + r) * bias->row + (block_key + keys.lo) * bias->col;
-        const char *from = ws->gradients + (r * g->score_stride + keys.lo) * size;
-        if (g->widened) {
-            add_rounded((float *)(void *)to, bias->col / (int64_t)sizeof(float),
-                        (const double *)(const void *)from, keys.hi - keys.lo);
-        } else if (size == (int64_t)sizeof(double)) {
-            add_doubles((double *)(void *)to, stride, (const double *)(const void *)from,
-                        keys.hi - keys.lo);
+        void *to = sums->data + fa_row_member(g, first + r) * sums->head +
+                   (fa_row_token(g, first + r) - part->first_token) * sums->row +
+                   (block_key + keys.lo - part->first_key) * sums->col;
+        const void *from = ws->gradients + (r * g->score_stride + keys.lo) * size;
+        if (size == (int64_t)sizeof(double)) {
+            add_doubles(to, stride, from, n);
+        } else if (sums->wide) {
+            add_widened(to, stride, from, n);
         } else {
-            add_floats((float *)(void *)to, stride, (const float *)(const void *)from,
-                       keys.hi - keys.lo);
+            add_floats(to, stride, from, n);
         }
     }
 }
 
 /* Rows [lo, hi) of a head against one key block.  False: stopped. */
 static bool visit_block(struct fa_job *job, int thread, const struct fa_head *head,
-                        int64_t head_index, int64_t key, int64_t lo, int64_t hi, char *plane)
+                        int64_t head_index, int64_t key, int64_t lo, int64_t hi,
+                        const struct part *part, const struct sums *sums)
 {
     const struct fa_backward *b = job->context;
     const struct fa_geometry *g = &b->geometry;
@@ -131,14 +164,14 @@ static bool visit_block(struct fa_job *job, int thread, const struct fa_head *he
         struct fa_key_range seen =
             fa_backward_tile(b, head, head_index, &ws, first, rows, key, false);
         seen.hi = fa_min(seen.hi, keys);
-        add_tile(b, &ws, first, rows, key, seen, plane);
+        add_tile(b, &ws, first, rows, key, seen, part, sums);
     }
     return true;
 }
 
-/* One part of one head's scores.  False: stopped. */
-static bool visit_head(struct fa_job *job, int thread, int64_t head_index, int64_t part,
-                       char *plane)
+/* A part, of one head's scores.  False: stopped. */
+static bool visit_head(struct fa_job *job, int thread, int64_t head_index, const struct part *part,
+                       const struct sums *sums)
 {
     const struct fa_backward *b = job->context;
     const struct fa_geometry *g = &b->geometry;
@@ -146,13 +179,116 @@ static bool visit_head(struct fa_job *job, int thread, int64_t head_index, int64
     struct fa_head head;
     fa_head_init(&head, g, head_index);
     if (by_keys(bias)) {
-        return visit_block(job, thread, &head, head_index, part * g->block_k, 0, head.rows, plane);
+        return visit_block(job, thread, &head, head_index, part->first_key, 0, head.rows, part,
+                           sums);
     }
-    const int64_t lo = bias->row == 0 ? 0 : part * PART_ROWS;
-    const int64_t hi = bias->row == 0 ? head.rows : fa_min(lo + PART_ROWS, head.rows);
+    const int64_t lo = part->first_token * g->stacked;
+    const int64_t hi = bias->row == 0 ? head.rows : lo + part->tokens * g->stacked;
     for (int64_t key = 0; key < head.kv_length; key += g->block_k) {
-        if (!visit_block(job, thread, &head, head_index, key, lo, hi, plane)) {
+        if (!visit_block(job, thread, &head, head_index, key, lo, hi, part, sums)) {
             return false;
+        }
+    }
+    return true;
+}
+
+/* grad_bias itself, in a first run that computes in its type or a narrower one.  Else memory of the thread: sums of
+ * float64 that are rounded once and may pass the range of float32, or are divided by 2^value_exponent. */
+static struct sums sums_of(const struct fa_backward *b, const struct part *part, char *plane,
+                           int thread)
+{
+    const struct fa_output *bias = &b->params->grad_bias;
+    const int64_t size = (int64_t)sizeof(double);
+    if (b->bias_sums == NULL) {
+        return (struct sums){
+            .data = plane + part->first_token * bias->row + part->first_key * bias->col,
+            .head = bias->head,
+            .row = bias->row,
+            .col = bias->col,
+            .wide = b->params->grad_bias_dtype == FA_F64,
+        };
+    }
+    struct sums sums = {
+        .data = (char *)(b->bias_sums + thread * b->bias_elements),
+        .head = bias->head == 0 ? 0 : part->tokens * part->keys * size,
+        .row = bias->row == 0 ? 0 : part->keys * size,
+        .col = bias->col == 0 ? 0 : size,
+        .wide = true,
+    };
+    memset(sums.data, 0, (size_t)(part->members * part->tokens * part->keys * size));
+    return sums;
+}
+
+enum fa_status fa_backward_allocate_bias(struct fa_backward *backward)
+{
+    const struct fa_geometry *g = &backward->geometry;
+    const struct part largest = part_of(g, &backward->params->grad_bias, 0);
+    int64_t elements = 0, total, bytes = 0;
+    if (!g->widened && backward->first == NULL) {
+        return FA_OK;
+    }
+    if (!fa_multiply(largest.members, largest.tokens, &elements) ||
+        !fa_multiply(elements, fa_max(largest.keys, 0), &elements) ||
+        !fa_multiply(elements, g->num_threads, &total) ||
+        !fa_add_bytes(&bytes, total, (int64_t)sizeof(double))) {
+        return FA_OVERFLOW;
+    }
+    backward->bias_elements = elements;
+    backward->bias_sums = fa_allocate(bytes);
+    return backward->bias_sums == NULL ? FA_NO_MEMORY : FA_OK;
+}
+
+static void store_part(const struct fa_backward *b, const struct part *part,
+                       const struct sums *sums, char *plane)
+{
+    const struct fa_output *bias = &b->params->grad_bias;
+    const size_t size = (size_t)fa_dtype_size(b->params->grad_bias_dtype);
+    const int exponent = b->geometry.value_exponent;
+    for (int64_t m = 0; m < part->members; m++) {
+        for (int64_t i = 0; i < part->tokens; i++) {
+            const char *from = sums->data + m * sums->head + i * sums->row;
+            char *to = plane + m * bias->head + (part->first_token + i) * bias->row +
+                       part->first_key * bias->col;
+            for (int64_t j = 0; j < part->keys; j++) {
+                const double x = fa_read_number(from + j * sums->col, sizeof x);
+                char *at = to + j * bias->col;
+                if (exponent == 0 || !isfinite(fa_read_number(at, size))) {
+                    fa_write_number(at, ldexp(x, exponent), size);
+                }
+            }
+        }
+    }
+}
+
+/* Whether no element is infinite or NaN.  By integers: a chain of additions would wait for each. */
+static bool are_floats_finite(const float *x, int64_t n)
+{
+    uint32_t found = 0;
+    for (int64_t j = 0; j < n; j++) {
+        uint32_t bits;
+        memcpy(&bits, x + j, sizeof bits);
+        found |= (uint32_t)((bits & UINT32_C(0x7F800000)) == UINT32_C(0x7F800000));
+    }
+    return found == 0;
+}
+
+static bool is_part_finite(const struct part *part, const struct sums *sums)
+{
+    const size_t size = sums->wide ? sizeof(double) : sizeof(float);
+    for (int64_t m = 0; m < part->members; m++) {
+        for (int64_t i = 0; i < part->tokens; i++) {
+            const char *row = sums->data + m * sums->head + i * sums->row;
+            if (!sums->wide && sums->col == (int64_t)sizeof(float)) {
+                if (!are_floats_finite((const float *)(const void *)row, part->keys)) {
+                    return false;
+                }
+                continue;
+            }
+            for (int64_t j = 0; j < part->keys; j++) {
+                if (!isfinite(fa_read_number(row + j * sums->col, size))) {
+                    return false;
+                }
+            }
         }
     }
     return true;
@@ -160,7 +296,7 @@ static bool visit_head(struct fa_job *job, int thread, int64_t head_index, int64
 
 void fa_backward_bias(struct fa_job *job, int64_t index, int thread)
 {
-    const struct fa_backward *b = job->context;
+    struct fa_backward *b = job->context;
     const struct fa_geometry *g = &b->geometry;
     const struct fa_output *bias = &b->params->grad_bias;
     const int64_t parts = count_parts(g, bias), owner = index / parts;
@@ -168,9 +304,17 @@ void fa_backward_bias(struct fa_job *job, int64_t index, int thread)
         return;
     }
     char *plane = plane_of(g, bias, owner);
+    const struct part part = part_of(g, bias, index % parts);
+    const struct sums sums = sums_of(b, &part, plane, thread);
     for (int64_t i = owner; i < g->batch * g->heads; i++) {
-        if (plane_of(g, bias, i) == plane && !visit_head(job, thread, i, index % parts, plane)) {
+        if (plane_of(g, bias, i) == plane && !visit_head(job, thread, i, &part, &sums)) {
             return;
         }
+    }
+    if (b->first == NULL && !is_part_finite(&part, &sums)) {
+        atomic_store_explicit(&b->any_left, true, memory_order_relaxed);
+    }
+    if (b->bias_sums != NULL) {
+        store_part(b, &part, &sums, plane);
     }
 }

@@ -22,81 +22,120 @@ static double row_sink(const struct fa_head *head, int64_t row)
     return sink * FA_LOG2_E;
 }
 
-/* sum(grad_out * out), of the result as the caller has it. */
+/* Whether a row's result is there as the sums left it. */
+static bool is_out_exact(const struct fa_backward_params *p)
+{
+    const struct fa_attention_params *forward = &p->attention;
+    return p->exact.data != NULL ||
+           (forward->residual.data == NULL && fa_lse_dtype(forward) == forward->dtype);
+}
+
+/* sum(grad_out * out), of the exact result or of the one that the caller has. */
 static double delta_of_out(const struct fa_backward *b, int64_t head_index, int64_t row)
 {
     const struct fa_geometry *g = &b->geometry;
     const struct fa_backward_params *p = b->params;
     const struct fa_attention_params *forward = &p->attention;
-    const char *residual = fa_input_of(g, &forward->residual, head_index);
+    const bool exact = p->exact.data != NULL;
+    const struct fa_input *out = exact ? &p->exact : &p->out;
+    const char *residual = exact ? NULL : fa_input_of(g, &forward->residual, head_index);
     struct fa_row_terms terms = {
         .grad = fa_row_at(g, fa_input_of(g, &p->grad_out, head_index), row, p->grad_out.head,
                           p->grad_out.row),
-        .out = fa_row_at(g, fa_input_of(g, &p->out, head_index), row, p->out.head, p->out.row),
+        .out = fa_row_at(g, fa_input_of(g, out, head_index), row, out->head, out->row),
         .grad_stride = p->grad_out.col,
-        .out_stride = p->out.col,
+        .out_stride = out->col,
         .residual_stride = forward->residual.col,
         .cols = (size_t)forward->head_dim_v,
         .dtype = forward->dtype,
+        .out_dtype = exact ? fa_lse_dtype(forward) : forward->dtype,
     };
     if (residual != NULL) {
         terms.residual = fa_row_at(g, residual, row, forward->residual.head, forward->residual.row);
     }
-    return g->ops->row_delta(&terms);
+    return ldexp(g->ops->row_delta(&terms), -g->value_exponent);
 }
 
-/* Scores that left the range of float32, or lost what tells them apart there. */
-static void leave_if_doubtful(struct fa_backward *b, const struct fa_head *head, int64_t head_index,
-                              int64_t row, const struct fa_statistics *of)
+/* Whether scores left the range of float32, or lost what tells them apart there. */
+static bool have_scores_left(const struct fa_backward *b, const struct fa_head *head, int64_t row,
+                             const struct fa_statistics *of)
 {
     const struct fa_doubt doubt = fa_head_doubt(head, fa_row_member(&b->geometry, row));
-    if (of->total != 0 &&
-        (!isfinite(of->total) || !isfinite(of->products) || fa_is_doubtful(doubt, of->top))) {
-        fa_backward_leave(b, head_index);
-    }
+    return !isfinite(of->total) || fa_is_doubtful(doubt, of->top, of->total == 0);
+}
+
+/* Whether the forward pass kept all that a row needs. */
+static bool is_row_kept(const struct fa_backward *b, int64_t head_index, int64_t row,
+                        struct fa_weighing *kept)
+{
+    const struct fa_geometry *g = &b->geometry;
+    const struct fa_input *from = &b->params->weighing;
+    const char *data = fa_input_of(g, from, head_index);
+    return data != NULL && is_out_exact(b->params) &&
+           fa_weighing_kept(b, fa_row_at(g, data, row, from->head, from->row), kept);
 }
 
 /* shift, factor and delta of a row, and what it adds to the gradient of its sink.  of: its
- * statistics without the sink, or NULL. */
+ * statistics, or NULL. */
 static void store_row(struct fa_backward *b, const struct fa_head *head, int64_t head_index,
                       int64_t row, struct fa_statistics *of)
 {
     const struct fa_geometry *g = &b->geometry;
     const struct fa_backward_params *p = b->params;
-    const int64_t at = (fa_rows_before(g, head_index) + row) * (int64_t)g->ops->size;
+    const struct fa_backward *first = fa_first_run(b);
+    const int64_t index = fa_rows_before(g, head_index) + row;
+    const int64_t at = index * (int64_t)g->ops->size;
+    char *excess = first->excess + index * (int64_t)first->geometry.ops->size;
     const struct fa_output *to = &p->sink_terms;
     const char *grad_lse = fa_input_of(g, &p->grad_lse, head_index);
     const double lse = row_lse(b, head_index, row), sink = row_sink(head, row);
+    struct fa_weighing kept;
+    const bool is_kept = of == NULL && is_row_kept(b, head_index, row, &kept);
     /* A row without keys has no weights; nothing that is subtracted from -inf may be -inf. */
-    const bool empty =
-        of != NULL && isinf(lse) ? of->total == 0 && sink == -INFINITY : lse == -INFINITY;
-    struct fa_weighing weighing = {0};
+    bool empty = lse == -INFINITY, left = false;
     double delta = 0;
 
+    if (is_kept) {
+        empty = kept.factor == 0 && sink == -INFINITY;
+    } else if (of != NULL && isinf(lse)) {
+        empty = of->total == 0 && sink == -INFINITY;
+    }
     if (of != NULL) {
-        leave_if_doubtful(b, head, head_index, row, of);
+        left = have_scores_left(b, head, row, of);
         fa_statistics_add_sink(of, sink);
     }
-    if (of != NULL && (empty || !fa_statistics_agree(g, of, lse))) {
-        of = NULL;
-    }
-    if (of != NULL) {
-        weighing = fa_weighing_by_statistics(g, of);
-        delta = of->products / of->total;
-    } else if (!empty) {
-        weighing = fa_weighing_by_lse(g, lse);
-        delta = delta_of_out(b, head_index, row);
+    struct fa_weighing weighing =
+        fa_weigh(b, excess, is_kept ? &kept : NULL, empty ? NULL : of, !left, lse);
+    if (empty) {
+        weighing = (struct fa_weighing){0};
+    } else {
+        delta = weighing.own ? of->products / of->total : delta_of_out(b, head_index, row);
     }
     if (grad_lse != NULL && !empty) {
-        delta -= fa_read_lse(g, fa_row_at(g, grad_lse, row, p->grad_lse.head, p->grad_lse.row));
+        const double grad =
+            fa_read_lse(g, fa_row_at(g, grad_lse, row, p->grad_lse.head, p->grad_lse.row));
+        delta -= ldexp(grad, -g->value_exponent);
     }
     fa_write_real(g, b->shift + at, weighing.shift);
     fa_write_real(g, b->factor + at, weighing.factor);
     fa_write_real(g, b->delta + at, delta);
-    if (to->data != NULL) {
+    b->delta_of_out[index] = !empty && !weighing.own;
+    if (left || !isfinite(fa_read_real(g, b->delta + at))) {
+        fa_backward_leave(b, head_index);
+    }
+    if (to->data != NULL && !fa_backward_is_stored(b, head_index)) {
         char *term = fa_output_of(g, to, head_index, false) + fa_row_member(g, row) * to->head +
                      fa_row_token(g, row) * to->row;
-        fa_write_lse(g, term, empty ? 0 : -fa_sink_weight(of, lse, sink) * delta);
+        double weight = 0;
+        if (is_kept && !empty) {
+            weight = fa_kept_sink_weight(&kept, sink);
+        } else if (!empty) {
+            weight = fa_sink_weight(weighing.by_sums ? of : NULL, lse, sink);
+        }
+        const double x = weight == 0 ? 0 : ldexp(-weight * delta, g->value_exponent);
+        if (g->value_exponent == 0 || !isfinite(fa_read_number(term, sizeof x))) {
+            memcpy(term, &x, sizeof x);
+        }
     }
 }
 
@@ -107,7 +146,11 @@ static bool row_wants_statistics(const struct fa_backward *b, const struct fa_he
     const struct fa_geometry *g = &b->geometry;
     const struct fa_key_range keys = fa_token_keys(head, fa_row_token(g, row));
     const double lse = row_lse(b, head_index, row);
-    return fa_statistics_wanted(g, lse, keys.hi - keys.lo, head->rows / g->stacked) ||
+    struct fa_weighing kept;
+    if (is_row_kept(b, head_index, row, &kept)) {
+        return false;
+    }
+    return fa_statistics_wanted(b, lse, keys.hi - keys.lo, head->rows / g->stacked) ||
            (head->residual != NULL && isfinite(lse));
 }
 
@@ -158,12 +201,14 @@ void fa_backward_store_rows(struct fa_backward *backward, int64_t head_index, co
             .dtype = backward->params->grad_dtype,
             .out = out + fa_row_member(g, row) * to->head + fa_row_token(g, row) * to->row,
             .out_stride = to->col,
+            .exponent = g->value_exponent,
+            .mends = g->value_exponent != 0,
         };
         memcpy(scratch, first, (size_t)bytes);
         for (int64_t i = 1; i < groups; i++) {
             g->ops->add(scratch, first + i * group_bytes, (size_t)backward->padded_k);
         }
-        if (!g->ops->store_scaled(scratch, backward->params->attention.scale, &result)) {
+        if (!g->ops->store_scaled(scratch, fa_backward_factor(g), &result)) {
             fa_backward_leave(backward, head_index);
         }
     }

@@ -4,8 +4,8 @@
  * lse is one number of the results' dtype.  Its rounding is an error of u |lse| that all weights
  * of a row share: 8 u of them at lse 8, and where the scores are huge (a mask of finfo.min or
  * -1e9) log(n) is lost altogether.  A row of many keys with weights of the same order shows
- * nothing of 8 u beside the other roundings, and such are most rows of a long call.  The others
- * have row_max, row_sum and delta summed from their own scores first, by the tiles that the main
+ * nothing of 8 u beside the other roundings, and such are most rows of a long call.  The others,
+ * where the forward pass did not keep its own shift and factor (fa_attention_params), have row_max, row_sum and delta summed from their own scores first, by the tiles that the main
  * pass computes again: 2 products more for the tiles that hold such a row.
  *
  *   top = row_max, total = sum exp2(s - top), products = sum exp2(s - top) * (grad_out v^T)
@@ -39,9 +39,13 @@
 /* Base-2: how far a shift may be from its softmax' top, and its factor from 1 / total. */
 #define MOST_APART 64
 
-bool fa_statistics_wanted(const struct fa_geometry *g, double lse, int64_t scores,
+/* Base-2: beside a sink this far above them, scores are nothing. */
+#define ALL_APART 100
+
+bool fa_statistics_wanted(const struct fa_backward *backward, double lse, int64_t scores,
                           int64_t softmaxes)
 {
+    const struct fa_geometry *g = &backward->geometry;
     if (isinf(lse)) { /* of no key, or of scores that float32 has no lse for */
         return g->params->dtype != FA_F64 && scores > 0;
     }
@@ -49,7 +53,9 @@ bool fa_statistics_wanted(const struct fa_geometry *g, double lse, int64_t score
         return false;
     }
     const bool flat = scores >= FLAT_SCORES && fabs(lse - log((double)scores)) <= FLAT;
-    return !flat || fabs(lse) > (softmaxes >= MANY ? LARGE_LSE : SMALL_LSE);
+    /* lse may be of a first run's scores, and delta be lost among sums that passed the range of the results. */
+    return backward->first != NULL || !flat ||
+           fabs(lse) > (softmaxes >= MANY ? LARGE_LSE : SMALL_LSE);
 }
 
 /* How far apart two lse of the same scores may be, besides their own rounding. */
@@ -67,15 +73,24 @@ static double tolerance(enum fa_dtype dtype)
 
 static bool is_biased(const struct fa_geometry *g) { return g->params->bias.data != NULL; }
 
-bool fa_statistics_agree(const struct fa_geometry *g, const struct fa_statistics *of, double lse)
+static double lse_again(const struct fa_geometry *g, const struct fa_statistics *of)
 {
+    return fa_natural(of->top, log2(of->total), is_biased(g), g->ops->size);
+}
+
+/* Whether lse is theirs alone.  Of more keys it is larger: where it is less, roundings made it so. */
+static bool agrees(const struct fa_backward *backward, const struct fa_statistics *of, double lse)
+{
+    const struct fa_geometry *g = &backward->geometry;
     const bool wide = fa_lse_dtype(g->params) == FA_F64;
-    const double again = fa_natural(of->top, log2(of->total), is_biased(g), g->ops->size);
-    const double unit = wide ? 0x1p-53 : 0x1p-24;
+    const double again = lse_again(g, of), unit = wide ? 0x1p-53 : 0x1p-24;
+    if (backward->params->weighing.data != NULL) {
+        return true;
+    }
     if (isinf(lse)) {
         return (wide ? again : (double)(float)again) == lse;
     }
-    return fabs(again - lse) <= tolerance(g->params->dtype) + 8 * unit * fabs(lse);
+    return lse - again <= tolerance(g->params->dtype) + 8 * unit * fabs(lse);
 }
 
 /* Nothing is left of a sum whose factor is 0, whatever it is. */
@@ -97,8 +112,7 @@ double fa_sink_weight(const struct fa_statistics *of, double lse, double sink)
     return of != NULL ? exp2(sink - of->top) / of->total : exp2(sink - lse * FA_LOG2_E);
 }
 
-/* The nearest element of the workspace's type; a finite number stays finite. */
-static double round_real(const struct fa_geometry *g, double x)
+double fa_round_real(const struct fa_geometry *g, double x)
 {
     if (g->ops->size == sizeof x) {
         return isfinite(x) ? fmin(fmax(x, -DBL_MAX), DBL_MAX) : x;
@@ -106,29 +120,85 @@ static double round_real(const struct fa_geometry *g, double x)
     return isfinite(x) ? (double)(float)fmin(fmax(x, -(double)FLT_MAX), (double)FLT_MAX) : x;
 }
 
-struct fa_weighing fa_weighing_by_statistics(const struct fa_geometry *g,
-                                             const struct fa_statistics *of)
+static struct fa_weighing weighing_by_statistics(const struct fa_geometry *g,
+                                                 const struct fa_statistics *of)
 {
     const double more = of->total > LARGE_TOTAL ? log2(of->total) : 0;
-    const double shift = round_real(g, of->top + more);
+    const double shift = fa_round_real(g, of->top + more);
     /* Far apart only where a sink is the top, and no score near it. */
     const double apart = fmin(fmax(shift - of->top, -MOST_APART), MOST_APART);
-    return (struct fa_weighing){.shift = shift, .factor = exp2(apart) / of->total};
+    return (struct fa_weighing){.shift = shift, .factor = exp2(apart) / of->total, .by_sums = true};
 }
 
-struct fa_weighing fa_weighing_by_lse(const struct fa_geometry *g, double lse)
+static struct fa_weighing weighing_by_lse(const struct fa_geometry *g, double lse)
 {
     if (lse == -INFINITY) {
         return (struct fa_weighing){0};
     }
     if (is_biased(g) && isfinite(lse) && fa_is_bias(lse, g->ops->size)) {
-        const double moved = round_real(g, lse + fa_bias_move(lse, g->ops->size));
+        const double moved = fa_round_real(g, lse + fa_bias_move(lse, g->ops->size));
         return (struct fa_weighing){.shift = moved, .factor = 1};
     }
-    const double shift = round_real(g, lse * FA_LOG2_E);
+    const double shift = fa_round_real(g, lse * FA_LOG2_E);
     /* What rounding it left: exact in double, but for the last bits of log2(e). */
     const double rest = fma(lse, FA_LOG2_E, -shift) + lse * LOG2_E_REST;
     return (struct fa_weighing){.shift = shift, .factor = exp2(-rest)};
+}
+
+bool fa_weighing_kept(const struct fa_backward *backward, const char *at, struct fa_weighing *kept)
+{
+    const struct fa_geometry *g = &backward->geometry;
+    if (backward->first != NULL || g->ops->size != (size_t)fa_dtype_size(fa_lse_dtype(g->params))) {
+        return false;
+    }
+    *kept = (struct fa_weighing){
+        .shift = fa_read_lse(g, at),
+        .factor = fa_read_lse(g, at + backward->params->weighing.col),
+    };
+    return !isnan(kept->factor);
+}
+
+/* A sink so far above the scores that float32 cannot hold their weights has all of it. */
+double fa_kept_sink_weight(const struct fa_weighing *kept, double sink)
+{
+    const bool alone = kept->factor == 0 || sink - kept->shift >= ALL_APART;
+    return alone ? sink != -INFINITY : exp2(sink - kept->shift) * kept->factor;
+}
+
+struct fa_weighing fa_weigh(const struct fa_backward *backward, char *excess,
+                            const struct fa_weighing *kept, struct fa_statistics *of, bool sure,
+                            double lse)
+{
+    const struct fa_geometry *g = &backward->geometry;
+    const size_t size = fa_first_run(backward)->geometry.ops->size;
+    double more = NAN;
+    if (kept != NULL) {
+        fa_write_number(excess, 0, size);
+        return *kept;
+    }
+    if (of != NULL && of->total == 0) { /* no key, of this call at least */
+        of = NULL;
+    }
+    if (backward->first != NULL) {
+        more = fa_read_number(excess, size);
+    } else if (of != NULL && sure) {
+        more = agrees(backward, of, lse) ? 0 : lse - lse_again(g, of);
+    }
+    const bool own = of != NULL && (isnan(more) ? agrees(backward, of, lse) : more == 0);
+    struct fa_weighing weighing;
+    if (own) {
+        weighing = weighing_by_statistics(g, of);
+    } else if (of != NULL && backward->first != NULL && !isnan(more)) {
+        of->total *= exp(more);
+        weighing = weighing_by_statistics(g, of);
+    } else {
+        weighing = weighing_by_lse(g, lse);
+    }
+    if (backward->first == NULL) {
+        fa_write_number(excess, more, size);
+    }
+    weighing.own = own;
+    return weighing;
 }
 
 /* The statistics of the rows over one more stretch of keys.  In double, once per split_k keys. */

@@ -3,6 +3,8 @@
  *   weights   = exp2(scores - shift) * factor
  *   gradients = weights * (grad_out v^T - delta), delta = sum(grad_out * out) - grad_lse
  */
+#include <math.h>
+
 #include "backward.h"
 #include "keys.h"
 
@@ -109,6 +111,77 @@ static void clear_columns(const struct fa_geometry *g, struct fa_backward_worksp
     }
 }
 
+/* The gradient p (x - delta) of one score again, x being its element of grad_out v^T, where the weight p is above 1/2.
+ *
+ * delta is the mean of the row's x by its weights.  Where p is near 1, the gradient is what little that mean leaves of
+ * x; but a delta that comes from `out` has for this key not x in it, but y, the same product by row_delta's sum.  So the
+ * difference of the two sums is taken out: p (x - delta - p (x - y)), which is exactly 0 in a row of one weight.  The
+ * row's other weights are below 1/2, and do without. */
+static void refine_gradient(const struct fa_backward *b, const struct fa_tile *tile,
+                            const struct fa_workspace *part, int64_t head_index, int64_t r,
+                            int64_t column, double weight, char *gradient)
+{
+    const struct fa_geometry *g = tile->head->geometry;
+    const struct fa_attention_params *p = g->params;
+    const struct fa_input *grad_out = &b->params->grad_out;
+    const int64_t size = (int64_t)g->ops->size, row = tile->first_row + r;
+    const struct fa_row_terms terms = {
+        .grad =
+            fa_row_at(g, fa_input_of(g, grad_out, head_index), row, grad_out->head, grad_out->row),
+        .out = part->v_row[tile->begin + column],
+        .grad_stride = grad_out->col,
+        .out_stride = p->v.col,
+        .cols = (size_t)p->head_dim_v,
+        .dtype = p->dtype,
+        .out_dtype = p->dtype,
+    };
+    const double delta = fa_read_real(g, b->delta + (fa_rows_before(g, head_index) + row) * size);
+    const double kept =
+        p->dropout_p > 0 ? fa_read_real(g, part->factors + (r * g->block_k + column) * size) : 1;
+    const double product = fa_round_real(g, g->ops->row_delta(&terms) * kept);
+    const double difference = fa_read_real(g, gradient) / weight;
+    const double refined = difference - weight * (difference + delta - product);
+    if (isfinite(refined)) {
+        fa_write_real(g, gradient, weight * refined);
+    }
+}
+
+/* The first of a row's weights that is above 1/2, of which there is one. */
+static int64_t find_above_half(const struct fa_geometry *g, const char *weights)
+{
+    const float *singles = (const float *)(const void *)weights;
+    const double *doubles = (const double *)(const void *)weights;
+    int64_t c = 0;
+    if (g->ops->size == sizeof(float)) {
+        while (!(singles[c] > 0.5f)) {
+            c++;
+        }
+    } else {
+        while (!(doubles[c] > 0.5)) {
+            c++;
+        }
+    }
+    return c;
+}
+
+/* dominated: a bit for each row of the tile that has a weight above 1/2. */
+static void refine_rows(const struct fa_backward *b, const struct fa_tile *tile,
+                        const struct fa_workspace *part, int64_t head_index, const char *weights,
+                        char *gradients, uint32_t dominated)
+{
+    const struct fa_geometry *g = tile->head->geometry;
+    const int64_t size = (int64_t)g->ops->size;
+    const bool *delta_of_out = b->delta_of_out + fa_rows_before(g, head_index) + tile->first_row;
+    for (int64_t r = 0; dominated != 0 && r < tile->rows; r++) {
+        const int64_t at = r * g->score_stride * size;
+        if ((dominated >> r & 1) != 0 && delta_of_out[r]) {
+            const int64_t c = find_above_half(g, weights + at);
+            refine_gradient(b, tile, part, head_index, r, c,
+                            fa_read_real(g, weights + at + c * size), gradients + at + c * size);
+        }
+    }
+}
+
 /* Scores to weights, and gradients of weights to those of scores. */
 static void finish_tile(const struct fa_backward *b, const struct fa_tile *tile,
                         struct fa_workspace *part, struct fa_backward_workspace *ws,
@@ -125,8 +198,10 @@ static void finish_tile(const struct fa_backward *b, const struct fa_tile *tile,
                                  rows, columns, b->shift + at, b->factor + at, b->delta + at);
     } else {
         const int64_t at = (fa_rows_before(g, head_index) + tile->first_row) * size;
-        g->ops->score_gradients(scores, gradients, (size_t)g->score_stride, rows, columns,
-                                b->shift + at, b->factor + at, b->delta + at);
+        const uint32_t dominated =
+            g->ops->score_gradients(scores, gradients, (size_t)g->score_stride, rows, columns,
+                                    b->shift + at, b->factor + at, b->delta + at);
+        refine_rows(b, tile, part, head_index, scores, gradients, dominated);
     }
     fa_apply_dropout(tile, part, scores);
 }
@@ -165,7 +240,7 @@ void fa_backward_load_grad(const struct fa_backward *backward, int64_t head_inde
         ws->row[r] = fa_row_at(g, grad_out, first + r, grad->head, grad->row);
     }
     g->ops->load_rows(ws->grad_out, (size_t)rows, ws->row, grad->col, (size_t)p->head_dim_v,
-                      p->dtype, 1);
+                      p->dtype, ldexp(1, -g->value_exponent));
 }
 
 struct fa_key_range fa_backward_tile(const struct fa_backward *backward, const struct fa_head *head,

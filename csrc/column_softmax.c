@@ -17,6 +17,46 @@
 #include "keys.h"
 #include "scores.h"
 
+static enum fa_status allocate_given_back(struct fa_forward *forward)
+{
+    const int64_t heads = forward->geometry->batch * forward->geometry->heads;
+    int64_t bytes = 0;
+    if (!fa_add_bytes(&bytes, heads, (int64_t)sizeof *forward->head_given_back)) {
+        return FA_OVERFLOW;
+    }
+    forward->head_given_back = fa_allocate(bytes);
+    if (forward->head_given_back == NULL) {
+        return FA_NO_MEMORY;
+    }
+    for (int64_t i = 0; i < heads; i++) {
+        atomic_init(forward->head_given_back + i, false);
+    }
+    return FA_OK;
+}
+
+enum fa_status fa_columns_allocate(struct fa_forward *forward)
+{
+    const struct fa_geometry *g = forward->geometry;
+    int64_t columns, bytes = 0;
+    if (!fa_multiply(g->batch * g->heads, g->key_blocks * g->block_k, &columns) ||
+        !fa_add_bytes(&bytes, columns, (int64_t)g->ops->size)) {
+        return FA_OVERFLOW;
+    }
+    forward->col_max = fa_allocate(bytes);
+    forward->col_inverse = fa_allocate(bytes);
+    if (forward->col_max == NULL || forward->col_inverse == NULL) {
+        return FA_NO_MEMORY;
+    }
+    return forward->given_back == NULL ? FA_OK : allocate_given_back(forward);
+}
+
+void fa_columns_release(struct fa_forward *forward)
+{
+    fa_release(forward->col_max);
+    fa_release(forward->col_inverse);
+    fa_release(forward->head_given_back);
+}
+
 /* Give back columns whose statistics left the range of their type, or lost what tells their scores apart. */
 static void give_back_columns(struct fa_forward *forward, const struct fa_head *head,
                               int64_t head_index, int64_t block_key, int64_t keys)
@@ -28,8 +68,7 @@ static void give_back_columns(struct fa_forward *forward, const struct fa_head *
     for (int64_t j = 0; j < keys; j++, at += size) {
         const double max = fa_read_real(g, forward->col_max + at);
         const double inverse = fa_read_real(g, forward->col_inverse + at);
-        const bool doubtful = inverse != 0 && fa_is_doubtful(doubt, max);
-        if (doubtful || !isfinite(inverse) || !isfinite(max)) {
+        if (fa_is_doubtful(doubt, max, inverse == 0) || !isfinite(inverse) || !isfinite(max)) {
             fa_write_real(g, forward->col_inverse + at, NAN);
             atomic_store_explicit(forward->head_given_back + head_index, true,
                                   memory_order_relaxed);
@@ -50,8 +89,27 @@ static void store_lse_again(const struct fa_forward *forward, const struct fa_he
         if (isnan(fa_read_real(before, given + j * (int64_t)before->ops->size))) {
             const double max = fa_read_real(g, forward->col_max + at);
             const double inverse = fa_read_real(g, forward->col_inverse + at);
+            const double lse = fa_natural(max, -log2(inverse), head->bias != NULL, g->ops->size);
             fa_write_lse(g, head->lse + (block_key + j) * g->params->lse.row,
-                         fa_natural(max, -log2(inverse), head->bias != NULL, g->ops->size));
+                         inverse == 0 ? -INFINITY : lse); /* no query joined it */
+        }
+    }
+}
+
+/* Maximum and reciprocal sum are shift and factor; those of a column that was given back are NaN. */
+static void store_weighing(const struct fa_forward *forward, const struct fa_head *head,
+                           int64_t head_index, int64_t block_key, int64_t keys)
+{
+    const struct fa_geometry *g = forward->geometry;
+    const struct fa_output *to = &g->params->weighing;
+    int64_t at = fa_column_offset(g, head_index, block_key / g->block_k);
+    for (int64_t j = 0; j < keys; j++, at += (int64_t)g->ops->size) {
+        char *weighing = head->weighing + (block_key + j) * to->row;
+        if (forward->keeps_weighing) {
+            fa_write_lse(g, weighing, fa_read_real(g, forward->col_max + at));
+            fa_write_lse(g, weighing + to->col, fa_read_real(g, forward->col_inverse + at));
+        } else {
+            fa_forget_weighing(g, weighing);
         }
     }
 }
@@ -110,6 +168,9 @@ static void run_column_task(struct fa_job *job, int64_t index, int thread)
         give_back_columns(forward, &head, head_index, block_key, keys);
     } else if (forward->first != NULL && head.lse != NULL) {
         store_lse_again(forward, &head, head_index, block_key, keys);
+    }
+    if (head.weighing != NULL && forward->first == NULL) {
+        store_weighing(forward, &head, head_index, block_key, keys);
     }
 }
 

@@ -71,7 +71,7 @@ struct fa_output {
     int64_t head, row, col;
 };
 
-/* One call of attention.  All sizes are >= 0.  Aliasing: `out` and `lse` overlap no input, with one
+/* One call of attention.  All sizes are >= 0.  Aliasing: outputs overlap no input, with one
  * exception: `residual` may be exactly `out` (same address, same strides). */
 struct fa_attention_params {
     enum fa_dtype dtype; /* of q, out and residual; lse is float64 for FA_F64, else float32 */
@@ -95,6 +95,13 @@ struct fa_attention_params {
     struct fa_output lse; /* nullable; (batch..., num_heads, seqlen_q), one per `row`;
                                    * softmax over queries: (batch..., num_heads, seqlen_k) */
     struct fa_input residual; /* nullable; shape of out; added to it */
+
+    /* For the backward pass, in lse's dtype.  `weighing` is nullable, not without lse, of lse's shape
+     * and 2 more columns, shift and factor: a weight is exp2(base-2 score - shift) * factor, to the
+     * bit what this pass multiplied.  A factor of NaN says that this pass cannot tell.  `exact` is
+     * nullable, of out's shape: the result without residual, not rounded to a narrower dtype;
+     * softmax over keys only. */
+    struct fa_output weighing, exact;
 
     /* Pages: nullable; int64 (batch..., pages), one per `row`.  Key j of a batch entry is then key
      * j % page_size of page page_table[j / page_size], and k, v, k_scale and v_scale are
@@ -143,26 +150,52 @@ static inline enum fa_dtype fa_lse_dtype(const struct fa_attention_params *param
 
 /* Gradients of one call of attention.  The forward's arguments are `attention`, with
  * head_dim and head_dim_v at most FA_MAX_BACKWARD_DIM, no page_table, no bias with packed sequences, kv_dtype ==
- * dtype; its `out` and `lse` are not used.  Nothing overlaps, but that rows of grad_bias may share memory. */
+ * dtype; its `out`, `lse`, `weighing` and `exact` are not used.  Nothing overlaps, but that rows of grad_bias may share memory. */
 struct fa_backward_params {
     struct fa_attention_params attention;
     struct fa_input out; /* shape and dtype of q's result, `residual` included */
     struct fa_input lse; /* (batch..., num_heads, seqlen_q), as the forward gave it */
     struct fa_input grad_out; /* shape and dtype of out */
     struct fa_input grad_lse; /* nullable; shape and dtype of lse */
+    struct fa_input weighing,
+        exact; /* nullable, each by itself: what the forward pass wrote there */
     struct fa_output grad_q; /* nullable; shape of q */
     struct fa_output grad_k; /* nullable; shape of k at its full batch shape */
     struct fa_output grad_v; /* nullable; likewise */
     enum fa_dtype grad_dtype; /* of these three: dtype, or FA_F32 beside 16-bit inputs */
     struct fa_output
-        grad_bias; /* nullable; shape of bias, zero strides where it is broadcast; float64 for
-                                 * FA_F64, else float32; added to */
+        grad_bias; /* nullable; shape of bias, zero strides where it is broadcast; 0 at first */
+    enum fa_dtype grad_bias_dtype; /* FA_F64 for FA_F64, else that or FA_F32 */
     struct fa_output
-        sink_terms; /* nullable; (batch..., num_heads, seqlen_q), dtype of lse: the gradient of a
+        sink_terms; /* nullable; float64 (batch..., num_heads, seqlen_q): the gradient of a
                                 * head's sink is the sum over its rows */
 };
 
 #define FA_MAX_BACKWARD_DIM 1024
+
+/* What becomes of the weights of chosen queries and heads. */
+enum fa_weights_form {
+    FA_WEIGHTS_EACH, /* (batch..., num_heads, num_rows, seqlen_k) */
+    FA_WEIGHTS_MEANS, /* (batch..., num_heads, pool_rows, pool_cols): of blocks.  Block i of n elements cut into
+                       * m begins at i * n / m, rounded down */
+    FA_WEIGHTS_SUMS, /* (batch..., num_heads, seqlen_k): over the queries */
+};
+
+/* The weights of one call of attention.  The call's arguments are `attention`, where v is like k with no columns
+ * (head_dim_v 0), and which has no page_table, q_starts, k_starts or dropout; its out, lse and residual are not used. */
+struct fa_weights_params {
+    struct fa_attention_params attention;
+    enum fa_weights_form form;
+    /* Queries, ascending; NULL: all, and num_rows is seqlen_q.  `places`, nullable and with FA_WEIGHTS_EACH only: the row
+     * of the result for each of them, every row once. */
+    const int64_t *rows, *places;
+    int64_t num_rows;
+    const int64_t
+        *heads; /* query heads in the order of the result; NULL: all, and num_heads is theirs */
+    int64_t num_heads;
+    int64_t pool_rows, pool_cols; /* with FA_WEIGHTS_MEANS: 1 .. num_rows and 1 .. seqlen_k */
+    void *weights; /* the result: of the dtype of lse, contiguous, zero before the call */
+};
 
 /* What a call would do. */
 struct fa_attention_plan {
@@ -193,6 +226,10 @@ enum fa_status fa_attention(const struct fa_attention_params *params,
 /* Compute the gradients that have somewhere to go. */
 enum fa_status fa_attention_backward(const struct fa_backward_params *params,
                                      const struct fa_kernels *kernels);
+
+/* Compute weights and no values. */
+enum fa_status fa_attention_weights(const struct fa_weights_params *params,
+                                    const struct fa_kernels *kernels);
 
 /* Say what fa_attention would do.  Reads mask and segment ids (to count tiles, on num_threads threads), nothing
  * else; data pointers of q, k, v and out may be NULL.  Polls as fa_attention does. */

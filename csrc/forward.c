@@ -296,14 +296,34 @@ static enum fa_stored store_row(const struct fa_forward *forward, const struct f
 {
     const struct fa_geometry *g = forward->geometry;
     if (forward->col_max != NULL) {
+        if (!result->final && result->doubt.from < 0) {
+            return FA_ROW_LEFT; /* a weight that seems to be 0 does not show that its column was given back */
+        }
         return g->ops->store(fa_state_from(g, state, (int64_t)result->row).acc, result);
     }
     return g->ops->softmax_store(state, (size_t)g->block_dv, result);
 }
 
-/* What is the row's own in its result. */
+/* Where a row's weighing is stored, if it is known; if not, that is noted. */
+static char *weighing_of(const struct fa_forward *forward, const struct fa_head *head, int64_t row)
+{
+    const struct fa_geometry *g = forward->geometry;
+    const struct fa_output *to = &g->params->weighing;
+    if (head->weighing == NULL) {
+        return NULL;
+    }
+    char *weighing =
+        head->weighing + fa_row_member(g, row) * to->head + fa_row_token(g, row) * to->row;
+    if (!forward->keeps_weighing) {
+        fa_forget_weighing(g, weighing);
+        return NULL;
+    }
+    return weighing;
+}
+
+/* What is the row's own in its result.  of_softmax: and in what tells of its softmax. */
 static void place_row(const struct fa_forward *forward, const struct fa_task *task, int64_t r,
-                      bool with_lse, struct fa_row_result *result)
+                      bool of_softmax, struct fa_row_result *result)
 {
     const struct fa_geometry *g = forward->geometry;
     const struct fa_attention_params *p = g->params;
@@ -323,8 +343,15 @@ static void place_row(const struct fa_forward *forward, const struct fa_task *ta
         memcpy(&result->sink, head->sinks + member * p->sinks.head, sizeof result->sink);
         result->sink *= FA_LOG2_E;
     }
-    if (with_lse) {
+    if (head->exact != NULL) {
+        result->exact = head->exact + member * p->exact.head + token * p->exact.row +
+                        task->first_col * p->exact.col;
+    }
+    result->lse = NULL;
+    result->weighing = NULL;
+    if (of_softmax) {
         result->lse = head->lse + member * p->lse.head + token * p->lse.row;
+        result->weighing = weighing_of(forward, head, row);
     }
     if (head->alibi_slopes != NULL) {
         result->doubt = fa_head_doubt(head, member);
@@ -352,13 +379,14 @@ static void store_rows(struct fa_forward *forward, const struct fa_task *task,
         .doubt = fa_head_doubt(&task->head, 0),
         .out_stride = p->out.col,
         .residual_stride = p->residual.col,
+        .exact_stride = p->exact.col,
+        .weighing_stride = p->weighing.col,
     };
     for (int64_t r = 0; r < task->rows; r++) {
         const enum fa_stored before = first == NULL ? FA_STORED : given_back_of(first, task)[r];
         if (first != NULL && before == FA_STORED) {
             continue;
         }
-        result.lse = NULL;
         place_row(forward, task, r, has_lse && before != FA_SUMS_LEFT, &result);
         if (before == FA_SUMS_LEFT) {
             result.columns = columns_of(first, task, r);
@@ -512,46 +540,24 @@ static enum fa_status allocate_given_back(struct fa_forward *forward)
         return FA_NO_MEMORY;
     }
     memset(forward->given_back, 0, (size_t)rows);
-    if (g->params->softmax_axis == FA_SOFTMAX_QUERIES) {
-        const int64_t heads = g->batch * g->heads;
-        bytes = 0;
-        if (!fa_add_bytes(&bytes, heads, (int64_t)sizeof *forward->head_given_back)) {
-            return FA_OVERFLOW;
-        }
-        forward->head_given_back = fa_allocate(bytes);
-        if (forward->head_given_back == NULL) {
-            return FA_NO_MEMORY;
-        }
-        for (int64_t i = 0; i < heads; i++) {
-            atomic_init(forward->head_given_back + i, false);
-        }
-    }
     return FA_OK;
 }
 
 static enum fa_status allocate(struct fa_forward *forward)
 {
     const struct fa_geometry *g = forward->geometry;
-    int64_t per_thread, total, columns = 0, bytes = 0;
+    int64_t per_thread, total;
     if (!fa_workspace_bytes(g, &per_thread) || !fa_multiply(per_thread, g->num_threads, &total)) {
         return FA_OVERFLOW;
     }
     forward->workspaces = fa_allocate(total);
-    if (g->params->softmax_axis == FA_SOFTMAX_QUERIES) {
-        if (!fa_multiply(g->batch * g->heads, g->key_blocks * g->block_k, &columns) ||
-            !fa_add_bytes(&bytes, columns, (int64_t)g->ops->size)) {
-            return FA_OVERFLOW;
-        }
-        forward->col_max = fa_allocate(bytes);
-        forward->col_inverse = fa_allocate(bytes);
-        if (forward->col_max == NULL || forward->col_inverse == NULL) {
-            return FA_NO_MEMORY;
-        }
-    }
     if (forward->workspaces == NULL) {
         return FA_NO_MEMORY;
     }
     enum fa_status status = allocate_given_back(forward);
+    if (status == FA_OK && g->params->softmax_axis == FA_SOFTMAX_QUERIES) {
+        status = fa_columns_allocate(forward);
+    }
     return status == FA_OK && forward->plan.by_splits ? allocate_parts(forward) : status;
 }
 
@@ -579,13 +585,11 @@ static enum fa_status run_passes(struct fa_forward *forward)
 static void release(struct fa_forward *forward)
 {
     fa_release(forward->workspaces);
-    fa_release(forward->col_max);
-    fa_release(forward->col_inverse);
+    fa_columns_release(forward);
     fa_release(forward->parts);
     fa_release(forward->arrived);
     fa_release(forward->given_back);
     fa_release(forward->columns);
-    fa_release(forward->head_given_back);
 }
 
 static enum fa_status run(struct fa_forward *forward)
@@ -596,10 +600,6 @@ static enum fa_status run(struct fa_forward *forward)
     }
     return status == FA_OK && atomic_load(&forward->no_memory) ? FA_NO_MEMORY : status;
 }
-
-/* The values of float64 are divided by 2^64 where their sums leave its range: 2^64 keys of weight 1 then do not.  Bits
- * are lost by values below 2^-958 only. */
-#define AGAIN_VALUE_EXPONENT 64
 
 /* The rows that `first` gave back, by the same tasks. */
 static enum fa_status run_again(struct fa_forward *first, const struct fa_kernels *kernels)
@@ -612,10 +612,8 @@ static enum fa_status run_again(struct fa_forward *first, const struct fa_kernel
     }
     geometry.block_q = g->block_q;
     geometry.num_threads = g->num_threads;
-    if (g->params->dtype == FA_F64) {
-        geometry.scales_scores = true;
-        geometry.value_exponent = AGAIN_VALUE_EXPONENT;
-    }
+    geometry.scales_scores = fa_scales_scores(g->params, true);
+    geometry.value_exponent = g->params->dtype == FA_F64 ? FA_AGAIN_EXPONENT : 0;
     FA_ASSERT(geometry.dv_blocks == g->dv_blocks && geometry.split_k == g->split_k);
     struct fa_forward forward = {.geometry = &geometry, .plan = first->plan, .first = first};
     forward.plan.geometry = &geometry;
@@ -642,7 +640,12 @@ static enum fa_status attend(const struct fa_attention_params *params,
     if (status != FA_OK) {
         return status;
     }
-    struct fa_forward forward = {.geometry = &geometry};
+    geometry.scales_scores = fa_scales_scores(params, false);
+    struct fa_forward forward = {
+        .geometry = &geometry,
+        .keeps_weighing = ops->size == (size_t)fa_dtype_size(fa_lse_dtype(params)) &&
+                          ops != kernels->forward_bf16,
+    };
     status = fa_plan_init(&forward.plan, &geometry);
     if (status == FA_OK) {
         status = run(&forward);

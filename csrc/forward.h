@@ -36,10 +36,22 @@ struct fa_forward {
     atomic_bool *head_given_back;
     /* NULL, or the call's first run, of which this one computes what was given back and nothing else. */
     struct fa_forward *first;
+    /* Whether the backward pass computes the same scores, so that their weighing holds there. */
+    bool keeps_weighing;
 };
 
-/* Column statistics of every key: the first pass of softmax over queries. */
+/* Column statistics of every key: the first pass of softmax over queries; and room for them, col_max, col_inverse and
+ * head_given_back. */
+enum fa_status fa_columns_allocate(struct fa_forward *forward);
 enum fa_status fa_column_softmax(struct fa_forward *forward, struct fa_job *job);
+void fa_columns_release(struct fa_forward *forward);
+
+/* A row's or a key's place of `weighing`: the backward pass is to find these out for itself. */
+static inline void fa_forget_weighing(const struct fa_geometry *g, char *weighing)
+{
+    fa_write_lse(g, weighing, 0);
+    fa_write_lse(g, weighing + g->params->weighing.col, NAN);
+}
 
 /* Where the statistics of a key block lie in col_max and col_inverse. */
 static inline int64_t fa_column_offset(const struct fa_geometry *g, int64_t head_index,

@@ -131,6 +131,7 @@ enum fa_status fa_geometry_init(struct fa_geometry *geometry,
     g.stacked =
         over_keys && params->num_kv_heads > 0 ? params->num_heads / params->num_kv_heads : 1;
     g.heads = over_keys ? params->num_kv_heads : params->num_heads;
+    g.of_key_heads = over_keys;
     for (int64_t i = 0; i < params->batch_ndim; i++) {
         if (!fa_multiply(g.batch, params->batch_shape[i], &g.batch)) {
             return FA_OVERFLOW;
@@ -161,6 +162,19 @@ enum fa_status fa_geometry_init(struct fa_geometry *geometry,
     g.block_q = choose_block_q(&g);
     *geometry = g;
     return FA_OK;
+}
+
+void fa_geometry_choose(struct fa_geometry *geometry, const int64_t *heads, int64_t num_heads,
+                        const int64_t *rows, int64_t num_rows)
+{
+    geometry->stacked = 1;
+    geometry->heads = num_heads;
+    geometry->of_key_heads = false;
+    geometry->chosen_heads = heads;
+    geometry->rows = num_rows;
+    geometry->chosen_rows = rows;
+    geometry->num_threads = choose_num_threads(geometry);
+    geometry->block_q = choose_block_q(geometry);
 }
 
 static int64_t read_int64(const char *p)
@@ -213,11 +227,13 @@ struct fa_head_place fa_head_place(const struct fa_geometry *geometry, int64_t i
 {
     const struct fa_attention_params *p = geometry->params;
     const int64_t head = index % geometry->heads;
-    const bool of_keys = p->softmax_axis == FA_SOFTMAX_KEYS;
+    const int64_t first_head =
+        geometry->chosen_heads == NULL ? head * geometry->stacked : geometry->chosen_heads[head];
+    const bool of_keys = geometry->of_key_heads;
     return (struct fa_head_place){
         .entry = index / geometry->heads,
-        .first_head = head * geometry->stacked,
-        .kv_head = of_keys ? head : head / (p->num_heads / p->num_kv_heads),
+        .first_head = first_head,
+        .kv_head = of_keys ? head : first_head / (p->num_heads / p->num_kv_heads),
     };
 }
 
@@ -267,6 +283,8 @@ void fa_head_init(struct fa_head *head, const struct fa_geometry *geometry, int6
         .k_segment_ids = locate(&p->k_segment_ids, at, n),
         .out = skip_output_heads(locate_output(&p->out, at, n), first_head, &p->out),
         .lse = skip_output_heads(locate_output(&p->lse, at, n), first_head, &p->lse),
+        .weighing = skip_output_heads(locate_output(&p->weighing, at, n), first_head, &p->weighing),
+        .exact = skip_output_heads(locate_output(&p->exact, at, n), first_head, &p->exact),
     };
     if (p->q_starts != NULL) {
         const int64_t start = p->q_starts[entry];
@@ -274,6 +292,8 @@ void fa_head_init(struct fa_head *head, const struct fa_geometry *geometry, int6
         head->residual = skip_rows(head->residual, start, p->residual.row);
         head->out = skip_output_rows(head->out, start, p->out.row);
         head->lse = skip_output_rows(head->lse, start, p->lse.row);
+        head->weighing = skip_output_rows(head->weighing, start, p->weighing.row);
+        head->exact = skip_output_rows(head->exact, start, p->exact.row);
     }
     if (p->k_starts != NULL) {
         head->k = skip_rows(head->k, p->k_starts[entry], p->k.row);

@@ -29,6 +29,7 @@ struct fa_geometry {
     const struct fa_ops
         *score_ops; /* of q, packed keys and their product: panels as wide as those of ops */
     int64_t heads;       /* key heads, or query heads for softmax over queries */
+    bool of_key_heads;
     int64_t stacked;     /* query heads stacked in a block of rows */
     int64_t rows; /* of a head: seqlen_q * stacked; the longest's with packed sequences */
     int64_t batch;       /* product of batch_shape */
@@ -41,12 +42,18 @@ struct fa_geometry {
     int64_t block_dv;    /* columns of v per task */
     int64_t key_blocks, dv_blocks;
     int num_threads;     /* that will work */
+    /* Nullable: the query heads and the queries that heads and rows are, see fa_geometry_choose. */
+    const int64_t *chosen_heads, *chosen_rows;
     bool widened; /* float64 computes for narrower arrays, which it reads and writes one by one */
-    /* A second run of float64: scores are multiplied by the scale after their sum, as in the reference, and every
-     * value is divided by 2^value_exponent.  A first run multiplies q; its value_exponent is 0. */
+    /* Of float64: scores are multiplied by the scale after their sum, and gradients before theirs, as in the reference,
+     * whose numbers are then finite where this run's are.  Else q and the gradients' sums are multiplied. */
     bool scales_scores;
+    /* Not 0 in a second run for float64: every value, or every gradient of the result, is divided by 2^value_exponent. */
     int value_exponent;
 };
+
+/* That exponent: 2^64 values of weight 1 have a finite sum then.  Bits are lost by values below 2^-958 only. */
+#define FA_AGAIN_EXPONENT 64
 
 /* Whether the call has an element to write.  If not, its other sizes may be anything: nothing is to be
  * counted, allocated or visited. */
@@ -57,13 +64,17 @@ enum fa_status fa_geometry_init(struct fa_geometry *geometry,
                                 const struct fa_attention_params *params, const struct fa_ops *ops,
                                 const struct fa_ops *score_ops);
 
+/* Keep chosen query heads and queries only, NULL for all of them; nothing is stacked.  Queries ascend. */
+void fa_geometry_choose(struct fa_geometry *geometry, const int64_t *heads, int64_t num_heads,
+                        const int64_t *rows, int64_t num_rows);
+
 /* One (batch entry, head) of the call: where its arrays start. */
 struct fa_head {
     const struct fa_geometry *geometry;
     int64_t entry, first_head; /* batch entry, first of the stacked query heads */
     const char *q, *k, *v, *bias, *mask, *residual, *alibi_slopes, *sinks;
     const char *q_segment_ids, *k_segment_ids, *k_scale, *v_scale, *page_table;
-    char *out, *lse;
+    char *out, *lse, *weighing, *exact;
     int64_t rows; /* queries times stacked heads */
     int64_t kv_length; /* keys [0, kv_length) are valid */
     int64_t q_offset; /* position of token 0 on the key axis */
@@ -81,10 +92,13 @@ struct fa_head_place {
 struct fa_head_place fa_head_place(const struct fa_geometry *geometry, int64_t index);
 int64_t fa_entry_offset(const struct fa_geometry *geometry, int64_t entry, const int64_t *batch);
 
-/* Row r of a head is token r / stacked of the stacked query head r % stacked.  Asked for every row of every
- * tile: most calls stack nothing, and need no division. */
+/* Row r of a head is token r / stacked of the stacked query head r % stacked, or the token that was chosen.  Asked
+ * for every row of every tile: most calls stack nothing, and need no division. */
 static inline int64_t fa_row_token(const struct fa_geometry *geometry, int64_t row)
 {
+    if (geometry->chosen_rows != NULL) {
+        return geometry->chosen_rows[row];
+    }
     return geometry->stacked == 1 ? row : row / geometry->stacked;
 }
 

@@ -75,8 +75,9 @@ struct fa_product {
 
 /* Elements of queries, scaled or not, and of keys that are below 2^FA_ORDINARY_EXPONENT are ordinary: no sum of
  * FA_ORDINARY_DIM products of two of them leaves float32, in whatever order it is taken, nor does that times
- * FA_ORDINARY_FACTOR: 53 + 53 + 13 + 8 < 128. */
+ * FA_ORDINARY_FACTOR: 53 + 53 + 13 + 8 < 128.  The same of float64: 500 + 500 + 13 + 8 < 1024. */
 #define FA_ORDINARY_EXPONENT 53
+#define FA_ORDINARY_EXPONENT_F64 500
 #define FA_ORDINARY_DIM 8192
 #define FA_ORDINARY_FACTOR 256
 
@@ -123,14 +124,15 @@ struct fa_state {
     void *acc; /* real [rows][ldacc]: unnormalised output */
 };
 
-/* Base-2 maxima of softmaxes that float64 had better compute: above `from`, or below -from but not as low as -to. */
+/* Base-2 maxima of softmaxes that float64 had better compute: above `from`, or below -from but not as low as -to.  from
+ * < 0: all, those too that seem to have no key, because every score may have become -inf. */
 struct fa_doubt {
     double from, to;
 };
 
-static inline bool fa_is_doubtful(struct fa_doubt doubt, double top)
+static inline bool fa_is_doubtful(struct fa_doubt doubt, double top, bool empty)
 {
-    return top > doubt.from || (-top > doubt.from && -top < doubt.to);
+    return empty ? doubt.from < 0 : top > doubt.from || (-top > doubt.from && -top < doubt.to);
 }
 
 /* One finished row of the online softmax, on its way to caller memory. */
@@ -146,8 +148,12 @@ struct fa_row_result {
     void *lse; /* nullable; one element, natural logarithm, of lse_dtype */
     enum fa_dtype lse_dtype; /* FA_F32 or FA_F64 */
     bool biased; /* the scores have biases in them: see fa_natural */
+    /* Nullable, of lse_dtype: cols elements as in `out`, but without residual; shift and factor of the weights. */
+    void *exact, *weighing;
+    int64_t exact_stride, weighing_stride;
     int exponent; /* of 2, that values were divided by: the result is multiplied, residual aside */
     bool averages; /* of values: finite where acc is */
+    bool mends; /* with an exponent: elements of out that are finite stay as they are */
     /* What is not stored, see enum fa_stored: `final` stores everything. */
     bool final, look_at_acc;
     struct fa_doubt doubt;
@@ -177,7 +183,7 @@ struct fa_row_terms {
     const char *grad, *out, *residual; /* residual nullable */
     int64_t grad_stride, out_stride, residual_stride;
     size_t cols;
-    enum fa_dtype dtype;
+    enum fa_dtype dtype, out_dtype; /* of out and residual: out_dtype */
 };
 
 /* The inner loops for one element type ("real").
@@ -289,9 +295,9 @@ struct fa_ops {
                              size_t n);
     /* From scores s and gradients of weights d, weights and gradients of scores in their place:
      * s = exp2(s - shift[row]) * factor[row], d = s * (d - delta[row]), both 0 where the weight
-     * is. */
-    void (*score_gradients)(void *s, void *d, size_t ld, size_t rows, size_t n, const void *shift,
-                            const void *factor, const void *delta);
+     * is.  Returns a bit for each row, FA_MAX_TILE_Q at most, with a weight above 1/2. */
+    uint32_t (*score_gradients)(void *s, void *d, size_t ld, size_t rows, size_t n,
+                                const void *shift, const void *factor, const void *delta);
     /* The same with a shift, a factor and a delta for each column; d nullable: weights only. */
     void (*column_gradients)(void *s, void *d, size_t ld, size_t rows, size_t n, const void *shift,
                              const void *factor, const void *delta);
@@ -313,6 +319,10 @@ struct fa_ops {
     /* s = exp2(s - col_max) * col_inverse */
     void (*column_weights)(void *s, size_t ld, size_t rows, size_t n, const void *col_max,
                            const void *col_inverse);
+    /* sums[l] = sum of factor[r] * w[r][l]: rows of weights together, at most FA_MAX_TILE_Q of them.  n: multiple
+     * of vl. */
+    void (*sum_rows)(void *sums, const void *w, size_t ld, size_t rows, size_t n,
+                     const void *factor);
     /* out = acc (+ residual): softmax over queries has nothing left to divide by. */
     enum fa_stored (*store)(const void *acc, const struct fa_row_result *result);
 

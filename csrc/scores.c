@@ -191,11 +191,20 @@ static double score_factor(const struct fa_attention_params *p)
 /* Powers of 2 that float32 holds with as many bits, its own products with ordinary numbers included. */
 static bool is_narrow(double x) { return x == 0 || (fabs(x) > 0x1p-100 && fabs(x) < 0x1p100); }
 
+/* A product that becomes a subnormal number when it is divided by the cap loses bits, and the cap multiplies what is
+ * lost: below this cap, by less than a rounding of the score. */
+#define NARROW_SOFTCAP 0x1p20
+
 bool fa_has_narrow_options(const struct fa_attention_params *params)
 {
-    const double factor = score_factor(params);
     return !isfinite(params->scale) ||
-           (is_narrow(factor) && is_narrow(params->softcap) && (factor != 0 || params->scale == 0));
+           (is_narrow(params->scale) && is_narrow(score_factor(params)) &&
+            is_narrow(params->softcap) && params->softcap <= NARROW_SOFTCAP);
+}
+
+bool fa_scales_scores(const struct fa_attention_params *params, bool again)
+{
+    return !fa_has_narrow_options(params) || (again && params->dtype == FA_F64);
 }
 
 /* Beside a bias, or a distance, of more than 2^16 the rest of a score has less than 7 bits left in float32 behind
@@ -338,12 +347,14 @@ struct fa_product fa_tile_product_ahead(const struct fa_tile *tile, const struct
     return group_product(tile, ws, fa_tile_scores_in(tile, ws->scores_ahead), 0, tile->rows);
 }
 
-static void multiply_scores(double *scores, int64_t stride, int64_t rows, int64_t columns,
-                            double factor)
+/* What score_factor does, in the order of the reference: scale and cap may have a quotient that float64 has not. */
+static void scale_products(double *scores, int64_t stride, int64_t rows, int64_t columns,
+                           const struct fa_attention_params *p)
 {
+    const double divisor = p->softcap > 0 ? p->softcap : FA_LN_2;
     for (int64_t r = 0; r < rows; r++) {
         for (int64_t j = 0; j < columns; j++) {
-            scores[r * stride + j] *= factor;
+            scores[r * stride + j] = scores[r * stride + j] * p->scale / divisor;
         }
     }
 }
@@ -378,12 +389,10 @@ static void group_scores(const struct fa_tile *tile, struct fa_workspace *ws, in
                           ws->keys.scale + tile->begin + keys.lo);
     }
     if (g->scales_scores) {
-        multiply_scores((double *)(void *)scores, g->score_stride, rows, columns,
-                        score_factor(g->params));
-    }
-    /* Before the options, so that keys which take no part are masked after all.  float64 has no wider type to go
-     * to: an infinite score is what the reference has, too. */
-    if (ops->size < sizeof(double) && !(ws->rows_ordinary && ws->keys_ordinary)) {
+        scale_products((double *)(void *)scores, g->score_stride, rows, columns, g->params);
+    } else if (!g->widened && !(ws->rows_ordinary && ws->keys_ordinary)) {
+        /* Before the options, so that keys which take no part are masked after all.  Scores in the reference's order,
+         * and those of narrower numbers in float64, are infinite where the reference's are. */
         ops->mark_overflow(scores, (size_t)g->score_stride, (size_t)rows, (size_t)columns);
     }
     if (g->params->softcap > 0) {

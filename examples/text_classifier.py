@@ -14,15 +14,12 @@ held-out docstrings more often than the most frequent family would be; else the 
 """
 
 import argparse
-import ast
 import copy
-import re
 import statistics
 import sys
-import sysconfig
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +30,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import fastattn.torch
+from corpus import PADDING, UNKNOWN, Text, Texts, read_texts
 
 Attend = Callable[..., Tensor]  # (q, k, v, attn_mask=...), as F.scaled_dot_product_attention
 
@@ -44,22 +42,6 @@ ATTENTION: dict[str, Attend] = {
 TOLERANCE = 1e-4  # of a loss, at any step
 MARGIN = 0.1  # by which the accuracy must be above the share of the most frequent family
 
-# Modules and packages of every Python since 3.11; those that a system leaves out are skipped.
-FAMILIES = {
-    "concurrency": "asyncio concurrent multiprocessing queue selectors subprocess threading",
-    "email": "email imaplib mailbox poplib smtplib",
-    "files": "_pyio fileinput glob gzip io os pathlib shutil tarfile tempfile zipfile",
-    "imports": "importlib modulefinder pkgutil runpy zipimport",
-    "inspection": "ast bdb dis inspect pdb pydoc trace traceback",
-    "logging": "logging",
-    "numbers": "_pydatetime _pydecimal datetime fractions numbers random statistics",
-    "testing": "doctest unittest",
-    "web": "ftplib http socketserver ssl urllib wsgiref xmlrpc",
-    "windows": "tkinter turtle",
-    "xml": "html plistlib xml",
-}
-MIN_TOKENS = 8  # a shorter docstring says little of where it is from
-PADDING, UNKNOWN = 0, 1  # numbers of tokens that are no words
 DROPOUT = 0.3
 
 
@@ -77,58 +59,6 @@ class Sizes(NamedTuple):
 
 FULL = Sizes(1000, 5000, 128, 128, 4, 128, epochs=8, learning_rate=1e-3)
 QUICK = Sizes(100, 2000, 64, 32, 2, 32, epochs=5, learning_rate=5e-3)
-
-
-# --- text -------------------------------------------------------------------------------------
-
-
-class Text(NamedTuple):
-    words: list[str]
-    family: int
-
-
-class Texts(NamedTuple):
-    training: list[Text]
-    held_out: list[Text]
-    families: list[str]
-    numbers: dict[str, int]  # of the words that are known, the most frequent ones in training
-
-
-def docstrings(modules: str) -> Iterator[str]:
-    """What is written about these modules, their classes and their functions."""
-    library = Path(sysconfig.get_path("stdlib"))
-    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-    for name in modules.split():
-        for path in [library / f"{name}.py", *sorted((library / name).rglob("*.py"))]:
-            if path.is_file() and not {"test", "tests"} & set(path.relative_to(library).parts):
-                for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                    if isinstance(node, documented):
-                        yield ast.get_docstring(node) or ""
-
-
-def read_texts(sizes: Sizes, rng: np.random.Generator) -> Texts:
-    """Docstrings, each once, a fifth of them held out."""
-    by_words: dict[str, Text] = {}
-    families = []
-    for family, modules in FAMILIES.items():
-        split = (re.findall(r"[a-z]+|\d+|[^\w\s]", d.lower()) for d in docstrings(modules))
-        distinct = {" ".join(words): words for words in split if len(words) >= MIN_TOKENS}
-        new = [key for key in distinct if key not in by_words]
-        for i in rng.permutation(len(new))[: sizes.texts]:
-            by_words[new[i]] = Text(distinct[new[i]][: sizes.max_length], len(families))
-        if new:
-            families.append(family)
-    texts = list(by_words.values())
-    shuffled = [texts[i] for i in rng.permutation(len(texts))]
-    held_out, training = np.split(np.arange(len(texts)), [len(texts) // 5])
-    counts = Counter(word for i in training for word in shuffled[i].words)
-    known = [word for word, _ in counts.most_common(sizes.vocabulary)]
-    return Texts(
-        [shuffled[i] for i in training],
-        [shuffled[i] for i in held_out],
-        families,
-        {word: number for number, word in enumerate(known, start=UNKNOWN + 1)},
-    )
 
 
 def batch_of(texts: list[Text], numbers: dict[str, int]) -> tuple[Tensor, Tensor]:
@@ -287,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
     sizes = QUICK if args.quick else FULL
 
     rng = np.random.default_rng(0)
-    texts = read_texts(sizes, rng)
+    texts = read_texts(rng, sizes.texts, sizes.vocabulary, sizes.max_length)
     tokens = sum(len(text.words) for text in texts.training)
     print(
         f"{len(texts.training)} docstrings of {len(texts.families)} families to train on, "

@@ -20,6 +20,7 @@ from fastattn.layers import MultiHeadAttention
 from fastattn.paged_cache import OutOfPagesError, PagedKVCache
 from fastattn.reference import Gradients
 from fastattn.varlen import attention_varlen, attention_varlen_backward
+from fastattn.weights import attention_weights
 
 __all__ = [
     "Explanation",
@@ -32,6 +33,7 @@ __all__ = [
     "attention_backward",
     "attention_varlen",
     "attention_varlen_backward",
+    "attention_weights",
     "explain",
     "merge_attention",
     "reference",

@@ -17,6 +17,7 @@ from cpython.buffer cimport (
     PyBUF_SIMPLE,
     PyBUF_STRIDED,
     PyBUF_STRIDES,
+    PyBUF_WRITABLE,
     PyBuffer_Release,
     PyObject_GetBuffer,
 )
@@ -34,10 +35,11 @@ cdef extern from *:
 
 
 # Arrays of one call: q k v out lse residual bias alibi_slopes sinks mask kv_lengths q_offset, two
-# of segment ids, two scales, page_table, and the starts of packed sequences; and of its gradients:
-# grad_out grad_lse grad_q grad_k grad_v grad_bias sink_terms.
+# of segment ids, two scales, page_table, the starts of packed sequences, weighing and exact; and of
+# its gradients: grad_out grad_lse grad_q grad_k grad_v grad_bias sink_terms; of weights: rows,
+# places, heads and weights.
 cdef enum:
-    MAX_VIEWS = 26
+    MAX_VIEWS = 28
 
 
 cdef struct views:
@@ -257,6 +259,15 @@ cdef int fill(
     return 0
 
 
+cdef void keep_axes(axes *weighing, axes *exact, fa_attention_params *p) noexcept:
+    """What arrays have that the forward pass keeps for the backward pass."""
+    cdef const int64_t *batch = p.batch_shape
+    cdef int64_t nb = p.batch_ndim if p.q_starts is NULL else 0
+    cdef bint over_queries = p.softmax_axis == FA_SOFTMAX_QUERIES
+    weighing[0] = axes(batch, nb, p.num_heads, p.seqlen_k if over_queries else p.seqlen_q, 2)
+    exact[0] = axes(batch, nb, p.num_heads, p.seqlen_q, p.head_dim_v)
+
+
 cdef int poll_signals(void *raised) noexcept with gil:
     """Run pending signal handlers; keep what one raises for the caller to raise."""
     try:
@@ -307,11 +318,13 @@ def attention(
     q_offset, q_segment_ids, k_segment_ids, bint causal, int64_t window_left,
     int64_t window_right, bint softmax_over_queries, int num_threads, double dropout_p,
     uint64_t dropout_seed, k_scale=None, v_scale=None, page_table=None, q_starts=None,
-    k_starts=None,
+    k_starts=None, weighing=None, exact=None,
 ):
     cdef fa_attention_params params
     cdef views held
     cdef fa_status status
+    cdef int64_t lse_itemsize
+    cdef axes of_weighing, of_exact
     cdef const fa_kernels *kernels = find_kernels(isa)
     cdef list raised = []
     try:
@@ -321,6 +334,11 @@ def attention(
             q_segment_ids, k_segment_ids, causal, window_left, window_right, softmax_over_queries,
             num_threads, dropout_p, dropout_seed, k_scale, v_scale, page_table, q_starts, k_starts,
         )
+        if weighing is not None or exact is not None:
+            lse_itemsize = 8 if params.dtype == FA_F64 else 4
+            keep_axes(&of_weighing, &of_exact, &params)
+            read_output(&params.weighing, &held, b"weighing", weighing, &of_weighing, lse_itemsize)
+            read_output(&params.exact, &held, b"exact", exact, &of_exact, lse_itemsize)
         params.poll = poll_signals
         params.poll_arg = <void *>raised
         with nogil:
@@ -336,7 +354,7 @@ def attention_backward(
     q_offset, q_segment_ids, k_segment_ids, bint causal, int64_t window_left,
     int64_t window_right, bint softmax_over_queries, int num_threads, double dropout_p,
     uint64_t dropout_seed, grad_out, grad_lse=None, grad_q=None, grad_k=None, grad_v=None,
-    grad_bias=None, sink_terms=None, q_starts=None, k_starts=None,
+    grad_bias=None, sink_terms=None, q_starts=None, k_starts=None, weighing=None, exact=None,
 ):
     cdef fa_backward_params params
     cdef fa_attention_params *forward = &params.attention
@@ -344,7 +362,7 @@ def attention_backward(
     cdef fa_status status
     cdef int64_t nb = len(q_shape) - 3, itemsize, lse_itemsize
     cdef const int64_t *batch = forward.batch_shape
-    cdef axes has
+    cdef axes has, of_weighing, of_exact
     cdef const fa_kernels *kernels = find_kernels(isa)
     cdef list raised = []
     memset(&params, 0, sizeof(params))
@@ -367,7 +385,10 @@ def attention_backward(
             has.row = seqlen_k
         read_input(&params.lse, &held, b"lse", lse, &has, lse_itemsize)
         read_input(&params.grad_lse, &held, b"grad_lse", grad_lse, &has, lse_itemsize)
-        read_output(&params.sink_terms, &held, b"sink_terms", sink_terms, &has, lse_itemsize)
+        read_output(&params.sink_terms, &held, b"sink_terms", sink_terms, &has, 8)
+        keep_axes(&of_weighing, &of_exact, forward)
+        read_input(&params.weighing, &held, b"weighing", weighing, &of_weighing, lse_itemsize)
+        read_input(&params.exact, &held, b"exact", exact, &of_exact, lse_itemsize)
         params.grad_dtype = forward.dtype
         for array in (grad_q, grad_k, grad_v):
             if array is not None and array.itemsize == 4:
@@ -380,11 +401,67 @@ def attention_backward(
         has.col = head_dim_v
         read_output(&params.grad_v, &held, b"v", grad_v, &has, itemsize)
         has = axes(batch, nb, forward.num_heads, forward.seqlen_q, seqlen_k)
+        if grad_bias is not None and grad_bias.itemsize == 8:
+            lse_itemsize = 8
+        params.grad_bias_dtype = FA_F64 if lse_itemsize == 8 else FA_F32
         read_output(&params.grad_bias, &held, b"bias", grad_bias, &has, lse_itemsize)
         forward.poll = poll_signals
         forward.poll_arg = <void *>raised
         with nogil:
             status = fa_attention_backward(&params, kernels)
+    finally:
+        release(&held)
+    check(status, raised)
+
+
+cdef const int64_t *read_indices(
+    views *held, object array, int64_t *count, int64_t all_of_them
+) except? NULL:
+    """Private copies that weights.py checked; None is all."""
+    cdef Py_buffer *view
+    count[0] = all_of_them
+    if array is None:
+        return NULL
+    view = acquire(held, array, PyBUF_SIMPLE)
+    count[0] = view.len // <int64_t>sizeof(int64_t)
+    return <const int64_t *>view.buf
+
+
+def attention_weights(
+    str isa, q, k, v, tuple q_shape, int64_t num_kv_heads, int64_t seqlen_k, int64_t head_dim_v,
+    out, lse, residual, double scale, double softcap, bias, alibi_slopes, sinks, mask, kv_lengths,
+    q_offset, q_segment_ids, k_segment_ids, bint causal, int64_t window_left,
+    int64_t window_right, bint softmax_over_queries, int num_threads, double dropout_p,
+    uint64_t dropout_seed, weights, rows=None, places=None, heads=None, pool=None,
+    bint sums=False,
+):
+    cdef fa_weights_params params
+    cdef fa_attention_params *attention = &params.attention
+    cdef views held
+    cdef fa_status status
+    cdef int64_t count
+    cdef const fa_kernels *kernels = find_kernels(isa)
+    cdef list raised = []
+    memset(&params, 0, sizeof(params))
+    try:
+        fill(
+            attention, &held, q, k, v, q_shape, num_kv_heads, seqlen_k, head_dim_v, out, lse,
+            residual, scale, softcap, bias, alibi_slopes, sinks, mask, kv_lengths, q_offset,
+            q_segment_ids, k_segment_ids, causal, window_left, window_right, softmax_over_queries,
+            num_threads, dropout_p, dropout_seed, None, None, None, None, None,
+        )
+        params.rows = read_indices(&held, rows, &params.num_rows, attention.seqlen_q)
+        params.places = read_indices(&held, places, &count, 0)
+        params.heads = read_indices(&held, heads, &params.num_heads, attention.num_heads)
+        params.form = FA_WEIGHTS_SUMS if sums else FA_WEIGHTS_EACH
+        if pool is not None:
+            params.form = FA_WEIGHTS_MEANS
+            params.pool_rows, params.pool_cols = pool
+        params.weights = acquire(&held, weights, PyBUF_WRITABLE).buf
+        attention.poll = poll_signals
+        attention.poll_arg = <void *>raised
+        with nogil:
+            status = fa_attention_weights(&params, kernels)
     finally:
         release(&held)
     check(status, raised)

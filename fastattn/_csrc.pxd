@@ -49,6 +49,7 @@ cdef extern from "fastattn.h" nogil:
         fa_input q, k, v, k_scale, v_scale
         fa_output out, lse
         fa_input residual
+        fa_output weighing, exact
         fa_input page_table
         int64_t page_size
         const int64_t *q_starts
@@ -67,9 +68,28 @@ cdef extern from "fastattn.h" nogil:
     struct fa_backward_params:
         fa_attention_params attention
         fa_input out, lse, grad_out, grad_lse
+        fa_input weighing, exact
         fa_output grad_q, grad_k, grad_v
         fa_dtype grad_dtype
-        fa_output grad_bias, sink_terms
+        fa_output grad_bias
+        fa_dtype grad_bias_dtype
+        fa_output sink_terms
+
+    enum fa_weights_form:
+        FA_WEIGHTS_EACH
+        FA_WEIGHTS_MEANS
+        FA_WEIGHTS_SUMS
+
+    struct fa_weights_params:
+        fa_attention_params attention
+        fa_weights_form form
+        const int64_t *rows
+        const int64_t *places
+        int64_t num_rows
+        const int64_t *heads
+        int64_t num_heads
+        int64_t pool_rows, pool_cols
+        void *weights
 
     struct fa_attention_plan:
         int64_t block_q, block_k, tile_q
@@ -88,6 +108,9 @@ cdef extern from "fastattn.h" nogil:
     fa_status fa_attention(const fa_attention_params *params, const fa_kernels *kernels) noexcept
     fa_status fa_attention_backward(
         const fa_backward_params *params, const fa_kernels *kernels
+    ) noexcept
+    fa_status fa_attention_weights(
+        const fa_weights_params *params, const fa_kernels *kernels
     ) noexcept
     fa_status fa_attention_describe(
         const fa_attention_params *params, const fa_kernels *kernels, fa_attention_plan *plan

@@ -1,9 +1,11 @@
 """`fastattn::attention` and `fastattn::attention_backward`: the operators behind `fastattn.torch`.
 
-Each has a CPU kernel, which hands NumPy views of the tensors to `fastattn.attention` and
-`fastattn.attention_backward`; a fake one, which knows shapes and strides, for ``torch.compile`` and
-``torch.export``; and rules for autograd, autocast and vmap.  Tensors are never copied.  They are
-registered with `torch.library.Library`, whose dispatch takes half the time of `custom_op`'s.
+Where there will be a backward pass, `fastattn::attention_and_kept` does what `fastattn::attention`
+does, and returns what the backward pass can use besides.  Each operator has a CPU kernel, which
+hands NumPy views of the tensors to the package's functions of arrays; a fake one, which knows
+shapes and strides, for ``torch.compile`` and ``torch.export``; and rules for autograd, autocast and
+vmap.  Tensors are never copied.  The operators are registered with `torch.library.Library`, whose
+dispatch takes half the time of `custom_op`'s.
 """
 
 from __future__ import annotations
@@ -20,7 +22,12 @@ from torch.autograd import forward_ad
 
 from fastattn._validate import BFLOAT16_BITS
 from fastattn.attention import attention
-from fastattn.backward import MAX_HEAD_DIM, attention_backward
+from fastattn.backward import (
+    MAX_HEAD_DIM,
+    Kept,
+    attention_and_kept,
+    attention_backward_of_kept,
+)
 
 Array = NDArray[Any]
 # What has a gradient, in the order of the operators' arguments.
@@ -63,11 +70,14 @@ _OPTIONS_SCHEMA = ", ".join(
 
 LIBRARY = torch.library.Library("fastattn", "DEF")
 LIBRARY.define(f"attention(Tensor q, Tensor k, Tensor v, {_OPTIONS_SCHEMA}) -> (Tensor, Tensor)")
+LIBRARY.define(f"attention_and_kept(Tensor q, Tensor k, Tensor v, {_OPTIONS_SCHEMA}) -> Tensor[]")
 LIBRARY.define(
     "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, "
+    "Tensor weighing, Tensor? exact, "
     f"Tensor q, Tensor k, Tensor v, {_OPTIONS_SCHEMA}, bool[] needs) -> Tensor[]"
 )
 FORWARD = torch.ops.fastattn.attention.default
+FORWARD_AND_KEPT = torch.ops.fastattn.attention_and_kept.default
 BACKWARD = torch.ops.fastattn.attention_backward.default
 
 
@@ -147,6 +157,14 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Te
     return as_tensor(out), as_tensor(lse)
 
 
+def _forward_and_kept(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> list[Tensor]:
+    """`out`, `lse`, and the arrays of `Kept` that are there."""
+    out, lse, kept = attention_and_kept(
+        as_array(q), as_array(k), as_array(v), **numpy_options(options)
+    )
+    return [as_tensor(x) for x in (out, lse, *kept) if x is not None]
+
+
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     # Also the kernel of calls with any tensor on "meta", whose result would never be written.
     for name, x in zip(("k", "v", *TENSOR_OPTIONS), (k, v, *options), strict=False):
@@ -164,7 +182,17 @@ def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tenso
     return out, q.new_empty((*lead, rows), dtype=lse_dtype)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _fake_forward_and_kept(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> list[Tensor]:
+    out, lse = _fake_forward(q, k, v, *options)
+    given = dict(zip(OPTIONS, options, strict=True))
+    results = [out, lse, lse.new_empty((*lse.shape, 2))]
+    has_exact_out = out.dtype == lse.dtype and given["residual"] is None
+    if not (has_exact_out or given["softmax_axis"] == "queries"):
+        results.append(lse.new_empty(out.shape))
+    return results
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     for index, name in enumerate(TENSOR_OPTIONS, 3):
         if ctx.needs_input_grad[index] and name not in (*DIFFERENTIABLE, "residual"):
             raise ValueError(f"`{name}` must not require a gradient: it has none, detach it")
@@ -174,13 +202,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
                 f"{name} must be at most {MAX_HEAD_DIM} for gradients, got {x.shape[-1]}"
             )
     end = 3 + len(TENSOR_OPTIONS)
-    ctx.save_for_backward(*output, *inputs[:end])
+    ctx.mark_non_differentiable(*output[2:])
+    exact = output[3] if len(output) > 3 else None
+    ctx.save_for_backward(*output[:3], exact, *inputs[:end])
     ctx.plain_options = inputs[end:]
     ctx.set_materialize_grads(False)
 
 
 def _autograd_backward(
-    ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
+    ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
     gradients: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
     if grad_out is None and grad_lse is None:
@@ -190,13 +220,14 @@ def _autograd_backward(
         backward = _AttentionBackward.apply  # every transform asks for a graph, used or not
     elif torch.is_grad_enabled():
         raise NotImplementedError(SECOND_DERIVATIVES)
-    out, lse, *inputs = ctx.saved_tensors
+    out, *results_and_inputs = ctx.saved_tensors
     if grad_out is None:
         grad_out = out.new_zeros(()).expand(out.shape)
     # `q`, `k`, `v`, `bias` and `sinks` are the first of the arguments.
     needs = list(ctx.needs_input_grad[: len(DIFFERENTIABLE)])
     if any(needs):
-        computed = iter(backward(grad_out, grad_lse, out, lse, *inputs, *ctx.plain_options, needs))
+        arguments = (grad_out, grad_lse, out, *results_and_inputs, *ctx.plain_options, needs)
+        computed = iter(backward(*arguments))
         gradients[: len(needs)] = [next(computed) if need else None for need in needs]
     if ctx.needs_input_grad[RESIDUAL]:
         gradients[RESIDUAL] = grad_out
@@ -217,6 +248,8 @@ def _backward(
     grad_lse: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    weighing: Tensor,
+    exact: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -225,13 +258,14 @@ def _backward(
     *options, needs = rest
     inputs = (q, k, v, *options[: len(DIFFERENTIABLE) - 3])
     wanted = {name: x for name, x, need in zip(DIFFERENTIABLE, inputs, needs, strict=True) if need}
-    gradients = attention_backward(
+    gradients = attention_backward_of_kept(
         as_array(grad_out),
         as_array(q),
         as_array(k),
         as_array(v),
         as_array(out),
         as_array(lse),
+        Kept(as_array(weighing), None if exact is None else as_array(exact)),
         grad_lse=None if grad_lse is None else as_array(grad_lse),
         needs=tuple(wanted),
         **numpy_options(options),
@@ -250,7 +284,13 @@ def _laid_out(gradient: Tensor, x: Tensor) -> Tensor:
 
 
 def _fake_backward(
-    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *rest: Any
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    weighing: Tensor,
+    exact: Tensor | None,
+    *rest: Any,
 ) -> list[Tensor]:
     inputs, needs = rest[: len(DIFFERENTIABLE)], rest[-1]
     return [_empty_like(x, x.shape) for x, need in zip(inputs, needs, strict=True) if need]
@@ -270,7 +310,7 @@ class _Attention(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def forward(*args: Any) -> Any:
-        return FORWARD(*args)
+        return tuple(FORWARD_AND_KEPT(*args))
 
     setup_context = staticmethod(_setup_context)
     backward = staticmethod(_autograd_backward)
@@ -307,7 +347,7 @@ def has_tangent(tensors: Iterable[Tensor | None]) -> bool:
     )
 
 
-def _autograd_rule(operator: Any, function: Any, result: type) -> Callable[..., Any]:
+def _autograd_rule(operator: Any, function: Any, result: Callable[..., Any]) -> Callable[..., Any]:
     """What ``torch.library.register_autograd`` does, whose way to read a schema takes 0.2 ms."""
 
     def rule(keyset: Any, *args: Any) -> Any:
@@ -321,11 +361,16 @@ def _autograd_rule(operator: Any, function: Any, result: type) -> Callable[..., 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     """`fastattn::attention` with some of `OPTIONS`, also in transforms of `torch.func`."""
-    call = FORWARD
+    arguments = (q, k, v, *(DEFAULTS | options).values())
     if not torch.compiler.is_compiling() and transforms_active():
-        call = _Attention.apply
-    result: tuple[Tensor, Tensor] = call(q, k, v, *(DEFAULTS | options).values())
+        return _without_kept(_Attention.apply(*arguments))
+    result: tuple[Tensor, Tensor] = FORWARD(*arguments)
     return result
+
+
+def _without_kept(results: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    out, lse, *_ = results
+    return out, lse
 
 
 # --- autocast and vmap ------------------------------------------------------------------------
@@ -423,15 +468,20 @@ def _batched_rule(operator: Any, fake: Any) -> Callable[..., Any]:
 
 LIBRARY.impl("attention", _forward, "CPU")
 LIBRARY.impl("attention", _autocast_forward, "AutocastCPU")
+LIBRARY.impl("attention_and_kept", _forward_and_kept, "CPU")
 LIBRARY.impl("attention_backward", _backward, "CPU")
-torch.library.register_fake("fastattn::attention", _fake_forward, lib=LIBRARY)
-torch.library.register_fake("fastattn::attention_backward", _fake_backward, lib=LIBRARY)
-for _name, _operator, _fake, _function, _result in (
-    ("attention", FORWARD, _fake_forward, _Attention, tuple),
-    ("attention_backward", BACKWARD, _fake_backward, _AttentionBackward, list),
+for _operator, _function, _result in (
+    (FORWARD, _Attention, _without_kept),
+    (BACKWARD, _AttentionBackward, list),
 ):
     _rule = _autograd_rule(_operator, _function, _result)
-    LIBRARY.impl(_name, _rule, "Autograd", with_keyset=True)
-    LIBRARY.impl(_name, _batched_rule(_operator, _fake), "Batched")
+    LIBRARY.impl(_operator._schema.name, _rule, "Autograd", with_keyset=True)
+for _operator, _fake in (
+    (FORWARD, _fake_forward),
+    (FORWARD_AND_KEPT, _fake_forward_and_kept),
+    (BACKWARD, _fake_backward),
+):
+    torch.library.register_fake(_operator, _fake, lib=LIBRARY)
+    LIBRARY.impl(_operator._schema.name, _batched_rule(_operator, _fake), "Batched")
     if hasattr(torch.library, "register_vmap"):  # since torch 2.5; before, vmap says what misses
         torch.library.register_vmap(_operator, _vmap_rule(_operator, _fake), lib=LIBRARY)

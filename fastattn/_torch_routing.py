@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
+from fastattn._enabled import Enabled
 from fastattn._torch_ops import (
     DEFAULTS,
     as_array,
@@ -48,20 +49,6 @@ _lock = threading.Lock()
 _library: Any = None
 _fast_path_before = True
 _cache_tag_before: Any = None
-
-
-class Enabled:
-    """What `enable` returns: in a ``with`` statement, the end of it restores what was before."""
-
-    def __init__(self, was_enabled: bool) -> None:
-        self._was_enabled = was_enabled
-
-    def __enter__(self) -> Enabled:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if not self._was_enabled:
-            disable()
 
 
 def enable() -> Enabled:
@@ -105,7 +92,7 @@ def enable() -> Enabled:
     global _library, _fast_path_before, _cache_tag_before
     with _lock:
         if _library is not None:
-            return Enabled(was_enabled=True)
+            return Enabled(True, disable)
         for key in DISPATCH_KEYS:
             if torch._C._dispatch_has_kernel_for_dispatch_key(OPERATOR.name(), key):
                 raise RuntimeError(
@@ -119,7 +106,7 @@ def enable() -> Enabled:
         _library = library
         _cache_tag_before = _set_cache_tag(CACHE_TAG)
         OPERATOR._dispatch_cache.clear()  # of choices between kernels, which the compiler makes
-        return Enabled(was_enabled=False)
+        return Enabled(False, disable)
 
 
 def disable() -> None:

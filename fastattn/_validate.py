@@ -17,7 +17,7 @@ import math
 import numbers
 import operator
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -401,6 +401,32 @@ def _of_integers(name: str, x: ArrayLike) -> Array:
     return array.astype(np.int64) if array.dtype.kind == "V" else array
 
 
+def indices(name: str, x: ArrayLike | slice | None, length: int) -> NDArray[np.int64] | None:
+    """Indices into an axis as a private array of numbers from 0 on; None for all."""
+    if x is None:
+        return None
+    if isinstance(x, slice):
+        try:
+            start, stop, step = x.indices(length)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"`{name}` must be a slice of ints, got {x}: {error}") from None
+        return np.arange(start, stop, step, dtype=np.int64)
+    array = as_array(name, x)
+    if array.ndim != 1:
+        raise ValueError(
+            f"`{name}` must be a slice or have one dimension, got shape {array.shape}"
+            f"{' (a single index is a list of one)' if array.ndim == 0 else ''}"
+        )
+    if array.size == 0:
+        return np.empty(0, np.int64)
+    found = integer_array(name, array)
+    wrong = found[(found < -length) | (found >= length)]
+    if wrong.size:
+        raise ValueError(f"`{name}` must be {-length} to {length - 1}, got {wrong[0]}")
+    found = found.astype(np.int64, copy=False)
+    return np.where(found < 0, found + length, found)
+
+
 def _holds(array: Array, kinds: str, widest: type[np.generic]) -> bool:
     """Whether the dtype is a number's of these kinds, or one of ml_dtypes that is part of
     `widest`: those have the kind of raw memory, which no cast makes numbers of."""
@@ -690,8 +716,10 @@ def empty_result(q: Array, shape: Shape) -> Array:
     return result.transpose([order.index(axis) for axis in range(len(shape))])
 
 
-def allocate(shape: Shape, dtype: np.dtype[Any]) -> Array:
+def allocate(
+    shape: Shape, dtype: np.dtype[Any], make: Callable[[Shape, np.dtype[Any]], Array] = np.empty
+) -> Array:
     try:
-        return np.empty(shape, dtype)
+        return make(shape, dtype)
     except ValueError as error:  # more bytes than an address can tell apart
         raise MemoryError(f"a result of shape {shape} and dtype {dtype} is too large") from error

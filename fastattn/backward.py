@@ -6,19 +6,31 @@ Like its forward pass, it validates in ``_validate.py`` and computes in C, behin
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn import _core, _validate
 from fastattn._rounding import in_default_float_mode, round_once
+from fastattn.attention import attention
 from fastattn.reference import Gradients
 
 Array = NDArray[Any]
 
 # The core keeps whole rows of a key block's gradients in its workspace (FA_MAX_BACKWARD_DIM).
 MAX_HEAD_DIM = 1024
+
+
+class Kept(NamedTuple):
+    """What a forward pass knew that its backward pass would have to compute again, in lse's dtype.
+
+    `attention_and_kept` returns it for `attention_backward_of_kept`, and `fastattn.torch` keeps it
+    between the two; csrc/fastattn.h says what the numbers are.
+    """
+
+    weighing: Array  #: of lse's shape and one more axis, shift and factor
+    exact: Array | None  #: the result before residual and rounding; None: those left it as it was
 
 
 def attention_backward(
@@ -108,9 +120,16 @@ sinks, softmax_axis, dropout_p, dropout_seed : optional
     that depends on the shapes alone, and rounded once.  Keys that do not take part get gradient 0
     and change none, whatever they hold; so does a query without keys.
 
+    Heads whose scores, sums or gradients leave the range of float32 are computed again in float64:
+    a gradient is infinite only where its own dtype cannot hold it.  float64 inputs are computed
+    again with `grad_out` divided by ``2**64``, so that their sums may pass the range on the way;
+    scores, and products of `grad_out` and `v`, that float64 cannot hold give what they give in
+    the reference.
+
     Memory, beyond inputs and results: up to 3 float32 arrays (one for each 1024 keys) of the size
-    of q's heads that read `num_threads` + 1 key heads, three numbers per query and head, and a
-    workspace per thread.  A gradient whose argument was
+    of q's heads that read `num_threads` + 1 key heads, five numbers per query and head (with
+    `sinks`, else four), and a workspace per thread.  Heads that are computed again, twice as much
+    more, and with `bias` 64 float64 numbers per query and thread.  A gradient whose argument was
     broadcast along leading dimensions is computed at the full shape and summed in float64.  The
     gradient by `bias` costs two more matrix products.
 
@@ -132,44 +151,125 @@ sinks, softmax_axis, dropout_p, dropout_seed : optional
     >>> bool(np.allclose(grads.k, expected.k))
     True
     """
+    return _gradients(
+        grad_out,
+        q,
+        k,
+        v,
+        (out, lse),
+        None,
+        grad_lse=grad_lse,
+        needs=needs,
+        scale=scale,
+        softcap=softcap,
+        bias=bias,
+        alibi_slopes=alibi_slopes,
+        mask=mask,
+        causal=causal,
+        window=window,
+        q_offset=q_offset,
+        kv_lengths=kv_lengths,
+        segment_ids=segment_ids,
+        sinks=sinks,
+        softmax_axis=softmax_axis,
+        residual=residual,
+        num_threads=num_threads,
+        dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
+    )
+
+
+def attention_and_kept(
+    q: ArrayLike, k: ArrayLike, v: ArrayLike, **options: Any
+) -> tuple[Array, Array, Kept]:
+    """`attention` with ``return_lse=True``, and what its backward pass can use besides."""
+    all_options: dict[str, Any] = {
+        **(attention.__kwdefaults__ or {}),
+        **options,
+        "return_lse": True,
+    }
+    arguments, out, lse = _validate.core_arguments(q, k, v, **all_options)
+    assert lse is not None
+    call = dict(zip(_validate.CORE_ARGUMENTS, arguments, strict=True))
+    kept = Kept(_validate.allocate((*lse.shape, 2), lse.dtype), None)
+    has_exact_out = out.dtype == lse.dtype and call["residual"] is None
+    if not (has_exact_out or call["softmax_over_queries"]):
+        kept = kept._replace(exact=_validate.allocate(out.shape, lse.dtype))
+    call |= _core_kept(call, kept)
+    _core.attention(**call)
+    return out, lse, kept
+
+
+def attention_backward_of_kept(
+    grad_out: ArrayLike,
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    out: ArrayLike,
+    lse: ArrayLike,
+    kept: Kept,
+    *,
+    grad_lse: ArrayLike | None = None,
+    needs: Sequence[str] = Gradients._fields,
+    **options: Any,
+) -> Gradients:
+    """`attention_backward` of what `attention_and_kept` returned for the same arguments."""
+    all_options = {**(attention.__kwdefaults__ or {}), **options}
+    del all_options["out"], all_options["return_lse"]
+    made = (out, lse)
+    return _gradients(grad_out, q, k, v, made, kept, grad_lse=grad_lse, needs=needs, **all_options)
+
+
+def _core_kept(call: dict[str, Any], kept: Kept) -> dict[str, Array]:
+    """The arrays of `kept` as arguments of the core."""
+    arrays = {"weighing": _with_heads(call["lse"].ndim + 1, kept.weighing)}
+    if kept.exact is not None:
+        arrays["exact"] = _with_heads(call["out"].ndim, kept.exact)
+    return arrays
+
+
+def _gradients(
+    grad_out: ArrayLike,
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    made: tuple[ArrayLike, ArrayLike],
+    kept: Kept | None,
+    *,
+    grad_lse: ArrayLike | None,
+    needs: Sequence[str],
+    bias: ArrayLike | None,
+    sinks: ArrayLike | None,
+    **options: Any,
+) -> Gradients:
+    """The gradients of `attention_backward`, from all options of `attention`."""
     wanted = wanted_gradients(needs, bias=bias, sinks=sinks)
     # Converted here, once: the gradients are of these very arrays' shapes and dtypes.
     given = {name: _validate.as_array(name, x) for name, x in (("q", q), ("k", k), ("v", v))}
     given_bias = None if bias is None else _validate.float_array("bias", bias)
     given_sinks = None if sinks is None else _validate.as_array("sinks", sinks)
-    arguments, made, made_lse = _validate.core_arguments(
+    arguments, result, result_lse = _validate.core_arguments(
         given["q"],
         given["k"],
         given["v"],
-        scale,
-        softcap,
-        given_bias,
-        alibi_slopes,
-        mask,
-        causal,
-        window,
-        q_offset,
-        kv_lengths,
-        segment_ids,
-        given_sinks,
-        softmax_axis,
-        residual,
-        False,
-        None,
-        num_threads,
-        dropout_p,
-        dropout_seed,
-        made=(out, lse),
+        **options,
+        bias=given_bias,
+        sinks=given_sinks,
+        return_lse=False,
+        out=None,
+        made=made,
     )
     call = dict(zip(_validate.CORE_ARGUMENTS, arguments, strict=True))
+    if kept is not None:
+        call |= _core_kept(call, kept)
     grad_bias = None
     if given_bias is not None and "bias" in wanted:
-        grad_bias = _zeros(given_bias.shape, call["lse"].dtype)
+        grad_bias = _zeros(given_bias.shape, np.promote_types(call["lse"].dtype, given_bias.dtype))
         if call["bias"] is not None:
             call["grad_bias"] = _as_broadcast(grad_bias, call["bias"].shape)
     sinks_dtype = None if given_sinks is None else given_sinks.dtype
     grads = compute_gradients(
-        call, wanted, given, (made, made_lse), grad_out, grad_lse, sinks_dtype
+        call, wanted, given, (result, result_lse), grad_out, grad_lse, sinks_dtype
     )
     if grad_bias is not None and given_bias is not None:
         grads = grads._replace(bias=round_once(grad_bias, given_bias.dtype))
@@ -209,10 +309,10 @@ def compute_gradients(
             )
     out, lse = made
     grad = _validate.exact_array("grad_out", grad_out, out.shape, out.dtype)
-    call["grad_out"] = _like(call["out"], _validate.core_view(grad))
+    call["grad_out"] = _with_heads(call["out"].ndim, _validate.core_view(grad))
     if grad_lse is not None and lse is not None:
         checked = _validate.exact_array("grad_lse", grad_lse, lse.shape, lse.dtype)
-        call["grad_lse"] = _like(call["lse"], checked)
+        call["grad_lse"] = _with_heads(call["lse"].ndim, checked)
     if "sinks" not in wanted:
         sinks_dtype = None
     has_more = sinks_dtype is not None or "grad_bias" in call
@@ -221,7 +321,7 @@ def compute_gradients(
     ):
         return _no_gradients(wanted, given, call["sinks"], sinks_dtype)
     if sinks_dtype is not None:
-        call["sink_terms"] = _validate.allocate(call["lse"].shape, call["lse"].dtype)
+        call["sink_terms"] = _validate.allocate(call["lse"].shape, np.dtype(np.float64))
 
     finish: dict[str, Callable[[], Array]] = {}
     places = {name: _Place(given[name], call[name], call["lse"].dtype) for name in given}
@@ -284,9 +384,9 @@ class _Place:
         return whole, summed
 
 
-def _like(core: Array, array: Array) -> Array:
+def _with_heads(ndim: int, array: Array) -> Array:
     """`array` with the head axis that the core's array has and the caller's may not have."""
-    return array[(np.newaxis,) * (core.ndim - array.ndim)]
+    return array[(np.newaxis,) * (ndim - array.ndim)]
 
 
 def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:

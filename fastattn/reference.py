@@ -95,6 +95,44 @@ def attention(
 
 
 @np.errstate(all="ignore")
+def attention_weights(
+    q: ArrayLike,
+    k: ArrayLike,
+    *,
+    rows: ArrayLike | slice | None = None,
+    heads: ArrayLike | slice | None = None,
+    pool: tuple[int, int] | None = None,
+    reduce: str | None = None,
+    **options: Any,
+) -> Float64Array:
+    """The weights that `attention` multiplies the values by; see `fastattn.attention_weights`.
+
+    Examples
+    --------
+    >>> from fastattn import reference
+    >>> q, k = [[0.0], [0.0]], [[1.0], [2.0], [3.0], [4.0]]
+    >>> print(reference.attention_weights(q, k, causal=True))
+    [[0.33333333 0.33333333 0.33333333 0.        ]
+     [0.25       0.25       0.25       0.25      ]]
+    >>> print(reference.attention_weights(q, k, causal=True, reduce="keys"))
+    [0.58333333 0.58333333 0.58333333 0.25      ]
+    """
+    weights = _compute_weights(q, k, k, **options).weights
+    if heads is not None:
+        weights = weights[..., heads if isinstance(heads, slice) else np.asarray(heads), :, :]
+    if rows is not None:
+        weights = weights[..., rows if isinstance(rows, slice) else np.asarray(rows), :]
+    if pool is not None:
+        for axis, blocks in zip((-2, -1), pool, strict=True):
+            edges = np.arange(blocks + 1) * weights.shape[axis] // blocks
+            lengths = np.expand_dims(np.diff(edges), 1 if axis == -2 else 0)
+            weights = np.add.reduceat(weights, edges[:-1], axis=axis) / lengths
+    if reduce == "keys":
+        weights = np.sum(weights, axis=-2)
+    return weights[0] if np.ndim(q) == np.ndim(k) == 2 else weights
+
+
+@np.errstate(all="ignore")
 def attention_backward(
     grad_out: ArrayLike,
     q: ArrayLike,
@@ -202,7 +240,7 @@ def _compute_weights(
     # 2. Soft cap.
     slope = np.ones_like(scores)
     if softcap is not None:
-        slope = 1.0 - np.tanh(scores / softcap) ** 2
+        slope = np.cosh(scores / softcap) ** -2.0  # 1 - tanh^2, which cancels where tanh is near 1
         scores = softcap * np.tanh(scores / softcap)
     # 3. Terms added to the scores.  Query i stands at `position` on the key axis.
     lengths = _per_batch_entry(seqlen_k if kv_lengths is None else kv_lengths, batch_shape)

@@ -3,7 +3,7 @@
 `attention` is `fastattn.attention` on tensors, `scaled_dot_product_attention` is PyTorch's own
 function computed by fastattn.  Both work with autograd, ``torch.compile``, ``torch.export``,
 autocast, ``torch.vmap`` and ``torch.func.grad``.  `enable` routes PyTorch's own attention, and what
-is built on it, to fastattn.
+is built on it, to fastattn.  `attention_weights` makes weights visible, without gradients.
 
 >>> import torch
 >>> import fastattn.torch
@@ -22,14 +22,25 @@ import torch
 from torch import Tensor
 
 from fastattn import _validate
-from fastattn._torch_ops import attend, autocast, out_of_place
-from fastattn._torch_routing import Enabled, Route, disable, enable, explain, is_enabled
+from fastattn._enabled import Enabled
+from fastattn._torch_ops import (
+    DEFAULTS,
+    as_array,
+    attend,
+    autocast,
+    numpy_options,
+    out_of_place,
+    transforms_active,
+)
+from fastattn._torch_routing import Route, disable, enable, explain, is_enabled
 from fastattn._torch_sdpa import DTYPES, drawn_seed, scaled_dot_product_attention
+from fastattn.weights import attention_weights as weights_of_arrays
 
 __all__ = [
     "Enabled",
     "Route",
     "attention",
+    "attention_weights",
     "disable",
     "enable",
     "explain",
@@ -198,15 +209,7 @@ sinks, softmax_axis, dropout_p, residual, num_threads : optional
     """
     if torch.is_autocast_enabled("cpu"):
         q, k, v, residual = map(autocast, (q, k, v, residual))
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"`{name}` must be a torch.Tensor, got a {type(x).__name__}")
-        if wrong := out_of_place(x, q, "q"):
-            raise TypeError(f"`{name}` {wrong}")
-        if x.dtype != q.dtype:
-            raise TypeError(f"`{name}` must have dtype {q.dtype} like `q`, got {x.dtype}")
-    if q.dtype not in DTYPES:
-        raise TypeError(f"`q` must be {_FLOATS[1]}, got {q.dtype}")
+    _check_operands(q, k=k, v=v)
     if not torch.compiler.is_compiling():  # where numbers may be symbols
         scale = None if scale is None else _validate.real("scale", scale)
         softcap = None if softcap is None else _validate._positive("softcap", softcap)
@@ -254,6 +257,130 @@ sinks, softmax_axis, dropout_p, residual, num_threads : optional
         **options,
     )
     return (out, lse) if return_lse else out
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def attention_weights(
+    q: Tensor,
+    k: Tensor,
+    *,
+    rows: Tensor | Sequence[int] | slice | None = None,
+    heads: Tensor | Sequence[int] | slice | None = None,
+    pool: Sequence[int] | None = None,
+    reduce: Literal["keys"] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | Sequence[float] | None = None,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    window: Sequence[int | None] | None = None,
+    q_offset: int | Tensor | Sequence[int] | None = None,
+    kv_lengths: int | Tensor | Sequence[int] | None = None,
+    segment_ids: Sequence[Tensor | Sequence[int]] | None = None,
+    sinks: Tensor | None = None,
+    softmax_axis: Literal["keys", "queries"] = "keys",
+    num_threads: int | None = None,
+) -> Tensor:
+    """`fastattn.attention_weights` of CPU tensors: numbers to look at, without gradients.
+
+    Parameters
+    ----------
+    q : Tensor, (..., num_heads, seqlen_q, head_dim)
+        Queries: float32, float64, float16 or bfloat16, on the CPU, with any strides.
+    k : Tensor, (..., num_kv_heads, seqlen_k, head_dim)
+        Keys, of q's dtype.
+    rows, heads, pool, reduce : optional
+        As in `fastattn.attention_weights`; `rows` and `heads` may be integer tensors.
+    scale, softcap, bias, alibi_slopes, mask, causal, window, q_offset, kv_lengths, segment_ids, \
+sinks, softmax_axis, num_threads : optional
+        As in `attention`.
+
+    Returns
+    -------
+    weights : Tensor, (..., num_heads, seqlen_q, seqlen_k)
+        With the chosen heads and queries in the place of all, or (..., num_heads, r, c) with
+        `pool`, or (..., num_heads, seqlen_k) with `reduce`; float64 for float64 input, else
+        float32.
+
+    Raises
+    ------
+    TypeError
+        An argument has the wrong dtype or kind, or is on another device; the message names it.
+    ValueError
+        An argument has the wrong shape or value, or requires a gradient, of which there is none;
+        the message names it.
+    NotImplementedError
+        It is called inside a transform of ``torch.func``, ``torch.vmap`` among them.
+
+    Notes
+    -----
+    There is no gradient by anything.  So that no loss goes without one in silence, a tensor that
+    requires a gradient is refused as PyTorch's ``Tensor.numpy`` refuses it, but under
+    ``torch.no_grad()``: call there, or pass ``q.detach()``.
+
+    ``torch.compile`` leaves the call out of its graph.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import fastattn.torch
+    >>> q, k = torch.randn(2, 8, 100, 64)
+    >>> fastattn.torch.attention_weights(q, k, causal=True, rows=[-1]).sum(-1).shape
+    torch.Size([8, 1])
+    """
+    if torch.is_autocast_enabled("cpu"):
+        q, k = map(autocast, (q, k))
+    _check_operands(q, k=k)
+    if q.device.type != "cpu":
+        raise TypeError(f"`q` must be on the CPU, got {q.device}")
+    if transforms_active():
+        raise NotImplementedError("attention_weights has no rule for transforms of torch.func")
+    q_ids, k_ids = (None, None) if segment_ids is None else _pair(segment_ids)
+    tensors = {
+        "bias": _tensor("bias", bias, q),
+        "sinks": _tensor("sinks", sinks, q),
+        "alibi_slopes": _tensor("alibi_slopes", alibi_slopes, q),
+        "mask": _tensor("mask", mask, q),
+        "kv_lengths": _tensor("kv_lengths", kv_lengths, q),
+        "q_segment_ids": _tensor("segment_ids[0]", q_ids, q),
+        "k_segment_ids": _tensor("segment_ids[1]", k_ids, q),
+    }
+    for name, x in {"q": q, "k": k, **tensors}.items():
+        if torch.is_grad_enabled() and x is not None and x.requires_grad:
+            raise ValueError(
+                f"`{name}` must not require a gradient, of which there is none: detach it, or call "
+                "under torch.no_grad()"
+            )
+    options = numpy_options((DEFAULTS | tensors).values())
+    del options["dropout_p"]
+    options |= {"scale": scale, "softcap": softcap, "causal": causal, "window": window}
+    options |= {"softmax_axis": softmax_axis, "num_threads": num_threads}
+    options["q_offset"] = as_array(q_offset) if isinstance(q_offset, Tensor) else q_offset
+    chosen = [as_array(x) if isinstance(x, Tensor) else x for x in (rows, heads)]
+    weights = weights_of_arrays(
+        as_array(q),
+        as_array(k),
+        rows=chosen[0],
+        heads=chosen[1],
+        pool=pool,
+        reduce=reduce,
+        **options,
+    )
+    return torch.from_numpy(weights)
+
+
+def _check_operands(q: Any, **others: Any) -> None:
+    """That q, k and v are tensors of one dtype that attention knows, in one place."""
+    for name, x in {"q": q, **others}.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"`{name}` must be a torch.Tensor, got a {type(x).__name__}")
+        if wrong := out_of_place(x, q, "q"):
+            raise TypeError(f"`{name}` {wrong}")
+        if x.dtype != q.dtype:
+            raise TypeError(f"`{name}` must have dtype {q.dtype} like `q`, got {x.dtype}")
+    if q.dtype not in DTYPES:
+        raise TypeError(f"`q` must be {_FLOATS[1]}, got {q.dtype}")
 
 
 def _tensor(name: str, x: Any, q: Tensor) -> Tensor | None:

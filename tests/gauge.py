@@ -202,6 +202,15 @@ def naive_attention(
     return Naive(*(x[0] for x in result)) if all_2d else result
 
 
+def weights_gauge(weights: Array, expected: Array, q: Array, k: Array, **options: Any) -> float:
+    """The largest error of weights of all queries in units of u K P: |P - P64| / (u K P64)."""
+    with np.errstate(all="ignore"):
+        gain = _naive_weights(q, k, k, **options).gain
+    gain = gain[0] if weights.ndim == 2 else gain
+    error = np.abs(weights - expected) - WEIGHT_FLOOR
+    return _largest(error, UNIT_ROUNDOFF[weights.dtype] * gain * expected)
+
+
 class NaiveGradients(NamedTuple):
     """Result of `naive_gradients`; keys of the dicts are the names of the arguments."""
 

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 import fastattn as fa
+from fastattn.backward import attention_and_kept, attention_backward_of_kept
 
 NAMES = ("q", "k", "v", "bias", "sinks")
 
@@ -21,6 +22,22 @@ def gradients_of(
     """The forward pass, then `attention_backward` of it."""
     out, lse = fa.attention(q, k, v, return_lse=True, **options)
     return fa.attention_backward(grad_out, q, k, v, out, lse, grad_lse=grad_lse, **options)
+
+
+def kept_gradients_of(
+    grad_out: np.ndarray,
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    *,
+    grad_lse: np.ndarray | None = None,
+    **options: Any,
+) -> Any:
+    """The same, by what the forward pass keeps for the backward pass."""
+    out, lse, kept = attention_and_kept(q, k, v, **options)
+    return attention_backward_of_kept(
+        grad_out, q, k, v, out, lse, kept, grad_lse=grad_lse, **options
+    )
 
 
 def random_call(

@@ -85,6 +85,18 @@ def test_repeats_while_threads_race_for_tasks() -> None:
         same(gradients_of(*arrays, causal=True, bias=bias, num_threads=4), once)
 
 
+def test_threads_share_no_element_of_a_bias_of_one_column() -> None:
+    """Five heads read each element: their tasks are cut between tokens, not within one."""
+    rng = np.random.default_rng(2)
+    grad_out, q = rng.standard_normal((2, 5, 400, 16), dtype=np.float32)
+    k, v = rng.standard_normal((2, 1, 200, 16), dtype=np.float32)
+    residual = np.zeros((5, 400, 16), np.float32)
+    options: dict[str, Any] = {"bias": np.zeros((400, 1), np.float32), "residual": residual}
+    once = gradients_of(grad_out, q, k, v, num_threads=1, **options)
+    for _ in range(20):
+        same(gradients_of(grad_out, q, k, v, num_threads=4, **options), once)
+
+
 @each_shape
 @each_dtype
 @each_axis

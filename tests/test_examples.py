@@ -1,6 +1,7 @@
 """The examples, in short forms."""
 
 import importlib
+import importlib.util
 import re
 from pathlib import Path
 
@@ -218,16 +219,45 @@ def test_classifier_notices_another_attention(load_torch, monkeypatch, capsys):
     assert re.search(r"^WRONG +the losses differ", capsys.readouterr().out, re.M)
 
 
-def test_classifier_reads_each_text_once(load_torch):
-    classifier = load_torch("text_classifier")
-    texts = classifier.read_texts(classifier.QUICK, np.random.default_rng(0))
+def test_corpus_has_each_text_once(load):
+    corpus = load("corpus")
+    sizes = {"texts": 100, "vocabulary": 2000, "max_length": 64}
+    texts = corpus.read_texts(np.random.default_rng(0), **sizes)
     every = [" ".join(text.words) for text in texts.training + texts.held_out]
     # Texts are cut after `max_length` tokens; whole ones are all different.
-    whole = [t for t in every if len(t.split()) < classifier.QUICK.max_length]
+    whole = [t for t in every if len(t.split()) < sizes["max_length"]]
     assert len(set(whole)) == len(whole)
     assert {text.family for text in texts.held_out} == set(range(len(texts.families)))
-    words, families = classifier.batch_of(texts.training[:4], texts.numbers)
-    assert words.shape == (4, max(len(text.words) for text in texts.training[:4]))
-    assert families.tolist() == [text.family for text in texts.training[:4]]
-    for row, text in zip(words, texts.training[:4], strict=True):
-        assert (row != classifier.PADDING).sum() == len(text.words)
+    assert len(texts.numbers) == sizes["vocabulary"]
+
+
+def test_classifier_pads_batches(load_torch):
+    classifier = load_torch("text_classifier")
+    texts = [classifier.Text(["of", "a", "strange"], 5), classifier.Text(["a"], 0)]
+    words, families = classifier.batch_of(texts, {"a": 2, "of": 3})
+    assert words.tolist() == [[3, 2, classifier.UNKNOWN], [2, classifier.PADDING, 0]]
+    assert families.tolist() == [5, 0]
+
+
+def test_attention_map_finds_what_is_repeated(load, capsys, tmp_path):
+    attention_map = load("attention_map")
+    words = attention_map.read_words(300) * 2
+    x = attention_map.vectors_of_places(words)
+    weights = fa.attention_weights(x, x, scale=60.0, causal=True, q_offset=-100)
+    places = np.arange(20, 280)
+    # No earlier place is written more alike; a few are written in the very same words.
+    assert np.all(weights[300 + places, places] > 0.99 * weights[300 + places].max(-1))
+
+    picture = tmp_path / "map.png"
+    draws = importlib.util.find_spec("matplotlib") is not None
+    options = ["--words", "1000", *(["--plot", str(picture)] if draws else [])]
+    assert attention_map.main(options) == 0
+    report = capsys.readouterr().out
+    assert report.startswith("1,000,000 weights of 1,000 words in 256 x 256 blocks: ")
+    assert report.endswith("ok    the weights sum to 900.000, of 900 places\n")
+    assert picture.exists() == draws
+
+
+def test_attention_map_names_what_is_wrong(load):
+    with pytest.raises(SystemExit, match="--words must be 25 to"):
+        load("attention_map").main(["--words", "10"])

@@ -201,3 +201,34 @@ def test_last_element_alone(memory: GuardedMemory, dtype: Any, axis: str) -> Non
     expected = fa.reference.attention(q, k, v, softmax_axis=axis, return_lse=True)
     np.testing.assert_allclose(out, expected[0], rtol=1e-5)
     np.testing.assert_allclose(lse, expected[1], rtol=1e-5)
+
+
+@each_layout
+@each_dtype
+@each_axis
+def test_weights(memory: GuardedMemory, layout: str, dtype: Any, axis: str) -> None:
+    """Of all queries, chosen ones, pooled and summed."""
+    rng = np.random.default_rng(1)
+    place = LAYOUTS[layout]
+    for seqlen_q, seqlen_k in TAILS:
+        q, k, _ = make(dtype, seqlen_q, seqlen_k, 24, 1)
+        bias = rng.standard_normal((2, seqlen_q, seqlen_k)).astype(np.float32)
+        mask = rng.random((seqlen_q, seqlen_k)) < 0.7
+        pool = (min(seqlen_q, 3), min(seqlen_k, 5))
+        choices: list[dict[str, Any]] = [
+            {},
+            {"rows": [-1, 0], "heads": [1]},
+            {"pool": pool},
+            {"reduce": "keys"},
+        ]
+        for choice in choices:
+            options = {"softmax_axis": axis, "causal": True, **choice}
+            plain = fa.attention_weights(q, k, bias=bias, mask=mask, **options)
+            guarded = fa.attention_weights(
+                place(memory, q),
+                place(memory, k),
+                bias=place(memory, bias),
+                mask=place(memory, mask),
+                **options,
+            )
+            assert np.array_equal(guarded, plain)

@@ -110,6 +110,45 @@ def test_peak_memory_of_gradients(name: str, kernel_set: str) -> None:
     assert added < LIMIT_MIB * 2**20, f"{added / 2**20:.1f} MiB beside the sums"
 
 
+# Name -> arguments as source of attention_weights at (1, 4, 8192, 64), whose weights are 1 GiB.
+WEIGHTS = {
+    "pool": "pool=(64, 64)",
+    "causal pool over queries": "pool=(64, 64), causal=True, softmax_axis='queries'",
+    "large pool": "pool=(1024, 1024), window=(1000, 1000)",
+    "one block for each query": "pool=(8192, 3), window=(1000, 1000)",
+    "sums": "reduce='keys', window=(1000, 1000)",
+    "sums of chosen queries": "rows=slice(None, None, 5), reduce='keys'",
+    "a few queries": "rows=[5, -1], heads=[2]",
+    "rows that leave the range": "pool=(64, 64), scale=1e38, window=(100, 100)",
+}
+
+WEIGHTS_SCRIPT = """
+import numpy as np
+import fastattn as fa
+
+def status(field):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+q, k = np.random.default_rng(0).standard_normal((2, 1, 4, 8192, 64), dtype=np.float32)
+fa.attention_weights(q[..., :9, :], k[..., :9, :])
+before = status("VmRSS")
+weights = fa.attention_weights(q, k, num_threads=2, {options})
+print(max(status("VmHWM") - before - weights.nbytes, 0))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_peak_memory_of_weights(name: str, kernel_set: str) -> None:
+    """16 numbers of float64 for each key and head, where sums are shared by tasks."""
+    if kernel_set == "scalar" and "window" not in WEIGHTS[name]:
+        pytest.skip("the same memory as other sets, and minutes of time")
+    script = WEIGHTS_SCRIPT.replace("{options}", WEIGHTS[name])
+    added = int(output_of("-c", script, FASTATTN_ISA=kernel_set))
+    assert added < LIMIT_MIB * 2**20, f"{added / 2**20:.1f} MiB"
+
+
 # A little more than 2^32 scores, and rows past 2^16.
 HUGE = 65_600
 

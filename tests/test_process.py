@@ -293,6 +293,26 @@ print("interrupted")
     assert run(script, kernel_set) == "interrupted"
 
 
+@pytest.mark.parametrize(
+    "options", ["{'pool': (8, 8)}", "{'reduce': 'keys', 'softmax_axis': 'queries'}"]
+)
+def test_ctrl_c_ends_a_long_call_of_weights(options: str, kernel_set: str) -> None:
+    script = """
+options = eval(sys.argv[1])
+n = 400_000
+x = np.broadcast_to(np.ones(64, np.float32), (1, 8, n, 64))
+few = make(300)[0]
+expected = digest(fa.attention_weights(few, few, **options))
+threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+try:
+    fa.attention_weights(x, x, **options)  # for an hour
+except KeyboardInterrupt:
+    print("interrupted")
+assert digest(fa.attention_weights(few, few, **options)) == expected
+"""
+    assert run(script, kernel_set, options) == "interrupted"
+
+
 def test_gradients_in_a_forked_child(kernel_set: str) -> None:
     """After the parent has computed some, and while another thread of it does: the same bits."""
     script = """
@@ -780,6 +800,47 @@ for qkv, options in calls:
             if not failures:
                 break
         assert nth > 4, "neither a gradient nor a workspace was allocated"
+print("failures", total)
+"""
+    output = run(script, kernel_set, shim, LD_PRELOAD=shim)
+    assert int(output.removeprefix("failures ")) >= 32
+
+
+def test_failed_allocation_of_weights(kernel_set: str, tmp_path: Path) -> None:
+    """Like the forward pass: each allocation in turn."""
+    shim = compile_c(
+        ROOT / "c" / "failing_malloc.c", tmp_path / "failing_malloc.so", "-shared", "-fPIC"
+    )
+    script = """
+import ctypes
+shim = ctypes.CDLL(sys.argv[1])
+shim.fail_arm.argtypes = [ctypes.c_long, ctypes.c_size_t, ctypes.c_int]
+shim.fail_disarm.restype = ctypes.c_long
+q, k, _ = make(1200, num_heads=4)
+large = q.copy()
+large[0, 2, 7] = 1e38
+calls = [
+    (q, {"num_threads": 1, "rows": slice(0, 600)}), (q, {"num_threads": 2, "reduce": "keys"}),
+    (q, {"softmax_axis": "queries", "pool": (8, 9)}), (large, {"pool": (1, 1200)}),
+    (large, {"softmax_axis": "queries", "reduce": "keys"}),
+]
+total = 0
+for q, options in calls:
+    expected = digest(fa.attention_weights(q, k, **options))
+    for forever in (0, 1):
+        for nth in range(1, 1000):
+            shim.fail_arm(nth, 1024, forever)
+            try:
+                result = fa.attention_weights(q, k, **options)
+            except MemoryError:
+                result = None
+            failures = shim.fail_disarm()
+            assert (result is None) == (failures > 0), (options, nth, failures)
+            assert digest(fa.attention_weights(q, k, **options)) == expected
+            total += failures
+            if not failures:
+                break
+        assert nth > 2, "neither the result nor a workspace was allocated"
 print("failures", total)
 """
     output = run(script, kernel_set, shim, LD_PRELOAD=shim)

@@ -452,3 +452,20 @@ def test_two_threads_append():
     race(lambda: cache.lengths.sum(), append(0), append(1))
     assert cache.lengths.tolist() == [sum(appended)] * 2
     assert all((cache.to_arrays(b)[1] == 1.0).all() for b in range(2))
+
+
+def test_rows_and_heads_of_weights():
+    q = np.zeros((4, 40, 8), np.float32)
+    rows, heads = np.arange(40), np.arange(4)
+
+    def call():
+        weights = fa.attention_weights(q, q, rows=rows, heads=heads, num_threads=1)
+        assert np.all(weights == np.float32(1 / 40))
+        fa.attention_weights(q, q, rows=rows, reduce="keys", num_threads=1)
+
+    for error in race(
+        call,
+        flip(rows, np.arange(40)[::-1], np.full(40, FAR)),
+        flip(heads, np.full(4, 3), np.full(4, -FAR)),
+    ):
+        assert error.startswith(("`rows` must ", "`heads` must "))

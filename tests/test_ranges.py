@@ -6,12 +6,22 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from gauge import MAX_GAUGE, UNIT_ROUNDOFF, WEIGHT_FLOOR, naive_attention
+from gauge import (
+    MAX_GAUGE,
+    MAX_GRADIENT_GAUGES,
+    UNIT_ROUNDOFF,
+    WEIGHT_FLOOR,
+    naive_attention,
+    naive_gradients,
+)
 
 import fastattn as fa
 
 # Naive float64 measures up to 5.1 itself (test_accuracy.py).
 MAX_GAUGE_FLOAT64 = 8.0
+
+# Gradients of any numbers may have so much of the gauges of test_backward_accuracy.py.
+GRADIENT_SLACK = 2.0
 
 # FASTATTN_FUZZ_DRAWS=2000 in the environment draws more calls, on every kernel set.
 NUM_DRAWS = int(os.environ.get("FASTATTN_FUZZ_DRAWS", "120"))
@@ -136,6 +146,65 @@ def test_options_that_float32_cannot_hold(options: dict[str, Any], axis: str) ->
     np.testing.assert_allclose(out, expected[0], rtol=1e-5, atol=1e-6)
     with np.errstate(over="ignore"):
         np.testing.assert_allclose(lse, expected[1].astype(F32), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("axis", ["keys", "queries"])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_scaled_queries_beyond_the_range_of_float64(axis: str, sign: int) -> None:
+    """A query times the scale is infinite, a product times the scale is not."""
+    q, k, v = (column(*x, dtype=np.float64) for x in ((1e300, 2e300), (1e-300, 3e-301), (1, 2)))
+    options: dict[str, Any] = {"scale": sign * 1e60, "softmax_axis": axis, "return_lse": True}
+    out, lse = fa.attention(q, k, v, **options)
+    expected = fa.reference.attention(q, k, v, **options)
+    np.testing.assert_allclose(out, expected[0], rtol=1e-15)
+    np.testing.assert_allclose(lse, expected[1], rtol=1e-15)
+
+
+def test_products_that_overflow_on_the_way_in_float64() -> None:
+    """With the scale in the query they do: one that would be -inf is no masked key."""
+    q = np.array([[1e300, 1e300, 1e300, 1e300, 2.0**-30]])
+    k = np.array([[-1, -1, 1, 1, 0], [-1, -1, 1, 1, 2], [0, 0, 0, 0, 1]]) * 2.0**20
+    v = column(1, 2, 4, dtype=np.float64)
+    expected = fa.reference.attention(q, k, v, scale=2.0**10)
+    np.testing.assert_allclose(fa.attention(q, k, v, scale=2.0**10), expected, rtol=1e-15)
+
+
+def test_a_scale_that_only_products_can_take() -> None:
+    q, k, v = column(1e20), column(1e-30, 2e-30), column(1, 2)
+    out, lse = fa.attention(q, k, v, scale=1e300, return_lse=True)
+    np.testing.assert_array_equal(out, [[2.0]])
+    assert lse[0] == np.inf  # 2e290 in float32
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tiny", "huge"), [(np.float64, 1e-250, 1e300), (F32, 1e-13, 1e38)]
+)
+def test_small_queries_under_a_large_softcap(dtype: Any, tiny: float, huge: float) -> None:
+    """A query divided by the cap is a subnormal number: the cap would multiply what that loses."""
+    rng = np.random.default_rng(6)
+    q = (rng.standard_normal((30, 1)) * tiny).astype(dtype)
+    k = (rng.standard_normal((40, 1)) * huge / 10).astype(dtype)
+    v = rng.standard_normal((40, 3)).astype(dtype)
+    options = {"scale": 10 / (tiny * huge), "softcap": 1e35 if dtype is np.float64 else 1e27}
+    out = fa.attention(q, k, v, **options)
+    expected = fa.reference.attention(q, k, v, **options)
+    np.testing.assert_allclose(out, expected, rtol=3e-5 if dtype is F32 else 1e-13, atol=1e-6)
+
+
+@pytest.mark.parametrize("axis", ["keys", "queries"])
+def test_slopes_beyond_float32_at_a_distance(axis: str) -> None:
+    """No key is at distance 0, where the score would not be infinite in float32."""
+    q, k, v = column(1, 1), column(1, 1, 1, 1), column(1, 2, 4, 8)
+    options: dict[str, Any] = {"alibi_slopes": [1e39], "softmax_axis": axis}
+    options["mask"] = np.array([[True, True, False, False], [True, True, False, False]])
+    out, lse = fa.attention(q, k, v, return_lse=True, **options)
+    expected = fa.reference.attention(q, k, v, return_lse=True, **options)
+    np.testing.assert_allclose(out, expected[0], rtol=1e-6)
+    with np.errstate(over="ignore"):
+        np.testing.assert_array_equal(lse, expected[1].astype(F32))
+    computed, reference = gradients_of([q, k, v], np.ones((2, 1), F32), options)
+    for name in "qkv":
+        np.testing.assert_allclose(getattr(computed, name), getattr(reference, name), rtol=1e-6)
 
 
 # --- biases -----------------------------------------------------------------------------------
@@ -364,26 +433,136 @@ def test_gradients_beyond_the_range_of_float32(
         assert np.all(error <= 1e-5 * largest + 2e-45), name
 
 
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("axis", ["keys", "queries"])
 @pytest.mark.parametrize("other", [1.0, 1e38])
-def test_gradients_of_a_head_depend_on_no_other(other: float) -> None:
+def test_gradients_of_a_head_depend_on_no_other(other: float, axis: str, with_bias: bool) -> None:
     """Heads whose gradients leave the range are computed again, and no others."""
     rng = np.random.default_rng(4)
     q, k, v, grad_out = rng.standard_normal((4, 2, 70, 16), dtype=F32)
+    options: dict[str, Any] = {"softmax_axis": axis}
+    if with_bias:
+        options["bias"] = rng.standard_normal((1, 70), dtype=F32)
     alone = [x[:1] for x in (q, k, v, grad_out)]
-    out, lse = fa.attention(*alone[:3], return_lse=True)
-    expected = fa.attention_backward(alone[3], *alone[:3], out, lse)
+    out, lse = fa.attention(*alone[:3], return_lse=True, **options)
+    expected = fa.attention_backward(alone[3], *alone[:3], out, lse, **options)
     v[1] *= F32(other)
-    out, lse = fa.attention(q, k, v, return_lse=True)
-    computed = fa.attention_backward(grad_out, q, k, v, out, lse)
+    out, lse = fa.attention(q, k, v, return_lse=True, **options)
+    computed = fa.attention_backward(grad_out, q, k, v, out, lse, **options)
     for name in ("q", "k", "v"):
         assert getattr(computed, name)[:1].tobytes() == getattr(expected, name).tobytes()
 
 
-@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("axis", ["keys", "queries"])
+def test_gradients_of_large_scores_that_leave_the_range(axis: str) -> None:
+    """lse is of the forward pass' scores in float32, which float64 finds elsewhere."""
+    rng = np.random.default_rng(7)
+    q, k, v, grad_out = rng.standard_normal((4, 2, 40, 64), dtype=F32)
+    k, v = k * F32(1e20), v * F32(8e37)
+    computed, expected = gradients_of([q, k, v], grad_out, {"softmax_axis": axis})
+    np.testing.assert_allclose(computed.v, expected.v, rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(computed.q, expected.q)  # each softmax has one weight: 0
+    np.testing.assert_array_equal(computed.k, expected.k)
+
+
+@each_dtype
+def test_merged_gradients_that_leave_the_range(dtype: Any) -> None:
+    """lse of more keys than a call's: their number is kept when the call is computed again."""
+    rng = np.random.default_rng(8)
+    q, k, v, grad_out = rng.standard_normal((4, 2, 60, 16)).astype(dtype)
+    v *= dtype(np.finfo(dtype).max / 1e3)
+    grad_out[:, ::2] *= dtype(1e3)
+    out, lse = fa.attention(q, k, v, return_lse=True)
+    whole = fa.reference.attention_backward(
+        grad_out.astype(np.longdouble) if dtype is np.float64 else grad_out, q, k, v
+    )
+    parts = [
+        fa.attention_backward(grad_out, q, k[:, part], v[:, part], out, lse)
+        for part in (slice(0, 25), slice(25, 60))
+    ]
+    found = np.concatenate([part.v for part in parts], axis=1)
+    rtol = 1e-5 if dtype is F32 else 1e-13
+    np.testing.assert_allclose(found, whole.v, rtol=rtol, atol=1e3 * rtol)
+
+
+def test_gradients_of_a_scale_beyond_float32_behind_a_softcap() -> None:
+    """Their quotient is an ordinary number; all scores are at the cap, whose slope is 0."""
+    rng = np.random.default_rng(9)
+    q, k, v, grad_out = np.abs(rng.standard_normal((4, 20, 8), dtype=F32))
+    computed, expected = gradients_of([q, k, v], grad_out, {"scale": 1e43, "softcap": 1e23})
+    assert not np.any(computed.q) and not np.any(computed.k)
+    np.testing.assert_allclose(computed.v, expected.v, rtol=1e-5)
+
+
+def test_gradients_of_sinks_beyond_float32() -> None:
+    """The sinks' own dtype decides what is infinite."""
+    q, k, v = column(0.5), column(1, 2), column(3e37, 1e37)
+    grad_out = column(1e28)
+    for dtype in (np.float64, F32):
+        sinks = np.array([0.25], dtype)
+        computed, expected = gradients_of([q, k, v], grad_out, {"sinks": sinks})
+        assert computed.sinks is not None and computed.sinks.dtype == dtype
+        with np.errstate(over="ignore"):
+            value = expected.sinks.astype(dtype)
+        np.testing.assert_allclose(computed.sinks, value, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (30, 1), (1, 1)])
+def test_gradients_of_biases_pass_the_range_on_their_way(shape: tuple[int, int]) -> None:
+    """Rows pull a bias up and down again; a float64 bias holds more than float32."""
+    rng = np.random.default_rng(10)
+    q, k = rng.standard_normal((2, 30, 4), dtype=F32)
+    v = rng.standard_normal((4, 2), dtype=F32)
+    grad_out = np.where(np.arange(30) < 15, 3e38, -3e38).astype(F32)[:, None] * np.ones(2, F32)
+    q[15:], grad_out[14:16] = q[14::-1], grad_out[14:16] / F32(2)
+    for dtype in (F32, np.float64):
+        bias = np.zeros(shape, dtype)
+        options: dict[str, Any] = {"bias": bias}
+        computed, expected = gradients_of([q, k[:4], v], grad_out, options)
+        assert computed.bias is not None and computed.bias.dtype == dtype
+        np.testing.assert_allclose(computed.bias, expected.bias, rtol=1e-5, atol=1e30)
+    big = np.full((30, 2), 3e38, F32)
+    computed, expected = gradients_of([q, k[:4], v * F32(10)], big, {"bias": np.zeros((1, 4))})
+    np.testing.assert_allclose(computed.bias, expected.bias, rtol=1e-5)
+    assert np.max(np.abs(expected.bias)) > MAX32
+
+
+@pytest.mark.parametrize("axis", ["keys", "queries"])
+def test_sums_of_float64_gradients_pass_the_range_on_their_way(axis: str) -> None:
+    """Each of the sums for q, k, v and bias has large terms that cancel."""
+    rng = np.random.default_rng(11)
+    q, k, v = rng.uniform(0.5, 1, (3, 1, 6, 4))
+    v[..., 2:] = -v[..., :2]  # with rows of equal gradients, sums over v cancel
+    grad_out = np.full((1, 6, 4), 1.7e308) * np.array([1, 1, 1, -1, -1, -1])[:, None]
+    grad_out[0, 1] = 1e-300  # a row whose small gradients keep their bits
+    q[0, 3:] = q[0, 2::-1]
+    options: dict[str, Any] = {"softmax_axis": axis, "bias": rng.uniform(0, 1, (1, 6))}
+    computed, _ = gradients_of([q, k, v], grad_out, options)
+    exact = naive_gradients(grad_out, q, k, v, dtype=np.longdouble, **options)
+    for name, value in exact.values.items():
+        found = getattr(computed, name)
+        assert np.all(np.isfinite(found)), name
+        unit = UNIT_ROUNDOFF[np.dtype(np.float64)] * exact.units[name]
+        assert np.all(np.abs(found - value) <= GRADIENT_SLACK * MAX_GRADIENT_GAUGES[name] * unit), (
+            name
+        )
+
+
+def test_small_float64_gradients_beside_large_ones() -> None:
+    """What did not leave the range is not computed again with smaller numbers."""
+    q, k, v = (np.array(x)[:, None] for x in ([1.0, 2.0], [0.0, 1.0], [1e300, 3e300]))
+    grad_out = column(1e308, 1e-320, dtype=np.float64)
+    computed, expected = gradients_of([q, k, v], grad_out, {})
+    assert not np.isfinite(expected.q[0, 0]) and not np.isfinite(computed.q[0, 0])
+    np.testing.assert_allclose(computed.q[1], expected.q[1], rtol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("first", range(0, NUM_DRAWS, DRAWS_PER_TEST))
 def test_gradients_of_random_calls(first: int, dtype: Any) -> None:
-    """No NaN and no infinity where the reference is finite, by q, k, v and sinks."""
-    for seed in range(first, first + DRAWS_PER_TEST):
+    """No NaN and no infinity where the reference is finite, and all within their gauges."""
+    step = 4 if dtype is np.float64 else 1  # products of long doubles take that much longer
+    for seed in range(first, first + DRAWS_PER_TEST, step):
         rng = np.random.default_rng(seed)
         arrays, options = draw_call(rng, dtype)
         shape = (*arrays[0].shape[:-1], arrays[2].shape[-1])
@@ -391,11 +570,50 @@ def test_gradients_of_random_calls(first: int, dtype: Any) -> None:
         grad_out = rng.standard_normal(shape).astype(dtype)
         if kind < 0.5:
             grad_out = draw_numbers(rng, shape, dtype)
-        computed, expected = gradients_of(arrays, grad_out, options)
-        for name in ("q", "k", "v", "sinks"):
-            gradient, value = getattr(computed, name), getattr(expected, name)
-            if gradient is not None:
-                largest = float(ml_dtypes.finfo(gradient.dtype).max)
-                fits = np.abs(value) < largest * (1 - float(ml_dtypes.finfo(dtype).eps))
-                finite = np.isfinite(gradient.astype(np.float64))
-                assert np.all(finite[fits]), f"seed {seed}, {np.dtype(dtype)}: {name}"
+        check_gradients(f"seed {seed}, {np.dtype(dtype)}", arrays, grad_out, options)
+
+
+def check_gradients(
+    name: str, arrays: list[np.ndarray], grad_out: np.ndarray, options: dict[str, Any]
+) -> None:
+    dtype = arrays[0].dtype
+    wide: Any = np.longdouble if dtype == np.float64 else np.float64
+    computing = np.dtype(np.float64 if dtype == np.float64 else F32)
+    u = UNIT_ROUNDOFF[computing]
+    out_roundoff = float(ml_dtypes.finfo(dtype).eps) / 2 / u if dtype.itemsize == 2 else 0.0
+    computed, specified = gradients_of(arrays, grad_out, options)
+    exact = naive_gradients(grad_out, *arrays, dtype=wide, out_roundoff=out_roundoff, **options)
+    gain = naive_attention(*arrays, **options).lse_unit
+    if not np.all(gain < float(np.finfo(np.float64).max) / 4):
+        return  # scores that float64 cannot hold: it has no wider type
+    # Where roundings of the scores may give the weight to another key, a gauge of first order says
+    # nothing.
+    exactly = bool(np.all(gain * u < 2.0**-4))
+    for of, value in exact.values.items():
+        gradient, reference = getattr(computed, of), getattr(specified, of)
+        info = ml_dtypes.finfo(gradient.dtype)
+        with np.errstate(all="ignore"):
+            found = gradient.astype(wide)
+            allowed = GRADIENT_SLACK * MAX_GRADIENT_GAUGES[of] * u * exact.units[of]
+            allowed = allowed + WEIGHT_FLOOR * exact.floors[of]
+            # Where terms cancel, roundings alone may pass the range of a narrow type.
+            fits = np.abs(value) + allowed < float(info.max) * (1 - float(info.eps))
+            fits &= np.isfinite(reference)
+            assert np.all(np.isfinite(found[fits])), f"{name}: {of} is not finite"
+            allowed = allowed + underflow(arrays, grad_out, options, computing)
+            allowed = allowed + float(info.smallest_subnormal)
+            if gradient.dtype.itemsize == 2:
+                allowed = allowed + np.abs(value) * float(info.eps)
+            error = np.abs(found - value)
+        if exactly:
+            assert np.all(error[fits] <= allowed[fits]), f"{name}: {of}, {sorted(options)}"
+
+
+def underflow(
+    arrays: list[np.ndarray], grad_out: np.ndarray, options: dict[str, Any], dtype: Any
+) -> float:
+    """What sums may lose because their terms are subnormal numbers."""
+    terms = sum(x.shape[-3] * x.shape[-2] for x in arrays)
+    largest = max(float(np.max(np.abs(x.astype(np.float64)))) for x in (*arrays, grad_out))
+    factor = max(1.0, abs(options.get("scale", 1.0)))
+    return terms * max(1.0, largest) * factor * float(np.finfo(dtype).smallest_subnormal)

@@ -497,3 +497,45 @@ def test_merge_attention_of_parts_of_the_keys(rng):
     expected = reference.attention(q, k, v, return_lse=True)
     assert_allclose(out, expected[0], rtol=1e-13)
     assert_allclose(lse, expected[1], rtol=1e-13)
+
+
+# --- attention_weights -------------------------------------------------------------------------
+
+
+def weights_of_scores(scores, **arguments):
+    """Weights whose scores are given: head_dim 0 leaves them to the bias."""
+    scores = np.asarray(scores, dtype=np.float64)
+    seqlen_q, seqlen_k = scores.shape
+    return reference.attention_weights(
+        np.empty((seqlen_q, 0)), np.empty((seqlen_k, 0)), bias=scores, **arguments
+    )
+
+
+def test_weights_are_exact_fractions():
+    numbers = np.array([[1, 2, 5], [3, 3, 1], [7, 1, 1]])
+    by_rows, by_columns = numbers / [[8], [7], [9]], numbers / [11, 6, 7]
+    assert_allclose(weights_of_scores(np.log(numbers)), by_rows, rtol=1e-15)
+    assert_allclose(
+        weights_of_scores(np.log(numbers), softmax_axis="queries"), by_columns, rtol=1e-15
+    )
+    assert_allclose(weights_of_scores(np.log(numbers), rows=[-1, 0]), by_rows[[2, 0]], rtol=1e-15)
+    sums = weights_of_scores(np.log(numbers), reduce="keys")
+    assert_allclose(sums, [1 / 8 + 3 / 7 + 7 / 9, 2 / 8 + 3 / 7 + 1 / 9, 5 / 8 + 1 / 7 + 1 / 9])
+
+
+def test_pooled_weights_are_means_of_blocks():
+    # 3 queries in 2 blocks: the first has 1, the second 2; 5 keys in 3: 1, 2 and 2.
+    numbers = np.array([[1, 1, 1, 1, 4], [2, 2, 1, 1, 2], [4, 1, 1, 1, 1]])
+    pooled = weights_of_scores(np.log(numbers), pool=(2, 3))
+    assert_allclose(pooled, [[1 / 8, 1 / 8, 5 / 16], [3 / 8, 5 / 32, 5 / 32]], rtol=1e-14)
+    one = weights_of_scores(np.log(numbers), rows=slice(0, 2), pool=(1, 1))
+    assert_allclose(one, [[1 / 5]], rtol=1e-14)
+
+
+def test_weights_of_heads_and_batch_entries():
+    q, k = np.zeros((2, 4, 3, 1)), np.zeros((2, 2, 5, 1))
+    weights = reference.attention_weights(q, k, kv_lengths=[5, 2], heads=[3, 0])
+    assert weights.shape == (2, 2, 3, 5)
+    assert_allclose(weights[0], 1 / 5)
+    assert_allclose(weights[1], np.broadcast_to([1 / 2, 1 / 2, 0, 0, 0], (2, 3, 5)))
+    assert reference.attention_weights(q[0, 0], k[0, 0], pool=(1, 2)).shape == (1, 2)

@@ -63,6 +63,18 @@ def test_softcap_by_hand() -> None:
     assert np.allclose(grads.k.ravel(), [-score, 0.75 * score])
 
 
+@pytest.mark.parametrize("x", [5.0, 25.0, 300.0])
+def test_slope_of_a_saturated_softcap(x: float) -> None:
+    """1 - tanh(x)^2 is 4 / (e^x + e^-x)^2, also where tanh is 1 but for less than a rounding."""
+    grads = reference.attention_backward(
+        [[1.0]], [[1.0]], [[0.0], [x]], [[0.0], [np.exp(x)]], softcap=1.0, bias=[[1.0, 0.0]]
+    )
+    weight = 1 / (1 + np.exp(1 - np.tanh(x)))
+    slope = (2 / (np.exp(x) + np.exp(-x))) ** 2
+    expected = weight * (1 - weight) * np.exp(x) * slope * x
+    np.testing.assert_allclose(grads.q, [[expected]], rtol=1e-13)
+
+
 def test_sums_over_what_is_shared() -> None:
     rng = np.random.default_rng(0)
     grad_out, q = rng.standard_normal((2, 3, 4, 5, 6))

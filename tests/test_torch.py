@@ -12,6 +12,10 @@ import fastattn.torch as ft  # noqa: E402
 from fastattn import _torch_ops  # noqa: E402
 from fastattn._rounding import round_once  # noqa: E402
 from fastattn._validate import BFLOAT16_BITS  # noqa: E402
+from fastattn.backward import (  # noqa: E402
+    attention_and_kept,
+    attention_backward_of_kept,
+)
 
 sdpa = torch.nn.functional.scaled_dot_product_attention
 
@@ -40,15 +44,20 @@ def seeded():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What the CPU kernel was called with, call by call."""
+    """What the CPU kernels were called with, call by call, whether or not gradients follow."""
     seen = []
-    attention = _torch_ops.attention
 
-    def recording(*args, **options):
-        seen.append(options)
-        return attention(*args, **options)
+    def record(name):
+        function = getattr(_torch_ops, name)
 
-    monkeypatch.setattr(_torch_ops, "attention", recording)
+        def recording(*args, **options):
+            seen.append(options)
+            return function(*args, **options)
+
+        monkeypatch.setattr(_torch_ops, name, recording)
+
+    record("attention")
+    record("attention_and_kept")
     return seen
 
 
@@ -570,9 +579,10 @@ def test_attention_is_that_of_numpy(name, dtype):
     if "segment_ids" in options:
         given["segment_ids"] = tuple(map(array, options["segment_ids"]))
     arrays = list(map(array, (q, k, v)))
-    expected, expected_lse = fa.attention(*arrays, return_lse=True, **given)
-    gradients = fa.attention_backward(
-        array(grad_out), *arrays, expected, expected_lse, grad_lse=array(grad_lse), **given
+    expected, expected_lse, kept = attention_and_kept(*arrays, **given)
+    made = expected, expected_lse
+    gradients = attention_backward_of_kept(
+        array(grad_out), *arrays, *made, kept, grad_lse=array(grad_lse), **given
     )
     np.testing.assert_array_equal(array(out), expected)
     np.testing.assert_array_equal(array(lse), expected_lse)
@@ -633,19 +643,98 @@ def test_a_single_key_has_no_gradient_of_scores(call, dtype):
 
 def test_only_the_gradients_that_are_needed_are_computed(monkeypatch):
     asked = []
-    backward = _torch_ops.attention_backward
+    backward = _torch_ops.attention_backward_of_kept
 
     def recording(*args, needs, **options):
         asked.append(needs)
         return backward(*args, needs=needs, **options)
 
-    monkeypatch.setattr(_torch_ops, "attention_backward", recording)
+    monkeypatch.setattr(_torch_ops, "attention_backward_of_kept", recording)
     q, k, v = leaves()
     ft.attention(q.detach(), k, v.detach(), sinks=leaf(4)).sum().backward()
     residual = leaf(2, 4, 7, 6)
     ft.attention(q.detach(), k.detach(), v.detach(), residual=residual).sum().backward()
     assert asked == [("k", "sinks")]
     assert torch.equal(residual.grad, torch.ones_like(residual))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_16_bit_gradients_beside_pytorchs_exact_path(dtype, masked):
+    """Of values and keys far from zero, beside which the rounding of the result is large, and with
+    rows that a mask of the lowest number leaves nothing else."""
+    bias = None
+    if masked:
+        bias = torch.where(torch.rand(40, 300) < 0.5, torch.finfo(torch.float32).min, 0.0)
+        bias[::3] = torch.finfo(torch.float32).min
+    for seed in range(5):
+        torch.manual_seed(seed)
+        shapes, offsets = [(2, 40, 32), (2, 300, 32), (2, 300, 32)], (0, 3, 5)
+        x = [
+            (torch.randn(shape) + offset).to(dtype).requires_grad_()
+            for shape, offset in zip(shapes, offsets, strict=True)
+        ]
+        grad_out = torch.randn(2, 40, 32).to(dtype)
+        ours = torch.autograd.grad(ft.scaled_dot_product_attention(*x, bias), x, grad_out)
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            given = bias if bias is None else bias.clamp(min=torch.finfo(dtype).min).to(dtype)
+            theirs = torch.autograd.grad(sdpa(*x, given), x, grad_out)
+            wide = [double(t) for t in x]
+            exact = torch.autograd.grad(
+                sdpa(*wide, bias if bias is None else bias.double()), wide, grad_out.double()
+            )
+        for true, *pair in zip(exact, ours, theirs, strict=True):
+            own, other = (float((g.double() - true).abs().max()) for g in pair)
+            assert own <= 2 * other
+
+
+def test_only_calls_with_gradients_keep_something_for_them(monkeypatch):
+    asked = []
+    forward = _torch_ops.attention_and_kept
+
+    def recording(*args, **options):
+        asked.append(len(asked))
+        return forward(*args, **options)
+
+    monkeypatch.setattr(_torch_ops, "attention_and_kept", recording)
+    q, k, v = leaves()
+    with torch.no_grad():
+        ft.attention(q, k, v)
+    ft.attention(q.detach(), k.detach(), v.detach())
+    assert not asked
+    ft.attention(q, k, v)
+    assert asked == [0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_way_to_gradients_has_the_same_bits(untouched, fresh_compiler, dtype):
+    """Eager, compiled, routed, by a transform and from a checkpoint, of concentrated rows."""
+    x = [t.detach().mul(6).requires_grad_() for t in leaves(dtype, lengths=(50, 70))]
+
+    def loss(function, *arguments):
+        return function(*arguments, is_causal=True).float().square().sum()
+
+    def gradients(function):
+        return torch.autograd.grad(loss(function, *x), x)
+
+    expected = gradients(ft.scaled_dot_product_attention)
+    compiled = torch.compile(ft.scaled_dot_product_attention, fullgraph=True)
+    ways = [gradients(compiled)]
+    with ft.enable():
+        ways.append(gradients(sdpa))
+    by_transform = torch.func.grad(
+        lambda *x: loss(ft.scaled_dot_product_attention, *x), argnums=(0, 1, 2)
+    )
+    ways.append(by_transform(*(t.detach() for t in x)))
+
+    def checkpointed(*arguments, **options):
+        return torch.utils.checkpoint.checkpoint(
+            ft.scaled_dot_product_attention, *arguments, use_reentrant=False, **options
+        )
+
+    ways.append(gradients(checkpointed))
+    for way in ways:
+        assert all(map(torch.equal, way, expected))
 
 
 def test_bits_of_bfloat16_are_rounded_as_by_ml_dtypes(rng):
@@ -775,10 +864,12 @@ def test_opcheck(name):
     arguments = operator_arguments(name)
     torch.library.opcheck(_torch_ops.FORWARD, arguments)
     detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
-    out, lse = _torch_ops.FORWARD(*detached)
+    torch.library.opcheck(_torch_ops.FORWARD_AND_KEPT, detached)
+    out, lse, weighing, *exact = _torch_ops.FORWARD_AND_KEPT(*detached)
+    kept = (weighing, exact[0] if exact else None)
     options = dict(zip(_torch_ops.OPTIONS, arguments[3:], strict=True))
     given = [True, False, True, options["bias"] is not None, options["sinks"] is not None]
-    backward = (torch.randn_like(out), None, out, lse, *detached, given)
+    backward = (torch.randn_like(out), None, out, lse, *kept, *detached, given)
     torch.library.opcheck(_torch_ops.BACKWARD, backward)
 
 
@@ -798,9 +889,13 @@ def test_opcheck_of_strides(dtype):
         leaves = [x.detach().requires_grad_() for x in (q, k, k)]
         torch.library.opcheck(_torch_ops.FORWARD, (*leaves, *options))
         leaves = [x.detach() for x in leaves]
-        out, lse = _torch_ops.FORWARD(*leaves, *options)
+        torch.library.opcheck(_torch_ops.FORWARD_AND_KEPT, (*leaves, *options))
+        out, lse, weighing, *exact = _torch_ops.FORWARD_AND_KEPT(*leaves, *options)
+        kept = (weighing, exact[0] if exact else None)
         needs = [True, True, True, False, False]
-        torch.library.opcheck(_torch_ops.BACKWARD, (out, None, out, lse, *leaves, *options, needs))
+        torch.library.opcheck(
+            _torch_ops.BACKWARD, (out, None, out, lse, *kept, *leaves, *options, needs)
+        )
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -1260,3 +1355,91 @@ import fastattn.torch
 assert state() == before
 """
     assert output_of("-c", code) == ""
+
+
+# --- attention_weights ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("choice", [{}, {"pool": (3, 4)}, {"reduce": "keys"}], ids=str)
+def test_attention_weights(dtype, choice):
+    q, k = torch.randn(2, 4, 10, 16).to(dtype), torch.randn(1, 2, 12, 16).to(dtype)
+    options = {
+        "bias": torch.randn(10, 12),
+        "sinks": torch.ones(4, dtype=torch.bfloat16),
+        "mask": torch.rand(2, 1, 10, 12) < 0.8,
+        "kv_lengths": torch.tensor([12, 7]),
+        "q_offset": torch.tensor([2, 3]),
+        "segment_ids": (torch.arange(10) // 5, torch.arange(12) // 5),
+        "window": (8, 3),
+    }
+    weights = ft.attention_weights(q, k, **options, **choice)
+    arrays = {
+        name: tuple(x.numpy() for x in value) if name == "segment_ids" else value
+        for name, value in options.items()
+    }
+    arrays |= {name: arrays[name].float().numpy() for name in ("bias", "sinks")}
+    arrays |= {name: arrays[name].numpy() for name in ("mask", "kv_lengths", "q_offset")}
+    expected = fa.reference.attention_weights(
+        q.double().numpy(), k.double().numpy(), **arrays, **choice
+    )
+    assert weights.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    np.testing.assert_allclose(weights.numpy(), expected, rtol=2e-6, atol=1e-6)
+
+
+def test_attention_weights_of_chosen_rows():
+    q = torch.randn(3, 10, 16)
+    every = ft.attention_weights(q, q, causal=True, scale=0.3, softcap=2.0, softmax_axis="queries")
+    some = ft.attention_weights(
+        q,
+        q,
+        causal=True,
+        scale=0.3,
+        softcap=2.0,
+        softmax_axis="queries",
+        rows=torch.tensor([-1, 4]),
+        heads=torch.tensor([2]),
+    )
+    assert torch.equal(some, every[[2]][:, [9, 4]])
+
+
+def test_attention_weights_have_no_gradient():
+    q, bias = torch.randn(3, 10, 16, requires_grad=True), torch.zeros(10, 10, requires_grad=True)
+    with pytest.raises(ValueError, match=r"^`q` must not require a gradient"):
+        ft.attention_weights(q, q.detach())
+    with pytest.raises(ValueError, match=r"^`bias` must not require a gradient"):
+        ft.attention_weights(q.detach(), q.detach(), bias=bias)
+    with torch.no_grad():
+        weights = ft.attention_weights(q, q, bias=bias)
+    assert not weights.requires_grad
+    torch.testing.assert_close(weights, ft.attention_weights(q.detach(), q.detach()))
+
+
+def test_attention_weights_under_autocast():
+    q = torch.randn(3, 10, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        weights = ft.attention_weights(q, q)
+    assert weights.dtype == torch.float32
+    assert torch.equal(weights, ft.attention_weights(q.bfloat16(), q.bfloat16()))
+
+
+def test_attention_weights_refuse_what_they_cannot():
+    q = torch.randn(3, 10, 16)
+    with pytest.raises(TypeError, match=r"^`q` must be a torch.Tensor"):
+        ft.attention_weights(q.numpy(), q)
+    with pytest.raises(TypeError, match=r"^`k` must have dtype"):
+        ft.attention_weights(q, q.double())
+    with pytest.raises(TypeError, match=r"^`q` must be on the CPU"):
+        ft.attention_weights(q.to("meta"), q.to("meta"))
+    with pytest.raises(TypeError, match=r"^`k` must be on cpu"):
+        ft.attention_weights(q, q.to("meta"))
+    with pytest.raises(NotImplementedError, match="attention_weights"):
+        torch.vmap(lambda x: ft.attention_weights(x, x))(q)
+    with pytest.raises(ValueError, match=r"^`rows` must be"):
+        ft.attention_weights(q, q, rows=torch.tensor([10]))
+
+
+def test_attention_weights_beside_a_compiled_function(fresh_compiler):
+    q = torch.randn(2, 10, 16)
+    compiled = torch.compile(lambda x: ft.attention_weights(x * 2, x) + 1, backend="eager")
+    torch.testing.assert_close(compiled(q), ft.attention_weights(q * 2, q) + 1)

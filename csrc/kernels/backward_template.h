@@ -17,16 +17,16 @@ static inline VEC FN(load_terms)(const char *p, int64_t stride, size_t c, size_t
 /* The same chains whatever the strides are: element c belongs to lane c % VL. */
 static double FN(row_delta)(const struct fa_row_terms *terms)
 {
-    const enum fa_dtype dtype = terms->dtype;
+    const enum fa_dtype out_dtype = terms->out_dtype;
     const size_t cols = terms->cols;
     VEC sum = V(zero)();
     REAL lanes[VL];
     for (size_t c = 0; c < cols; c += VL) {
-        const VEC grad = FN(load_terms)(terms->grad, terms->grad_stride, c, cols, dtype);
-        VEC out = FN(load_terms)(terms->out, terms->out_stride, c, cols, dtype);
+        const VEC grad = FN(load_terms)(terms->grad, terms->grad_stride, c, cols, terms->dtype);
+        VEC out = FN(load_terms)(terms->out, terms->out_stride, c, cols, out_dtype);
         if (terms->residual != NULL) {
-            out = V(sub)(out,
-                         FN(load_terms)(terms->residual, terms->residual_stride, c, cols, dtype));
+            out = V(sub)(
+                out, FN(load_terms)(terms->residual, terms->residual_stride, c, cols, out_dtype));
         }
         sum = V(fma)(grad, out, sum);
     }
@@ -74,17 +74,19 @@ static void FN(spoil_row)(REAL *s, REAL *d, size_t n, VEC nan)
     }
 }
 
-/* Cost per vector: 2 loads, 2 sub, exp2, 2 mul, compare, 2 stores.  Where the weight is 0 the
+/* Cost per vector: 2 loads, 2 sub, exp2, 2 mul, max, compare, 2 stores.  Where the weight is 0 the
  * gradient is not multiplied but selected: the key may be masked, and what it holds NaN. */
-static void FN(score_gradients)(void *s, void *d, size_t ld, size_t rows, size_t n,
-                                const void *shift, const void *factor, const void *delta)
+static uint32_t FN(score_gradients)(void *s, void *d, size_t ld, size_t rows, size_t n,
+                                    const void *shift, const void *factor, const void *delta)
 {
-    const VEC limit = V(set)(EXP2_MIN);
+    const VEC limit = V(set)(EXP2_MIN), half = V(set)((REAL)0.5);
+    uint32_t dominated = 0;
     for (size_t r = 0; r < rows; r++) {
         REAL *s_row = (REAL *)s + r * ld, *d_row = (REAL *)d + r * ld;
         const VEC row_shift = V(broadcast)((const REAL *)shift + r);
         const VEC row_factor = V(broadcast)((const REAL *)factor + r);
         const VEC row_delta = V(broadcast)((const REAL *)delta + r);
+        VEC largest = V(zero)();
         if (isnan(((const REAL *)shift)[r])) {
             FN(spoil_row)(s_row, d_row, n, row_shift);
             continue;
@@ -95,8 +97,11 @@ static void FN(score_gradients)(void *s, void *d, size_t ld, size_t rows, size_t
             VEC gradient = V(mul)(p, V(sub)(V(load)(d_row + l), row_delta));
             V(store)(s_row + l, p);
             V(store)(d_row + l, V(keep_ge)(x, limit, gradient));
+            largest = V(max)(p, largest);
         }
+        dominated |= (uint32_t)(V(any_gt)(largest, half) != 0) << r;
     }
+    return dominated;
 }
 
 static void FN(column_gradients)(void *s, void *d, size_t ld, size_t rows, size_t n,

@@ -74,6 +74,19 @@ static void FN(column_weights)(void *s, size_t ld, size_t rows, size_t n, const 
     }
 }
 
+static void FN(sum_rows)(void *sums, const void *w, size_t ld, size_t rows, size_t n,
+                         const void *factor)
+{
+    for (size_t l = 0; l < n; l += VL) {
+        VEC sum = V(zero)();
+        for (size_t r = 0; r < rows; r++) {
+            const VEC row_factor = V(broadcast)((const REAL *)factor + r);
+            sum = V(fma)(V(load)((const REAL *)w + r * ld + l), row_factor, sum);
+        }
+        V(store)((REAL *)sums + l, sum);
+    }
+}
+
 static enum fa_stored FN(store)(const void *acc, const struct fa_row_result *result)
 {
     if (FN(have_sums_left)(acc, result)) {

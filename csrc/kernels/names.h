@@ -39,15 +39,15 @@ typedef double real_f64;
 #define MAX_f64 1.7976931348623157e+308
 #define REAL_MAX FN(MAX)
 
-/* What makes an element that is not ordinary infinite, and a value that is too large (kernels.h).  For float64
- * every element that is finite is ordinary: the reference has no wider type either. */
+/* What makes an element that is not ordinary infinite, and a value that is too large (kernels.h). */
 #define ORDINARY_PROBE_f32 0x1p75f
-#define ORDINARY_PROBE_f64 0.0
+#define ORDINARY_PROBE_f64 0x1p524
 #define ORDINARY_PROBE FN(ORDINARY_PROBE)
 #define VALUE_PROBE_f32 0x1p32f
 #define VALUE_PROBE_f64 0x1p64
 #define VALUE_PROBE FN(VALUE_PROBE)
 _Static_assert(75 + FA_ORDINARY_EXPONENT == 128, "ORDINARY_PROBE_f32");
+_Static_assert(524 + FA_ORDINARY_EXPONENT_F64 == 1024, "ORDINARY_PROBE_f64");
 _Static_assert(32 + FA_VALUE_EXPONENT_F32 == 128, "VALUE_PROBE_f32");
 _Static_assert(64 + FA_VALUE_EXPONENT_F64 == 1024, "VALUE_PROBE_f64");
 

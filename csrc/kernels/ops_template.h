@@ -80,6 +80,7 @@ static const struct fa_ops FN(ops) = {
     .column_update = FN(column_update),
     .column_finish = FN(column_finish),
     .column_weights = FN(column_weights),
+    .sum_rows = FN(sum_rows),
     .store = FN(store),
     .probe_fma = FN(probe_fma),
 };

@@ -231,6 +231,12 @@ static void FN(store_row)(const REAL *acc, REAL factor, const struct fa_row_resu
         if (result->columns != NULL && !FN(is_wanted)(result, c, acc[c])) {
             continue;
         }
+        if (result->mends) {
+            const REAL before = FN(read_as)(out + (int64_t)c * result->out_stride, dtype);
+            if (before - before == 0) {
+                continue;
+            }
+        }
         if (result->exponent != 0) {
             x = (REAL)ldexp((double)x, result->exponent);
             x = result->averages && acc[c] - acc[c] == 0 ? FN(clamp)(x) : x;

@@ -169,6 +169,25 @@ static inline double FN(sum_lanes)(const REAL *row_sum)
     return lanes[0];
 }
 
+/* What the backward pass makes of it: see fa_attention_params. */
+static void FN(store_kept)(const REAL *acc, REAL shift, REAL factor,
+                           const struct fa_row_result *result)
+{
+    if (result->exact != NULL) {
+        struct fa_row_result exact = *result;
+        exact.out = result->exact;
+        exact.out_stride = result->exact_stride;
+        exact.dtype = result->lse_dtype;
+        exact.residual = NULL;
+        FN(store_row)(acc, factor, &exact);
+    }
+    if (result->weighing != NULL) {
+        char *to = result->weighing;
+        FN(write_as)(to, shift, result->lse_dtype);
+        FN(write_as)(to + result->weighing_stride, factor, result->lse_dtype);
+    }
+}
+
 /* Once per row: in double, so that the divisor adds no error of its own. */
 static enum fa_stored FN(softmax_store)(const struct fa_state *state, size_t ldacc,
                                         const struct fa_row_result *result)
@@ -178,7 +197,7 @@ static enum fa_stored FN(softmax_store)(const struct fa_state *state, size_t lda
     double total = FN(sum_lanes)((const REAL *)state->row_sum + row * VL), weight = 1;
     const bool empty = total == 0; /* no key takes part, nor a NaN */
     const REAL *acc = (const REAL *)state->acc + row * ldacc;
-    if (!result->final && !empty && (!(total <= REAL_MAX) || fa_is_doubtful(result->doubt, top))) {
+    if (!result->final && (!(total <= REAL_MAX) || fa_is_doubtful(result->doubt, top, empty))) {
         return FA_ROW_LEFT;
     }
     if (FN(have_sums_left)(acc, result)) {
@@ -194,7 +213,9 @@ static enum fa_stored FN(softmax_store)(const struct fa_state *state, size_t lda
         weight = exp2(max - top);
         total = total * weight + exp2(result->sink - top);
     }
-    FN(store_row)(acc, (REAL)(weight / total), result);
+    const REAL factor = (REAL)(weight / total);
+    FN(store_row)(acc, factor, result);
+    FN(store_kept)(acc, empty ? 0 : ((const REAL *)state->row_max)[row], factor, result);
     if (result->lse != NULL) {
         const double lse = fa_natural(top, log2(total), result->biased, sizeof(REAL));
         FN(write_as)(result->lse, (REAL)lse, result->lse_dtype);

@@ -1,5 +1,5 @@
-/* Every kernel set of a build, without Python: fa_attention and its gradients over all options, compared with the
- * scalar set, and bit for bit with itself where the library promises the same bits.
+/* Every kernel set of a build, without Python: fa_attention, its gradients and its weights over all options, compared with
+ * the scalar set, and bit for bit with itself where the library promises the same bits.
  *
  * Linked with all of csrc/ by tests/emulate.py, for this machine or another one.
  * Usage: kernel_sets WHERE [SET...].  WHERE is printed; SETs that must run, all available ones if none.
@@ -1224,6 +1224,143 @@ static void check_gradients(struct tally *t, const struct shape *s, enum fa_dtyp
     free(result.data);
 }
 
+/* ---- weights -------------------------------------------------------------------------------- */
+
+/* Blocks of the map of weights, each way; one, where there are fewer rows or keys. */
+#define POOL 3
+
+/* Weights of all heads, or what they are made into, as doubles. */
+static double *run_weights(struct problem *p, const struct fa_kernels *kernels,
+                           enum fa_weights_form form, int64_t *count)
+{
+    const struct shape *s = p->shape;
+    const size_t size = kind_size[p->lse_kind];
+    struct fa_weights_params params = {
+        .attention = p->params,
+        .form = form,
+        .num_rows = s->seqlen_q,
+        .num_heads = s->heads,
+        .pool_rows = s->seqlen_q < POOL ? 1 : POOL,
+        .pool_cols = s->seqlen_k < POOL ? 1 : POOL,
+    };
+    params.attention.v = params.attention.k;
+    params.attention.head_dim_v = 0;
+    *count = s->batch * s->heads;
+    if (form == FA_WEIGHTS_MEANS) {
+        *count *= params.pool_rows * params.pool_cols;
+    } else {
+        *count *= (form == FA_WEIGHTS_EACH ? s->seqlen_q : 1) * s->seqlen_k;
+    }
+    params.weights = calloc((size_t)*count + 1, size);
+    double *weights = calloc((size_t)*count + 1, sizeof *weights);
+    if (params.weights == NULL || weights == NULL) {
+        die("calloc");
+    }
+    if (fa_attention_weights(&params, kernels) != FA_OK) {
+        die("fa_attention_weights");
+    }
+    for (int64_t i = 0; i < *count; i++) {
+        weights[i] = read_real((const char *)params.weights + i * (int64_t)size, p->lse_kind);
+    }
+    free(params.weights);
+    return weights;
+}
+
+static void check_same_weights(struct tally *t, struct problem *p, enum fa_weights_form form,
+                               const double *expected, const char *what)
+{
+    int64_t count;
+    double *weights = run_weights(p, t->kernels, form, &count);
+    check(t, p, memcmp(weights, expected, (size_t)count * sizeof *weights) == 0, what);
+    free(weights);
+}
+
+/* The weights of all rows and keys, to compare with: the scalar set's, or of the cases with LARGE exact ones. */
+static double *expected_weights(struct problem *p)
+{
+    const struct shape *s = p->shape;
+    int64_t count;
+    double *weights = run_weights(p, find_set("scalar"), FA_WEIGHTS_EACH, &count);
+    double *lse = calloc((size_t)(s->seqlen_q + s->seqlen_k + 1), sizeof *lse);
+    if (lse == NULL) {
+        die("calloc");
+    }
+    for (int64_t i = 0; (s->options & LARGE) && i < s->batch * s->heads; i++) {
+        exact_weights(p, i / s->heads, i % s->heads, weights + i * s->seqlen_q * s->seqlen_k, lse);
+    }
+    free(lse);
+    return weights;
+}
+
+/* A sum of weights of block (i, j) of a head's map, cut `rows` x `cols`. */
+static double sum_block(const struct shape *s, const double *weights, int64_t i, int64_t rows,
+                        int64_t j, int64_t cols)
+{
+    double sum = 0;
+    for (int64_t r = i * s->seqlen_q / rows; r < (i + 1) * s->seqlen_q / rows; r++) {
+        for (int64_t c = j * s->seqlen_k / cols; c < (j + 1) * s->seqlen_k / cols; c++) {
+            sum += weights[r * s->seqlen_k + c];
+        }
+    }
+    return sum;
+}
+
+/* What is summed, against the sums of single weights: in double, but for a tile's rows. */
+static void check_sums(struct tally *t, struct problem *p, const double *weights,
+                       enum fa_weights_form form)
+{
+    const struct shape *s = p->shape;
+    const int64_t rows = form == FA_WEIGHTS_SUMS || s->seqlen_q < POOL ? 1 : POOL;
+    const int64_t cols = form == FA_WEIGHTS_SUMS ? s->seqlen_k : s->seqlen_k < POOL ? 1 : POOL;
+    const double u = p->lse_kind == KIND_F32 ? FLT_EPSILON : DBL_EPSILON;
+    int64_t count;
+    double *summed = run_weights(p, t->kernels, form, &count), worst = 0;
+    for (int64_t at = 0; at < count; at++) {
+        const int64_t i = at / cols % rows, j = at % cols;
+        const double *head = weights + at / (rows * cols) * s->seqlen_q * s->seqlen_k;
+        const double number =
+            form == FA_WEIGHTS_SUMS
+                ? 1
+                : (double)((i + 1) * s->seqlen_q / rows - i * s->seqlen_q / rows) *
+                      (double)((j + 1) * s->seqlen_k / cols - j * s->seqlen_k / cols);
+        const double sum = sum_block(s, head, i, rows, j, cols);
+        worst = fmax(worst, distance(summed[at] * number, sum, u * fmax(sum, 1e-30), 0));
+    }
+    check(t, p, worst <= 40, "sums of weights");
+    if (fa_has_openmp()) {
+        p->params.num_threads = 2;
+        check_same_weights(t, p, form, summed, "sums of weights: two threads");
+        p->params.num_threads = 1;
+    }
+    free(summed);
+}
+
+static void check_weights(struct tally *t, const struct shape *s, enum fa_dtype dtype)
+{
+    const enum layout layout = (enum layout)(1 + (s - shapes) % (BROADCAST - 1));
+    int64_t count;
+    struct problem p;
+    problem_init(&p, s, dtype, PLAIN, false);
+    double *expected = expected_weights(&p);
+    double *weights = run_weights(&p, t->kernels, FA_WEIGHTS_EACH, &count), worst = 0;
+    const double u = p.lse_kind == KIND_F32 ? FLT_EPSILON / 2 : DBL_EPSILON / 2;
+    const double bound = s->options & LARGE ? large_bound(&p) : score_bound(&p);
+    for (int64_t i = 0; i < count; i++) {
+        worst = fmax(worst, distance(weights[i], expected[i], u * bound, 0));
+    }
+    check(t, &p, worst <= MAX_GAUGE, "weights: distance");
+    if (s->seqlen_q > 0 && s->seqlen_k > 0) {
+        check_sums(t, &p, weights, FA_WEIGHTS_MEANS);
+        check_sums(t, &p, weights, FA_WEIGHTS_SUMS);
+    }
+    problem_free(&p);
+    problem_init(&p, s, dtype, layout, false);
+    check_same_weights(t, &p, FA_WEIGHTS_EACH, weights, layout_name[layout]);
+    problem_free(&p);
+    free(expected);
+    free(weights);
+}
+
 /* Everything about one case on one kernel set; returns its result. */
 static struct result check_case(struct tally *t, const struct shape *s, enum fa_dtype dtype,
                                 const struct result *scalar)
@@ -1283,6 +1420,7 @@ static struct result check_case(struct tally *t, const struct shape *s, enum fa_
     if (has_gradients(s) && dtype != FA_BF16) {
         check_gradients(t, s, dtype);
     }
+    check_weights(t, s, dtype);
     return result;
 }
 

@@ -1,0 +1,767 @@
+/* Weights made visible: those of chosen rows, means of blocks of them, or sums over the queries, without a matrix of
+ * seqlen_q x seqlen_k.
+ *
+ *   for each task (batch, head, rows of the result)                    threads, one atomic counter
+ *     for each stretch of block_q rows of q
+ *       for each key block, each tile of tile_q rows
+ *         scores; row_max and row_sum kept up                          first pass: maximum and sum of each row
+ *       for each key block, each tile
+ *         the same scores; weights in place, relative to row_max       second pass
+ *         times 1 / row_sum: stored, or summed into cells
+ *     store the cells
+ *
+ * Softmax over the queries has its statistics from column_softmax.c, of all queries, and the second pass only.  Products
+ * are two, as in attention, which has one with the values instead.
+ *
+ * The result is rows of cells.  A task has whole rows of it, so that it stores what it has summed; where the queries of
+ * one row are many, tasks share them, and their sums, kept apart, are added in order at the end.  Which queries a task has
+ * depends on sizes alone, and every cell is a sum in order of key blocks and tiles: of at most tile_q weights in the
+ * workspace's type, then in double.  So no bit depends on threads.
+ *
+ * Rows whose scores left the range of float32 are given back, as in forward.c, and computed by the operations of float64
+ * in a second run: rows that are stored by themselves one by one, summed ones with all that their task sums; columns of a
+ * softmax over the queries one by one, or with all that is summed of their head. */
+#include <math.h>
+#include <string.h>
+
+#include "float_mode.h"
+#include "forward.h"
+#include "keys.h"
+#include "scores.h"
+
+/* Queries of a task: q stays in the cache while both passes read it, and a block of keys is packed once for each pass. */
+#define MOST_ROWS 768
+#define ROW_BYTES (512 * 1024)
+/* Parts that the queries of a head are cut into, if that leaves LEAST_ROWS. */
+#define PARTS 16
+#define LEAST_ROWS 96
+
+/* Bytes of cells that a task's own rows of the result may have, if they are more than one row. */
+#define CELL_BYTES (1024 * 1024)
+
+struct weights {
+    const struct fa_weights_params *params;
+    struct fa_geometry geometry;
+    /* The result of a head: so many rows of so many cells; FA_WEIGHTS_EACH has no cells. */
+    int64_t result_rows, result_cols;
+    /* A task has the queries of `together` of these rows, or one of `shares` of those of one row. */
+    int64_t together, shares;
+    int64_t tasks_per_head, num_tasks;
+    int64_t thread_bytes;
+    char *workspaces;
+    double *parts; /* cells [batch * heads][result_rows][shares], if shares are more than one */
+    /* Rows that were given back, [batch * heads][rows], a row of a task for all that the task sums; NULL if none may be. */
+    uint8_t *given_back;
+    atomic_bool any_given_back;
+    struct fa_forward columns; /* softmax over the queries: statistics of all of them */
+    struct fa_geometry column_geometry;
+    struct weights
+        *first; /* NULL, or the run whose rows and columns of that kind this one computes */
+};
+
+/* One thread's buffers. */
+struct buffers {
+    struct fa_workspace tile;
+    double *top, *total; /* [block_q]: of each row, in base 2 */
+    char *factor; /* real [block_q]: of what the second pass leaves of scores */
+    char *column_sums; /* real [block_k]: of some rows of a tile */
+    double *cells; /* [together][result_cols] */
+};
+
+struct task {
+    struct fa_head head;
+    int64_t head_index;
+    int64_t first_result_row, result_rows;
+    int64_t begin, end; /* rows */
+    double *cells; /* of these rows of the result; NULL: each weight is stored */
+};
+
+static bool over_queries(const struct weights *w)
+{
+    return w->params->attention.softmax_axis == FA_SOFTMAX_QUERIES;
+}
+
+static bool sums(const struct weights *w) { return w->params->form != FA_WEIGHTS_EACH; }
+
+/* The block that element i of n is in, of m; where block i begins. */
+static int64_t block_of(int64_t i, int64_t n, int64_t m) { return ((i + 1) * m - 1) / n; }
+
+static int64_t block_begin(int64_t i, int64_t n, int64_t m) { return i * n / m; }
+
+static bool reserve(int64_t *bytes, int64_t *offset, int64_t count, int64_t size)
+{
+    *offset = *bytes;
+    return fa_add_bytes(bytes, count, size);
+}
+
+/* thread < 0: only count. */
+static bool lay_out(const struct weights *w, int thread, struct buffers *to, int64_t *bytes)
+{
+    const struct fa_geometry *g = &w->geometry;
+    const int64_t size = (int64_t)g->ops->size, own = w->shares == 1 && sums(w) ? w->together : 0;
+    int64_t top, total, factor, column_sums, cells, count;
+    if (!fa_workspace_bytes(g, bytes) ||
+        !reserve(bytes, &top, g->block_q, (int64_t)sizeof *to->top) ||
+        !reserve(bytes, &total, g->block_q, (int64_t)sizeof *to->total) ||
+        !reserve(bytes, &factor, g->block_q, size) ||
+        !reserve(bytes, &column_sums, g->block_k, size) ||
+        !fa_multiply(own, w->result_cols, &count) ||
+        !reserve(bytes, &cells, count, (int64_t)sizeof *to->cells)) {
+        return false;
+    }
+    if (thread >= 0) {
+        char *base = w->workspaces + thread * *bytes;
+        *to = (struct buffers){
+            .tile = fa_workspace_of(g, base, 0),
+            .top = (double *)(void *)(base + top),
+            .total = (double *)(void *)(base + total),
+            .factor = base + factor,
+            .column_sums = base + column_sums,
+            .cells = (double *)(void *)(base + cells),
+        };
+    }
+    return true;
+}
+
+/* --- first pass --------------------------------------------------------------------------------------------- */
+
+/* Statistics over one more stretch of keys.  In double, once per split_k keys. */
+static void fold_rows(const struct fa_geometry *g, struct buffers *to, int64_t rows)
+{
+    const int64_t size = (int64_t)g->ops->size, vl = (int64_t)g->ops->vl;
+    const struct fa_state *state = &to->tile.part;
+    for (int64_t r = 0; r < rows; r++) {
+        const char *lanes = (const char *)state->row_sum + r * vl * size;
+        const double part_top = fa_read_real(g, (const char *)state->row_max + r * size);
+        double part = 0;
+        for (int64_t i = 0; i < vl; i++) {
+            part += fa_read_real(g, lanes + i * size);
+        }
+        if (part != 0) { /* a key takes part */
+            const double top = part_top > to->top[r] ? part_top : to->top[r];
+            to->total[r] = to->total[r] * exp2(to->top[r] - top) + part * exp2(part_top - top);
+            to->top[r] = top;
+        }
+    }
+}
+
+/* Scores of the tile become weights relative to row_max. */
+static void weigh_rows(const struct fa_tile *tile, struct fa_workspace *ws)
+{
+    const struct fa_geometry *g = tile->head->geometry;
+    const int64_t group = fa_tile_group(tile), size = (int64_t)g->ops->size;
+    char *scores = fa_tile_score_data(tile, ws);
+    for (int64_t r = 0; r < tile->rows; r += group) {
+        const struct fa_key_range keys = fa_group_keys(tile, r);
+        const struct fa_state state = fa_state_from(g, &ws->part, tile->row_offset + r);
+        g->ops->softmax_update(scores + (r * g->score_stride + keys.lo) * size,
+                               (size_t)g->score_stride, (size_t)fa_min(group, tile->rows - r),
+                               (size_t)fa_round_up(keys.hi - keys.lo, (int64_t)g->ops->nr), &state,
+                               (size_t)g->block_dv);
+    }
+}
+
+/* --- second pass -------------------------------------------------------------------------------------------- */
+
+/* Scores of rows whose softmax is NaN: what takes part is NaN, what does not stays at -inf. */
+static void spoil_rows(const struct fa_tile *tile, struct buffers *of)
+{
+    const struct fa_geometry *g = tile->head->geometry;
+    const int64_t size = (int64_t)g->ops->size;
+    char *scores = fa_tile_score_data(tile, &of->tile);
+    for (int64_t r = 0; r < tile->rows; r++) {
+        if (isnan(of->total[tile->row_offset + r])) {
+            char *row = scores + r * g->score_stride * size;
+            for (int64_t j = 0; j < tile->columns; j++) {
+                const double score = fa_read_real(g, row + j * size);
+                fa_write_real(g, row + j * size, score == -INFINITY ? score : NAN);
+            }
+        }
+    }
+}
+
+/* Sums of a tile's columns, from key `key` on, into a row of cells. */
+static void add_to_cells(const struct weights *w, const char *column_sums, int64_t key,
+                         int64_t keys, double *cells)
+{
+    const struct fa_geometry *g = &w->geometry;
+    const int64_t n = g->params->seqlen_k, m = w->result_cols, size = (int64_t)g->ops->size;
+    if (m == n) {
+        for (int64_t j = 0; j < keys; j++) {
+            cells[key + j] += fa_read_real(g, column_sums + j * size);
+        }
+        return;
+    }
+    int64_t cell = block_of(key, n, m), stop = block_begin(cell + 1, n, m);
+    int64_t rest = (cell + 1) * n % m; /* of that division: the next ones are additions */
+    for (int64_t j = 0; j < keys; cell++) {
+        double sum = 0;
+        for (; j < fa_min(keys, stop - key); j++) {
+            sum += fa_read_real(g, column_sums + j * size);
+        }
+        cells[cell] += sum;
+        stop += n / m + (rest + n % m >= m);
+        rest = (rest + n % m) % m;
+    }
+}
+
+/* Rows [r, r + rows) of the tile into cells: those of one row of the result together. */
+static void sum_group(const struct weights *w, const struct task *task, const struct fa_tile *tile,
+                      struct buffers *of, int64_t r, int64_t rows)
+{
+    const struct fa_geometry *g = &w->geometry;
+    const struct fa_key_range keys = fa_group_keys(tile, r);
+    const int64_t size = (int64_t)g->ops->size, n = g->rows, m = w->result_rows;
+    const int64_t columns = fa_round_up(keys.hi - keys.lo, (int64_t)g->ops->nr);
+    const char *weights = fa_tile_score_data(tile, &of->tile);
+    const int64_t end = r + rows;
+    while (keys.lo < keys.hi && r < end) {
+        const int64_t result_row = block_of(tile->first_row + r, n, m);
+        const int64_t stop = fa_min(end, block_begin(result_row + 1, n, m) - tile->first_row);
+        g->ops->sum_rows(of->column_sums, weights + (r * g->score_stride + keys.lo) * size,
+                         (size_t)g->score_stride, (size_t)(stop - r), (size_t)columns,
+                         of->factor + (tile->row_offset + r) * size);
+        add_to_cells(w, of->column_sums, tile->block_key + tile->begin + keys.lo, keys.hi - keys.lo,
+                     task->cells + (result_row - task->first_result_row) * w->result_cols);
+        r = stop;
+    }
+}
+
+static bool is_given_back(const struct weights *first, int64_t head_index, int64_t row)
+{
+    return first->given_back[head_index * first->geometry.rows + row] != 0;
+}
+
+/* The second run stores what the first gave back. */
+static bool stores_row(const struct weights *w, int64_t head_index, int64_t row)
+{
+    if (over_queries(w)) { /* which has columns of that kind */
+        return true;
+    }
+    return w->first != NULL ? is_given_back(w->first, head_index, row)
+                            : w->given_back == NULL || !is_given_back(w, head_index, row);
+}
+
+/* A row of weights to the result: the columns that the first run gave back, where this is the second over columns. */
+static void store_columns(const struct weights *w, int64_t head_index, const char *weights,
+                          int64_t key, int64_t keys, char *out, double factor)
+{
+    const struct fa_geometry *g = &w->geometry;
+    const int64_t out_size = fa_dtype_size(fa_lse_dtype(g->params));
+    if (w->first == NULL || !over_queries(w)) {
+        const struct fa_row_result result = {
+            .cols = (size_t)keys,
+            .dtype = fa_lse_dtype(g->params),
+            .out = out,
+            .out_stride = out_size,
+        };
+        g->ops->store_scaled(weights, factor, &result);
+        return;
+    }
+    const struct fa_geometry *before = &w->first->column_geometry;
+    const char *inverse = w->first->columns.col_inverse + fa_column_offset(before, head_index, 0) +
+                          key * (int64_t)before->ops->size;
+    for (int64_t j = 0; j < keys; j++) {
+        if (isnan(fa_read_real(before, inverse + j * (int64_t)before->ops->size))) {
+            fa_write_lse(g, out + j * out_size,
+                         factor * fa_read_real(g, weights + j * (int64_t)g->ops->size));
+        }
+    }
+}
+
+static void store_group(const struct weights *w, const struct task *task,
+                        const struct fa_tile *tile, struct buffers *of, int64_t r, int64_t rows)
+{
+    const struct fa_geometry *g = &w->geometry;
+    const struct fa_key_range keys = fa_group_keys(tile, r);
+    const int64_t size = (int64_t)g->ops->size;
+    const int64_t out_size = fa_dtype_size(fa_lse_dtype(g->params));
+    const int64_t key = tile->block_key + tile->begin + keys.lo;
+    const char *weights = fa_tile_score_data(tile, &of->tile);
+    for (int64_t i = r; i < r + rows; i++) {
+        const int64_t row = tile->first_row + i;
+        const int64_t place = w->params->places == NULL ? row : w->params->places[row];
+        const int64_t at = (task->head_index * g->rows + place) * w->result_cols + key;
+        if (!stores_row(w, task->head_index, row)) {
+            continue;
+        }
+        store_columns(w, task->head_index, weights + (i * g->score_stride + keys.lo) * size, key,
+                      keys.hi - keys.lo, (char *)w->params->weights + at * out_size,
+                      fa_read_real(g, of->factor + (tile->row_offset + i) * size));
+    }
+}
+
+static void use_tile(const struct weights *w, const struct task *task, const struct fa_tile *tile,
+                     struct buffers *of)
+{
+    const struct fa_geometry *g = &w->geometry;
+    const int64_t group = fa_tile_group(tile);
+    if (over_queries(w)) {
+        const struct fa_forward *columns = &w->columns;
+        const int64_t at = fa_column_offset(g, task->head_index, tile->block_key / g->block_k) +
+                           tile->begin * (int64_t)g->ops->size;
+        g->ops->column_weights(fa_tile_score_data(tile, &of->tile), (size_t)g->score_stride,
+                               (size_t)tile->rows, (size_t)tile->columns, columns->col_max + at,
+                               columns->col_inverse + at);
+    } else {
+        spoil_rows(tile, of);
+        weigh_rows(tile, &of->tile);
+    }
+    for (int64_t r = 0; r < tile->rows; r += group) {
+        const int64_t rows = fa_min(group, tile->rows - r);
+        if (task->cells != NULL) {
+            sum_group(w, task, tile, of, r, rows);
+        } else {
+            store_group(w, task, tile, of, r, rows);
+        }
+    }
+}
+
+/* --- tasks -------------------------------------------------------------------------------------------------- */
+
+/* Keys [lo, hi) against rows [first, first + rows) of the task, which are in of->tile.q.  use: the second pass. */
+static bool visit_keys(struct fa_job *job, int thread, const struct task *task, struct buffers *of,
+                       int64_t first, int64_t rows, int64_t lo, int64_t hi, bool use)
+{
+    const struct weights *w = job->context;
+    const struct fa_geometry *g = &w->geometry;
+    const struct fa_head *head = &task->head;
+    struct fa_workspace *ws = &of->tile;
+    const bool few = rows <= (int64_t)g->score_ops->few_rows && !g->widened &&
+                     (size_t)g->params->head_dim <= g->score_ops->few_cols;
+    for (int64_t key = lo / g->block_k * g->block_k; key < hi; key += g->block_k) {
+        bool ready = false;
+        if (fa_job_checkpoint(job, thread)) {
+            return false;
+        }
+        for (int64_t r = 0; r < rows; r += g->tile_q) {
+            const int64_t count = fa_min(g->tile_q, rows - r);
+            struct fa_tile tile;
+            if (!fa_tile_init(&tile, head, ws, first + r, count, r, key)) {
+                continue;
+            }
+            if (!ready) {
+                const int64_t keys = fa_min(g->block_k, hi - key);
+                fa_locate_keys(head, ws, key, keys, 0);
+                if (!few) {
+                    fa_pack_keys(head, ws, keys);
+                }
+                ready = true;
+            }
+            tile.few = few;
+            const int64_t next = fa_min(r + g->tile_q, rows);
+            fa_want_bias(head, ws, first + next, fa_min(g->tile_q, rows - next), key);
+            fa_tile_scores(&tile, ws, false);
+            if (use) {
+                use_tile(w, task, &tile, of);
+            } else {
+                weigh_rows(&tile, ws);
+            }
+        }
+    }
+    return true;
+}
+
+/* Maximum and sum of each row, without its sink.  False: stopped. */
+static bool find_statistics(struct fa_job *job, int thread, const struct task *task,
+                            struct buffers *of, int64_t first, int64_t rows)
+{
+    const struct weights *w = job->context;
+    const struct fa_geometry *g = &w->geometry;
+    const struct fa_key_range keys = fa_rows_keys(&task->head, first, first + rows - 1);
+    for (int64_t r = 0; r < rows; r++) {
+        of->top[r] = -INFINITY;
+        of->total[r] = 0;
+    }
+    for (int64_t lo = keys.lo / g->split_k * g->split_k; lo < keys.hi; lo += g->split_k) {
+        const int64_t hi = fa_min(lo + g->split_k, keys.hi);
+        g->ops->softmax_begin((size_t)rows, &of->tile.part, (size_t)g->block_dv);
+        if (!visit_keys(job, thread, task, of, first, rows, fa_max(lo, keys.lo), hi, false)) {
+            return false;
+        }
+        fold_rows(g, of, rows);
+    }
+    return true;
+}
+
+/* What the second pass takes: row_max and the factor of what exp2 leaves.  No score is so far above row_max that it would
+ * be raised: the first pass has seen them all.  Rows that left the range are given back. */
+static void prepare_rows(struct weights *w, const struct task *task, struct buffers *of,
+                         int64_t first, int64_t rows)
+{
+    const struct fa_geometry *g = &w->geometry;
+    const struct fa_doubt doubt = fa_head_doubt(&task->head, 0);
+    const int64_t size = (int64_t)g->ops->size;
+    double sink = -INFINITY;
+    if (task->head.sinks != NULL) {
+        memcpy(&sink, task->head.sinks, sizeof sink);
+        sink *= FA_LOG2_E;
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        const double top = of->top[r], max = sink > top ? sink : top, weight = exp2(top - max);
+        const bool empty = of->total[r] == 0; /* no key takes part, nor a NaN */
+        const bool doubtful = fa_is_doubtful(doubt, top, empty);
+        if (w->given_back != NULL && (doubtful || !isfinite(of->total[r]))) {
+            w->given_back[task->head_index * g->rows + first + r] = 1;
+            atomic_store_explicit(&w->any_given_back, true, memory_order_relaxed);
+        }
+        if (!empty) {
+            of->total[r] = of->total[r] * weight + exp2(sink - max);
+        }
+        /* Where no score is more than -inf, and where spoil_rows leaves none, these do for all. */
+        const bool plain = !empty && !isnan(of->total[r]);
+        fa_write_real(g, (char *)of->tile.part.row_max + r * size, plain ? top : 0);
+        fa_write_real(g, of->factor + r * size, plain ? weight / of->total[r] : 1);
+    }
+}
+
+/* Whether a row of [first, first + rows) was given back. */
+static bool any_given_back(const struct weights *w, int64_t head_index, int64_t first, int64_t rows)
+{
+    for (int64_t row = first; w->given_back != NULL && row < first + rows; row++) {
+        if (is_given_back(w, head_index, row)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Rows [first, first + rows), at most block_q.  False: stopped, or given back with all that the task sums. */
+static bool run_rows(struct fa_job *job, int thread, const struct task *task, struct buffers *of,
+                     int64_t first, int64_t rows)
+{
+    struct weights *w = job->context;
+    const struct fa_key_range keys = fa_rows_keys(&task->head, first, first + rows - 1);
+    fa_load_rows(&task->head, &of->tile, first, rows);
+    if (over_queries(w)) {
+        for (int64_t r = 0; r < rows; r++) {
+            fa_write_real(&w->geometry, of->factor + r * (int64_t)w->geometry.ops->size, 1);
+        }
+    } else {
+        if (!find_statistics(job, thread, task, of, first, rows)) {
+            return false;
+        }
+        prepare_rows(w, task, of, first, rows);
+        if (sums(w) && any_given_back(w, task->head_index, first, rows)) {
+            return false;
+        }
+    }
+    return visit_keys(job, thread, task, of, first, rows, keys.lo, keys.hi, true);
+}
+
+/* The cells of one row of the result. */
+static void store_cells(const struct weights *w, int64_t head_index, int64_t result_row,
+                        const double *cells)
+{
+    const struct fa_geometry *g = &w->geometry;
+    const int64_t n = g->params->seqlen_k, m = w->result_cols;
+    const int64_t size = fa_dtype_size(fa_lse_dtype(g->params));
+    const int64_t rows = block_begin(result_row + 1, g->rows, w->result_rows) -
+                         block_begin(result_row, g->rows, w->result_rows);
+    char *out = (char *)w->params->weights + (head_index * w->result_rows + result_row) * m * size;
+    for (int64_t i = 0; i < m; i++) {
+        double number = 1;
+        if (w->params->form == FA_WEIGHTS_MEANS) {
+            number = (double)rows * (double)(block_begin(i + 1, n, m) - block_begin(i, n, m));
+        }
+        fa_write_lse(g, out + i * size, cells[i] / number);
+    }
+}
+
+/* Within a head the rows that see the most keys under a causal mask come first. */
+static void find_task(const struct weights *w, int64_t index, struct buffers *of, struct task *task)
+{
+    const struct fa_geometry *g = &w->geometry;
+    const int64_t within = w->tasks_per_head - 1 - index % w->tasks_per_head;
+    const int64_t share = within % w->shares, m = w->result_rows;
+    task->head_index = index / w->tasks_per_head;
+    task->first_result_row = within / w->shares * w->together;
+    task->result_rows = fa_min(w->together, m - task->first_result_row);
+    const int64_t begin = block_begin(task->first_result_row, g->rows, m);
+    const int64_t rows =
+        block_begin(task->first_result_row + task->result_rows, g->rows, m) - begin;
+    task->begin = begin + block_begin(share, rows, w->shares);
+    task->end = begin + block_begin(share + 1, rows, w->shares);
+    task->cells = NULL;
+    if (sums(w)) {
+        task->cells = of->cells;
+        if (w->shares > 1) {
+            const int64_t row = task->head_index * m + task->first_result_row;
+            task->cells = w->parts + (row * w->shares + share) * w->result_cols;
+        }
+    }
+    fa_head_init(&task->head, g, task->head_index);
+}
+
+/* Whether a run has nothing to do for a task: the first has done it, or has left all of it to the second. */
+static bool is_done(const struct weights *w, const struct task *task)
+{
+    const struct weights *first = w->first == NULL ? w : w->first;
+    if (over_queries(w)) {
+        const bool given = first->columns.head_given_back != NULL &&
+                           first->columns.head_given_back[task->head_index];
+        return w->first != NULL ? !given : given && sums(w);
+    }
+    return w->first != NULL &&
+           !any_given_back(first, task->head_index, task->begin, task->end - task->begin);
+}
+
+static void run_task(struct fa_job *job, int64_t index, int thread)
+{
+    struct weights *w = job->context;
+    const struct fa_geometry *g = &w->geometry;
+    struct buffers of;
+    struct task task;
+    int64_t bytes;
+    bool whole = true;
+    lay_out(w, thread, &of, &bytes);
+    find_task(w, index, &of, &task);
+    if (is_done(w, &task)) {
+        return;
+    }
+    if (task.cells != NULL) {
+        memset(task.cells, 0, (size_t)(task.result_rows * w->result_cols) * sizeof *task.cells);
+    }
+    fa_begin_task(g->score_ops);
+    for (int64_t row = task.begin; whole && row < task.end; row += g->block_q) {
+        whole = run_rows(job, thread, &task, &of, row, fa_min(g->block_q, task.end - row));
+    }
+    fa_end_task(g->score_ops);
+    for (int64_t i = 0; whole && sums(w) && w->shares == 1 && i < task.result_rows; i++) {
+        store_cells(w, task.head_index, task.first_result_row + i, task.cells + i * w->result_cols);
+    }
+}
+
+/* The rows of the result that several tasks have shared. */
+static void store_parts(const struct weights *w)
+{
+    const int64_t rows = w->geometry.batch * w->geometry.heads * w->result_rows;
+    const int64_t cols = w->result_cols;
+    for (int64_t row = 0; row < rows; row++) {
+        double *cells = w->parts + row * w->shares * cols;
+        for (int64_t share = 1; share < w->shares; share++) {
+            for (int64_t i = 0; i < cols; i++) {
+                cells[i] += cells[share * cols + i];
+            }
+        }
+        store_cells(w, row / w->result_rows, row % w->result_rows, cells);
+    }
+}
+
+/* --- a call ------------------------------------------------------------------------------------------------- */
+
+/* How the rows are cut into tasks: by sizes alone, so that every sum is. */
+static bool choose_tasks(struct weights *w)
+{
+    struct fa_geometry *g = &w->geometry;
+    const int64_t tile_q = g->tile_q, n = g->rows, m = w->result_rows;
+    const int64_t row_bytes = fa_max(1, g->params->head_dim) * (int64_t)g->ops->size;
+    int64_t most = fa_max(fa_min(MOST_ROWS, ROW_BYTES / row_bytes) / tile_q * tile_q, tile_q);
+    int64_t cells, unused;
+    g->block_q = fa_min(most, fa_round_up(fa_max(LEAST_ROWS, fa_ceil_div(n, PARTS)), tile_q));
+    w->together = fa_max(1, g->block_q / fa_ceil_div(n, m));
+    w->shares = 1;
+    if (sums(w)) {
+        const int64_t cell_bytes = w->result_cols * (int64_t)sizeof(double);
+        w->together = fa_max(1, fa_min(w->together, CELL_BYTES / cell_bytes));
+        /* As many sums as numbers that PARTS rows of the map have, at most. */
+        if (!fa_multiply(m, w->result_cols, &cells)) {
+            return false;
+        }
+        const int64_t affordable = fa_max(1, PARTS * fa_max(n, g->params->seqlen_k) / cells);
+        w->shares = fa_min(fa_max(1, n / m / g->block_q), affordable);
+    }
+    w->tasks_per_head = fa_ceil_div(m, w->together) * w->shares;
+    return fa_multiply(g->batch * g->heads, w->tasks_per_head, &w->num_tasks) &&
+           fa_multiply(n + 1, m, &unused) &&
+           fa_multiply(g->params->seqlen_k + 1, w->result_cols, &unused);
+}
+
+static enum fa_status allocate_parts(struct weights *w)
+{
+    int64_t numbers, bytes = 0;
+    if (!sums(w) || w->shares == 1) {
+        return FA_OK;
+    }
+    if (!fa_multiply(w->geometry.batch * w->geometry.heads * w->result_rows, w->shares, &numbers) ||
+        !fa_multiply(numbers, w->result_cols, &numbers) ||
+        !fa_add_bytes(&bytes, numbers, (int64_t)sizeof *w->parts)) {
+        return FA_OVERFLOW;
+    }
+    w->parts = fa_allocate(bytes);
+    return w->parts == NULL ? FA_NO_MEMORY : FA_OK;
+}
+
+static enum fa_status allocate(struct weights *w)
+{
+    const struct fa_geometry *g = &w->geometry;
+    struct buffers unused;
+    int64_t total, rows, bytes = 0;
+    enum fa_status status = FA_OK;
+    if (!lay_out(w, -1, &unused, &w->thread_bytes) ||
+        !fa_multiply(w->thread_bytes, g->num_threads, &total) ||
+        !fa_multiply(g->batch * g->heads, g->rows, &rows) || !fa_add_bytes(&bytes, rows, 1)) {
+        return FA_OVERFLOW;
+    }
+    w->workspaces = fa_allocate(total);
+    if (w->workspaces == NULL) {
+        return FA_NO_MEMORY;
+    }
+    if (w->first == NULL && !g->widened) {
+        w->given_back = fa_allocate(bytes);
+        if (w->given_back == NULL) {
+            return FA_NO_MEMORY;
+        }
+        memset(w->given_back, 0, (size_t)rows);
+    }
+    if (w->first == NULL) {
+        status = allocate_parts(w);
+    }
+    if (status == FA_OK && over_queries(w)) {
+        w->column_geometry = *g;
+        w->column_geometry.rows = g->params->seqlen_q;
+        w->column_geometry.chosen_rows = NULL;
+        w->columns = (struct fa_forward){
+            .geometry = &w->column_geometry,
+            .workspaces = w->workspaces,
+            .given_back = w->given_back,
+            .first = w->first == NULL ? NULL : &w->first->columns,
+        };
+        status = fa_columns_allocate(&w->columns);
+    }
+    return status;
+}
+
+static enum fa_status run(struct weights *w)
+{
+    const struct fa_geometry *g = &w->geometry;
+    struct fa_job job = {
+        .num_threads = g->num_threads,
+        .poll = g->params->poll,
+        .poll_arg = g->params->poll_arg,
+    };
+    enum fa_status status = allocate(w);
+    if (status == FA_OK && over_queries(w)) {
+        job.context = &w->columns;
+        status = fa_column_softmax(&w->columns, &job);
+    }
+    if (status != FA_OK) {
+        return status;
+    }
+    job.context = w;
+    job.run = run_task;
+    job.num_tasks = w->num_tasks;
+    job.num_threads = (int)fa_min(g->num_threads, fa_max(job.num_tasks, 1));
+    return fa_job_run(&job);
+}
+
+static void release(struct weights *w)
+{
+    fa_release(w->workspaces);
+    fa_release(w->given_back);
+    fa_columns_release(&w->columns);
+}
+
+static enum fa_status init_geometry(struct weights *w, const struct fa_ops *ops,
+                                    const struct fa_ops *score_ops)
+{
+    const struct fa_weights_params *p = w->params;
+    struct fa_geometry *g = &w->geometry;
+    enum fa_status status = fa_geometry_init(g, &p->attention, ops, score_ops);
+    if (status == FA_OK) {
+        const int num_threads = g->num_threads;
+        fa_geometry_choose(g, p->heads, p->num_heads, p->rows, p->num_rows);
+        if (over_queries(w)) { /* whose statistics are of all queries */
+            g->num_threads = num_threads;
+        }
+    }
+    return status;
+}
+
+static enum fa_status run_again(struct weights *first, const struct fa_kernels *kernels)
+{
+    struct weights again = {
+        .params = first->params,
+        .result_rows = first->result_rows,
+        .result_cols = first->result_cols,
+        .together = first->together,
+        .shares = first->shares,
+        .tasks_per_head = first->tasks_per_head,
+        .num_tasks = first->num_tasks,
+        .parts = first->parts,
+        .first = first,
+    };
+    enum fa_status status = init_geometry(&again, kernels->f64, kernels->f64);
+    if (status == FA_OK) {
+        again.geometry.block_q = first->geometry.block_q;
+        again.geometry.num_threads = first->geometry.num_threads;
+        again.geometry.scales_scores = fa_scales_scores(&first->params->attention, true);
+        status = run(&again);
+    }
+    release(&again);
+    return status;
+}
+
+static bool has_results(const struct fa_weights_params *p)
+{
+    const struct fa_attention_params *a = &p->attention;
+    bool some = p->num_heads > 0 && p->num_rows > 0 && a->seqlen_k > 0;
+    for (int64_t i = 0; i < a->batch_ndim; i++) {
+        some = some && a->batch_shape[i] > 0;
+    }
+    return some;
+}
+
+static enum fa_status compute(const struct fa_weights_params *params,
+                              const struct fa_kernels *kernels)
+{
+    const struct fa_attention_params *a = &params->attention;
+    const struct fa_ops *ops =
+        fa_has_narrow_options(a) ? fa_ops_for(kernels, a->dtype) : kernels->f64;
+    /* Products of float32 by tiles, where the set has them; those of bfloat16 are less exact than its weights here. */
+    const struct fa_ops *score_ops =
+        a->dtype == FA_F32 && ops == kernels->f32 ? fa_forward_ops(kernels, a) : ops;
+    struct weights w = {
+        .params = params, .result_rows = params->num_rows, .result_cols = a->seqlen_k};
+    FA_ASSERT(a->head_dim_v == 0 && a->page_table.data == NULL && a->q_starts == NULL);
+    FA_ASSERT(a->dropout_p == 0);
+    if (!has_results(params)) {
+        return FA_OK;
+    }
+    if (params->form == FA_WEIGHTS_MEANS) {
+        FA_ASSERT(params->pool_rows >= 1 && params->pool_rows <= params->num_rows);
+        FA_ASSERT(params->pool_cols >= 1 && params->pool_cols <= a->seqlen_k);
+        w.result_rows = params->pool_rows;
+        w.result_cols = params->pool_cols;
+    } else if (params->form == FA_WEIGHTS_SUMS) {
+        w.result_rows = 1;
+    }
+    enum fa_status status = init_geometry(&w, ops, score_ops);
+    w.geometry.scales_scores = fa_scales_scores(a, false);
+    if (status == FA_OK && !choose_tasks(&w)) {
+        status = FA_OVERFLOW;
+    }
+    if (status == FA_OK) {
+        status = run(&w);
+    }
+    if (status == FA_OK &&
+        (atomic_load(&w.any_given_back) || atomic_load(&w.columns.any_given_back))) {
+        status = run_again(&w, kernels);
+    }
+    if (status == FA_OK && w.parts != NULL) {
+        store_parts(&w);
+    }
+    fa_release(w.parts);
+    release(&w);
+    return status;
+}
+
+enum fa_status fa_attention_weights(const struct fa_weights_params *params,
+                                    const struct fa_kernels *kernels)
+{
+    struct fa_float_mode found;
+    fa_float_mode_enter(&found);
+    const enum fa_status status = compute(params, kernels);
+    fa_float_mode_leave(&found);
+    return status;
+}

@@ -1,0 +1,78 @@
+"""Attention of JAX's arrays: a function that compiled code calls back, with a gradient."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fastattn.keras import _numpy
+from fastattn.keras._numpy import Call
+
+
+def refusal(query: Any) -> str:
+    """Why a call cannot be computed here, whatever its arguments are; empty if it can."""
+    backend = jax.default_backend()
+    if backend != "cpu":
+        return f"attention is computed on the CPU, and JAX uses {backend}"
+    return ""
+
+
+class _CalledBack(NamedTuple):
+    """A function as JAX keeps it: the same for the same call, so that it is compiled once.
+
+    It computes with NumPy alone: a computation of JAX could wait for the threads that wait for this
+    one (https://github.com/jax-ml/jax/issues/24255).  Its arrays are views of memory here.
+    """
+
+    function: Callable[..., Any]
+    call: Call
+
+    def __call__(self, *arrays: Any) -> Any:
+        return self.function(self.call, *map(np.asarray, arrays))
+
+
+def attend(call: Call, q: Any, k: Any, v: Any, *arrays: Any) -> tuple[Any, Any]:
+    """`_numpy.attend`, and `_numpy.gradients` for its gradient."""
+    result: tuple[Any, Any] = _attend(call, q, k, v, arrays)
+    return result
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(call: Call, q: Any, k: Any, v: Any, arrays: tuple[Any, ...]) -> Any:
+    results = (
+        jax.ShapeDtypeStruct((*q.shape[:-1], v.shape[-1]), q.dtype),
+        jax.ShapeDtypeStruct(
+            (q.shape[0], q.shape[2], q.shape[1]),
+            jnp.float64 if q.dtype == jnp.float64 else jnp.float32,
+        ),
+    )
+    function = _CalledBack(_numpy.attend, call)
+    return jax.pure_callback(function, results, q, k, v, *arrays, vmap_method="sequential")
+
+
+def _forward(call: Call, q: Any, k: Any, v: Any, arrays: tuple[Any, ...]) -> Any:
+    out, lse = _attend(call, q, k, v, arrays)
+    return (out, lse), (q, k, v, out, lse, arrays)
+
+
+def _backward(call: Call, kept: Any, upstream: Any) -> Any:
+    *inputs, arrays = kept
+    of = (*inputs[:3], *arrays)[: call.num_gradients]
+    grads = jax.pure_callback(
+        _CalledBack(_numpy.gradients, call),
+        tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in of),
+        upstream[0],
+        *inputs,
+        *arrays,
+        vmap_method="sequential",
+    )
+    without = 3 + len(arrays) - call.num_gradients
+    return (*grads[:3], (*grads[3:], *[None] * without))
+
+
+_attend.defvjp(_forward, _backward)
