@@ -166,6 +166,7 @@ bool fa_backward_column_statistics(struct fa_job *job, int thread, const struct 
 /* shift, factor and delta of every row; grad_bias. */
 void fa_backward_prepare_rows(struct fa_job *job, int64_t index, int thread);
 void fa_backward_bias(struct fa_job *job, int64_t index, int thread);
+/* bias_sums, for a run that needs them. */
 enum fa_status fa_backward_allocate_bias(struct fa_backward *backward);
 int64_t fa_backward_bias_tasks(const struct fa_backward *backward);
 

@@ -45,8 +45,9 @@ struct fa_geometry {
     /* Nullable: the query heads and the queries that heads and rows are, see fa_geometry_choose. */
     const int64_t *chosen_heads, *chosen_rows;
     bool widened; /* float64 computes for narrower arrays, which it reads and writes one by one */
-    /* Of float64: scores are multiplied by the scale after their sum, and gradients before theirs, as in the reference,
-     * whose numbers are then finite where this run's are.  Else q and the gradients' sums are multiplied. */
+    /* Of float64: a scale of more than 1 multiplies scores after their sum, a smaller one q, and either the gradients
+     * before theirs, so that no sum is infinite where the reference's is not.  Else q has all factors of the scores, and
+     * the sums of gradients are multiplied. */
     bool scales_scores;
     /* Not 0 in a second run for float64: every value, or every gradient of the result, is divided by 2^value_exponent. */
     int value_exponent;

@@ -188,6 +188,13 @@ static double score_factor(const struct fa_attention_params *p)
     return p->softcap > 0 ? p->scale / p->softcap : p->scale * FA_LOG2_E;
 }
 
+/* Of a run that scales scores: a scale that makes numbers smaller comes before the sum of products, which then does not
+ * pass the range on its way, and one that makes them larger after it. */
+static double row_factor(const struct fa_attention_params *p)
+{
+    return fabs(p->scale) < 1 ? p->scale : 1;
+}
+
 /* Powers of 2 that float32 holds with as many bits, its own products with ordinary numbers included. */
 static bool is_narrow(double x) { return x == 0 || (fabs(x) > 0x1p-100 && fabs(x) < 0x1p100); }
 
@@ -248,7 +255,7 @@ void fa_load_rows(const struct fa_head *head, struct fa_workspace *ws, int64_t f
 {
     const struct fa_geometry *g = head->geometry;
     const struct fa_attention_params *p = g->params;
-    const double scale = g->scales_scores ? 1 : score_factor(p);
+    const double scale = g->scales_scores ? row_factor(p) : score_factor(p);
     const char *src[FA_MAX_TILE_Q];
 
     ws->rows_ordinary = fabs(scale) <= FA_ORDINARY_FACTOR && p->head_dim <= FA_ORDINARY_DIM;
@@ -347,14 +354,15 @@ struct fa_product fa_tile_product_ahead(const struct fa_tile *tile, const struct
     return group_product(tile, ws, fa_tile_scores_in(tile, ws->scores_ahead), 0, tile->rows);
 }
 
-/* What score_factor does, in the order of the reference: scale and cap may have a quotient that float64 has not. */
+/* The rest of what score_factor does.  Scale and cap may have a quotient that float64 has not. */
 static void scale_products(double *scores, int64_t stride, int64_t rows, int64_t columns,
                            const struct fa_attention_params *p)
 {
+    const double factor = fabs(p->scale) < 1 ? 1 : p->scale;
     const double divisor = p->softcap > 0 ? p->softcap : FA_LN_2;
     for (int64_t r = 0; r < rows; r++) {
         for (int64_t j = 0; j < columns; j++) {
-            scores[r * stride + j] = scores[r * stride + j] * p->scale / divisor;
+            scores[r * stride + j] = scores[r * stride + j] * factor / divisor;
         }
     }
 }
@@ -391,8 +399,8 @@ static void group_scores(const struct fa_tile *tile, struct fa_workspace *ws, in
     if (g->scales_scores) {
         scale_products((double *)(void *)scores, g->score_stride, rows, columns, g->params);
     } else if (!g->widened && !(ws->rows_ordinary && ws->keys_ordinary)) {
-        /* Before the options, so that keys which take no part are masked after all.  Scores in the reference's order,
-         * and those of narrower numbers in float64, are infinite where the reference's are. */
+        /* Before the options, so that keys which take no part are masked after all.  A run that scales scores is the
+         * last, and float64 holds every score of narrower numbers: there a score is infinite where the reference's is. */
         ops->mark_overflow(scores, (size_t)g->score_stride, (size_t)rows, (size_t)columns);
     }
     if (g->params->softcap > 0) {

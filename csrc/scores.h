@@ -57,7 +57,7 @@ float fa_softmax_factor(const struct fa_head *head);
 /* Whether a call's scale and softcap, as the scores take them, are numbers of float32 with room on both sides. */
 bool fa_has_narrow_options(const struct fa_attention_params *params);
 
-/* The scales_scores of a run: whether it is to take the reference's order.  again: it is a second run. */
+/* The scales_scores of a run (geometry.h).  again: it is a second run. */
 bool fa_scales_scores(const struct fa_attention_params *params, bool again);
 
 /* Of the rows of a head's stacked query head `member`. */
