@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from gauge import naive_gradients
-from gradients import gradients_of
+from gradients import gradients_of, kept_gradients_of
 
 import fastattn as fa
 
@@ -25,6 +25,8 @@ MAX_SHIFTED = 2.5
 SHAPES = [(40, 1, 7, 8), (40, 1, 300, 32), (40, 3, 6, 8), (4, 60, 40, 16), (2, 130, 300, 32)]
 SCALES = [0.1, 1.0, 4.0, 15.0, 60.0, 300.0]
 
+# From lse, and from what the forward pass kept besides.
+each_way = pytest.mark.parametrize("gradients", [gradients_of, kept_gradients_of])
 each_axis = pytest.mark.parametrize("axis", ["keys", "queries"])
 
 
@@ -104,35 +106,38 @@ def assert_beside(found: dict[str, list[float]], where: str) -> None:
         assert max(values) <= MAX_SINGLE, f"{name}: {max(values):.2f} times, {where}"
 
 
+@each_way
 @pytest.mark.parametrize("name", OPTIONS)
-def test_float32_beside_naive_float32(name: str) -> None:
+def test_float32_beside_naive_float32(name: str, gradients: Callable[..., Any]) -> None:
     for scale in SCALES:
-        assert_beside(ratios(_float32(name, scale), 2.0**-24), f"{name}, scores of {scale}")
+        found = ratios(_float32(name, scale, gradients), 2.0**-24)
+        assert_beside(found, f"{name}, scores of {scale}")
 
 
-def _float32(name: str, scale: float) -> Iterator[Any]:
+def _float32(name: str, scale: float, gradients: Callable[..., Any]) -> Iterator[Any]:
     for arrays, options in calls(name, scale, np.float32):
-        grads = gradients_of(*arrays, **options)._asdict()
+        grads = gradients(*arrays, **options)._asdict()
         naive = naive_gradients(*arrays, dtype=np.float32, **options).values
         yield grads, naive, naive_gradients(*arrays, **options).values
 
 
+@each_way
 @pytest.mark.parametrize("name", ["plain", "softcap", "residual", "queries"])
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16], ids=["float16", "bfloat16"])
-def test_16_bit_beside_widened_inputs(name: str, dtype: Any) -> None:
+def test_16_bit_beside_widened_inputs(name: str, dtype: Any, gradients: Callable[..., Any]) -> None:
     """Naive is what PyTorch's exact path does: float32 of the widened inputs, rounded once."""
     for scale in SCALES[:-1]:
         floor = float(ml_dtypes.finfo(dtype).eps) / 2
         where = f"{name}, scores of {scale}"
-        assert_beside(ratios(_narrow(name, scale, dtype), floor), where)
+        assert_beside(ratios(_narrow(name, scale, dtype, gradients), floor), where)
 
 
-def _narrow(name: str, scale: float, dtype: Any) -> Iterator[Any]:
+def _narrow(name: str, scale: float, dtype: Any, gradients: Callable[..., Any]) -> Iterator[Any]:
     for arrays, options in calls(name, scale, dtype):
         wide = [x.astype(np.float32) for x in arrays]
         grads = {
             of: x.astype(np.float64)
-            for of, x in gradients_of(*arrays, **options)._asdict().items()
+            for of, x in gradients(*arrays, **options)._asdict().items()
             if x is not None
         }
         options.pop("residual", None)
@@ -141,15 +146,17 @@ def _narrow(name: str, scale: float, dtype: Any) -> Iterator[Any]:
         yield grads, rounded, naive_gradients(*wide, **options).values
 
 
+@each_way
 @pytest.mark.parametrize("name", ["plain", "softcap", "-1e9", "sinks", "queries"])
-def test_float64_beside_naive_float64(name: str) -> None:
+def test_float64_beside_naive_float64(name: str, gradients: Callable[..., Any]) -> None:
     for scale in SCALES:
-        assert_beside(ratios(_float64(name, scale), 2.0**-53), f"{name}, scores of {scale}")
+        found = ratios(_float64(name, scale, gradients), 2.0**-53)
+        assert_beside(found, f"{name}, scores of {scale}")
 
 
-def _float64(name: str, scale: float) -> Iterator[Any]:
+def _float64(name: str, scale: float, gradients: Callable[..., Any]) -> Iterator[Any]:
     for arrays, options in calls(name, scale, np.float64):
-        grads = gradients_of(*arrays, **options)._asdict()
+        grads = gradients(*arrays, **options)._asdict()
         naive = naive_gradients(*arrays, dtype=np.float64, **options).values
         yield grads, naive, naive_gradients(*arrays, dtype=np.longdouble, **options).values
 
@@ -165,17 +172,18 @@ HUGE = [
 ]
 
 
+@each_way
 @pytest.mark.parametrize(("dtype", "value"), HUGE, ids=str)
 @each_axis
 def test_rows_of_one_huge_bias_have_the_gradients_of_their_average(
-    dtype: Any, value: float, axis: str
+    dtype: Any, value: float, axis: str, gradients: Callable[..., Any]
 ) -> None:
     q = np.zeros((4, 1) if axis == "queries" else (1, 1), dtype)
     k = np.zeros((1, 1) if axis == "queries" else (4, 1), dtype)
     v = np.arange(len(k), dtype=dtype)[:, None]
     grad_out = np.arange(1, len(q) + 1, dtype=dtype)[:, None]
     bias = np.full((len(q), len(k)), value, np.float64 if dtype == np.float64 else np.float32)
-    grads = gradients_of(grad_out, q, k, v, bias=bias, softmax_axis=axis)
+    grads = gradients(grad_out, q, k, v, bias=bias, softmax_axis=axis)
     exact = fa.reference.attention_backward(grad_out, q, k, v, bias=bias, softmax_axis=axis)
     if axis == "keys":
         assert np.array_equal(exact.v, np.full((4, 1), 0.25))
@@ -184,15 +192,16 @@ def test_rows_of_one_huge_bias_have_the_gradients_of_their_average(
         assert np.array_equal(getattr(grads, name), getattr(exact, name)), name
 
 
+@each_way
 @pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("seqlen_k", [5, 130, 1500])
-def test_rows_masked_by_finfo_min(dtype: Any, seqlen_k: int) -> None:
+def test_rows_masked_by_finfo_min(dtype: Any, seqlen_k: int, gradients: Callable[..., Any]) -> None:
     """Some rows have nothing else, the others average what is left."""
     grad_out, q, k, v = draw((2, 90, seqlen_k, 8), 1.0, 0, dtype)
     rng = np.random.default_rng(1)
     hidden = (rng.random((90, seqlen_k)) < 0.5) | (np.arange(90) % 3 == 0)[:, None]
     bias = np.where(hidden, np.finfo(dtype).min, dtype(0))
-    grads = gradients_of(grad_out, q, k, v, bias=bias)
+    grads = gradients(grad_out, q, k, v, bias=bias)
     exact = fa.reference.attention_backward(grad_out, q, k, v, bias=bias)
     eps = float(np.finfo(dtype).eps)
     for name in ("q", "k", "v", "bias"):
@@ -201,13 +210,14 @@ def test_rows_masked_by_finfo_min(dtype: Any, seqlen_k: int) -> None:
         assert error <= 16 * eps * np.abs(value).max(), name
 
 
-def test_a_row_of_one_weight_has_no_gradient_of_scores() -> None:
+@each_way
+def test_a_row_of_one_weight_has_no_gradient_of_scores(gradients: Callable[..., Any]) -> None:
     """Weights of 1 and 0, in rows and in columns: delta is what it is subtracted from."""
     grad_out, q, k, v = draw((2, 40, 70, 32), 1e4, 0, np.float32)
     bias = np.full((40, 70), -1e6, np.float32)
     bias[np.arange(40), np.arange(40) + 3] = 1e6
     for options in ({}, {"softmax_axis": "queries"}):
-        grads = gradients_of(grad_out, q, k, v, bias=bias, scale=1e-3, **options)
+        grads = gradients(grad_out, q, k, v, bias=bias, scale=1e-3, **options)
         if not options:
             assert np.array_equal(grads.v[:, 3:43], grad_out)
             assert not grads.q.any() and not grads.k.any() and not grads.bias.any()
@@ -216,22 +226,24 @@ def test_a_row_of_one_weight_has_no_gradient_of_scores() -> None:
             assert not grads.k[:, 3:43].any() and not grads.bias[:, 3:43].any()
 
 
-def test_residual_far_larger_than_the_result() -> None:
+@each_way
+def test_residual_far_larger_than_the_result(gradients: Callable[..., Any]) -> None:
     arrays = draw((2, 100, 200, 16), 1.0, 0, np.float32)
     residual = np.full((2, 100, 16), 1e6, np.float32)
-    grads = gradients_of(*arrays, residual=residual)
-    plain = gradients_of(*arrays)
+    grads = gradients(*arrays, residual=residual)
+    plain = gradients(*arrays)
     for name in "qkv":
         x, y = getattr(grads, name), getattr(plain, name)
         assert np.abs(x - y).max() <= 1e-5 * np.abs(y).max(), name
 
 
-def test_sinks_far_from_the_scores() -> None:
+@each_way
+def test_sinks_far_from_the_scores(gradients: Callable[..., Any]) -> None:
     """A sink that takes next to all of the weight, and one of a score of 1e4."""
     arrays = draw((3, 20, 30, 8), 1.0, 0, np.float32)
     arrays[1][2] *= 1e4
     sinks = np.array([60.0, 500.0, 2e4])
-    grads = gradients_of(*arrays, sinks=sinks)
+    grads = gradients(*arrays, sinks=sinks)
     exact = fa.reference.attention_backward(*arrays, sinks=sinks)
     np.testing.assert_allclose(grads.sinks, exact.sinks, rtol=2e-2, atol=1e-30)
     np.testing.assert_allclose(grads.v[:2], exact.v[:2], rtol=1e-4, atol=1e-30)
