@@ -10,6 +10,7 @@ from test_guard_pages import HEAD_DIMS, LAYOUTS, TAILS, GuardedMemory, memory
 
 import fastattn as fa
 from fastattn import _validate
+from fastattn.backward import attention_and_kept, attention_backward_of_kept
 
 __all__ = ["memory"]  # a fixture
 
@@ -56,8 +57,15 @@ def check(guards: GuardedMemory, layout: str, arrays: list[np.ndarray], **option
         grads = fa.attention_backward(
             *given, guards.copy(lse), grad_lse=guards.copy(grad_lse), **guarded
         )
+        *made, kept = attention_and_kept(*given[1:4], **guarded)
+        by_kept = attention_backward_of_kept(*given[:4], *made, kept, **guarded)
     for name in NAMES:
         x, y = getattr(grads, name), getattr(expected, name)
+        assert (x is None and y is None) or np.array_equal(x, y), name
+    *made, kept = attention_and_kept(*arrays[1:], **options)
+    plain = attention_backward_of_kept(*arrays, *made, kept, **options)
+    for name in NAMES:
+        x, y = getattr(by_kept, name), getattr(plain, name)
         assert (x is None and y is None) or np.array_equal(x, y), name
 
 
