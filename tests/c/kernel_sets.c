@@ -1144,6 +1144,7 @@ static struct result run_backward(struct problem *p, const struct fa_kernels *ke
         .grad_v = output_of(&p->arrays[GRAD_V]),
         .grad_dtype = attention.dtype,
         .grad_bias = has_bias ? output_of(&p->arrays[GRAD_BIAS]) : (struct fa_output){0},
+        .grad_bias_dtype = attention.dtype,
     };
     const enum fa_status status = fa_attention_backward(&params, kernels);
     if (status != FA_OK) {
