@@ -1,35 +1,25 @@
-"""Questions whose answer lies 16,000 tokens back: full attention, a window, a window and the start.
+"""Questions whose answer lies 16,000 tokens back, by full attention, a window, and with its start.
 
-A text of real words (docstrings of the standard library) has pairs "name = value" strewn in, and
-ends with questions "name =".  Names and values are words like the others, drawn anew for each text,
-so that the only way to an answer is to find it.  The model has two layers without any code for
-positions: a query and a key are the same projection of a token, mixed with the three tokens before
-it by two short convolutions, and a query is multiplied by the logarithm of its number of keys
-(https://arxiv.org/abs/2501.19399).  It is trained in PyTorch through `fastattn.torch` on texts of
-256 tokens, and then reads held-out ones of 17,000 in parts, through one `fastattn.KVCache` a layer:
+`recall.py` has the texts, which end with questions "name =" about pairs "name = value" strewn in
+long before, and a small model, trained in PyTorch through `fastattn.torch` on texts of 256 tokens.
+Here it reads held-out texts of 17,000 in parts, each layer through a `fastattn.KVCache`:
 
-    full        KVCache(..., max_seqlen=17000)                 remembers everything
-    window      KVCache(..., window=256)                       the last 256 tokens
-    and start   KVCache(..., window=256, num_sinks=64)         and the first 64
-                                                     (https://arxiv.org/abs/2309.17453)
+    full               KVCache(..., max_seqlen=17000)            remembers everything
+    window             KVCache(..., window=256)                  the last 256 tokens
+    window and start   KVCache(..., window=256, num_sinks=64)    and the first 64
+                                                      (https://arxiv.org/abs/2309.17453)
 
-Each runs in a process of its own, like PyTorch's attention with the same weights, which needs a
-mask of all pairs of tokens for a window.
+Each runs in a process of its own, as does PyTorch's attention with the same weights, for which a
+window is a mask of all pairs of tokens.
 
     python examples/long_range.py --plot long_range.png
 """
 
 import argparse
-import ast
 import math
-import re
 import resource
 import sys
-import sysconfig
-import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -37,23 +27,26 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 import fastattn as fa
-import fastattn.torch
+from recall import (
+    BATCH_SIZE,
+    HEADS,
+    KEPT,
+    LENGTH,
+    START_OF_TEXT,
+    Attend,
+    Model,
+    Tokens,
+    long_text,
+    read_words,
+    train,
+)
 from stopwatch import Stopwatch
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-Tokens = np.ndarray  # of int64
-
-START, EQUALS, UNKNOWN = 0, 1, 2
-WORDS, NAMES = 2000, 1000  # in the vocabulary; of them, those that are names and values
-EMBED_DIM, HEADS, LAYERS = 64, 2, 2
-LENGTH, BATCH_SIZE = 256, 16  # of a training text, and texts of a step
-WINDOW, KEPT, PART = 256, 64, 1024
-START_OF_TEXT = -1  # a distance: within the first KEPT tokens
+WINDOW, PART = 256, 1024  # tokens: that a window sees, that are appended at once
 
 
 class Sizes(NamedTuple):
@@ -67,153 +60,6 @@ class Sizes(NamedTuple):
 
 FULL = Sizes(400, 17_000, 10, (50, 200, 500, 1000, 2000, 4000, 8000, 16_000), 0.95)
 QUICK = Sizes(200, 2500, 2, (50, 200, 500, 1000), 0.8)
-
-
-# --- text -------------------------------------------------------------------------------------
-
-
-def docstrings() -> Iterator[str]:
-    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, documented):
-                yield ast.get_docstring(node) or ""
-
-
-def read_words() -> tuple[list[str], Tokens]:
-    """The vocabulary and all the words by their numbers in it; an equals sign is ours alone."""
-    text = "\n".join(docstrings()).lower()
-    words = re.findall(r"[a-z]+|\d+|[^\w\s=]", text)
-    vocabulary = ["\n", "=", "?"] + [word for word, _ in Counter(words).most_common(WORDS)]
-    number = {word: i for i, word in enumerate(vocabulary)}
-    return vocabulary, np.array([number.get(word, UNKNOWN) for word in words])
-
-
-def pairs_of(names: Tokens, count: int, rng: np.random.Generator) -> Tokens:
-    """Rows of a name, an equals sign, a value; no name twice."""
-    equals = np.full(count, EQUALS)
-    return np.stack([rng.permutation(names)[:count], equals, rng.choice(names, count)], axis=1)
-
-
-def training_text(words: Tokens, names: Tokens, rng: np.random.Generator) -> tuple[Tokens, Tokens]:
-    """A text with each pair twice, and the answers at the second places' equals signs, else -1."""
-    begin = rng.integers(len(words) - LENGTH)
-    text, answers = words[begin : begin + LENGTH].copy(), np.full(LENGTH, -1)
-    text[0] = START
-    count = LENGTH // 16
-    slots = np.sort(rng.permutation(LENGTH // 4)[: 2 * count].reshape(2, count), axis=0)
-    places = 4 * slots[..., np.newaxis] + [1, 2, 3]
-    text[places] = pairs = pairs_of(names, count, rng)
-    answers[places[1, :, 1]] = pairs[:, 2]
-    return text, answers
-
-
-class Question(NamedTuple):
-    place: int  # of its equals sign
-    answer: int  # where the answer stands before
-    distance: int  # about, one of those of Sizes
-
-
-def long_text(
-    words: Tokens, names: Tokens, sizes: Sizes, rng: np.random.Generator
-) -> tuple[Tokens, list[Question]]:
-    """A text that ends with a question in every 8 tokens, and one pair in 64 tokens elsewhere."""
-    begin = rng.integers(len(words) - sizes.length)
-    text = words[begin : begin + sizes.length].copy()
-    text[0] = START
-    distances = rng.permutation(sizes.questions * [*sizes.distances, START_OF_TEXT])
-    pairs = pairs_of(names, max(len(distances), sizes.length // 64), rng)
-    places = sizes.length - 8 * np.arange(1, len(distances) + 1)
-    free = np.arange(1, sizes.length)
-    taken = {0, *(places[:, np.newaxis] + [0, 1, 2]).ravel()}
-
-    def put(pair: Tokens, place: int) -> int:
-        """At the last free place that is not behind this one; where its value stands."""
-        while taken & {place, place + 1, place + 2}:
-            place -= 1
-        taken.update((place, place + 1, place + 2))
-        text[place : place + 3] = pair
-        return place + 2
-
-    questions = []
-    for place, distance, pair in zip(places, distances, pairs, strict=False):
-        text[place : place + 3] = pair
-        back = put(pair, KEPT - 3 if distance == START_OF_TEXT else place - 1 - distance)
-        questions.append(Question(place + 1, back, distance))
-    for pair in pairs[len(distances) :]:
-        put(pair, rng.integers(KEPT, places[-1]))
-    return text, questions
-
-
-# --- the model --------------------------------------------------------------------------------
-
-
-class Layer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.mlp_norm = nn.LayerNorm(EMBED_DIM), nn.LayerNorm(EMBED_DIM)
-        self.q_k, self.v, self.out = (nn.Linear(EMBED_DIM, EMBED_DIM) for _ in range(3))
-        self.mix_q, self.mix_k = (
-            nn.Conv1d(EMBED_DIM, EMBED_DIM, 4, padding=3, groups=EMBED_DIM) for _ in range(2)
-        )
-        hidden = nn.Linear(EMBED_DIM, 4 * EMBED_DIM)
-        self.mlp = nn.Sequential(hidden, nn.ReLU(), nn.Linear(4 * EMBED_DIM, EMBED_DIM))
-
-    def heads(self, x: Tensor) -> tuple[Tensor, ...]:
-        """q, k and v of (batch, seqlen, EMBED_DIM), each (batch, HEADS, seqlen, head_dim)."""
-        y = self.norm(x)
-        q_k, seqlen = self.q_k(y).transpose(1, 2), x.shape[1]
-        q, k = (mix(q_k)[..., :seqlen].transpose(1, 2) for mix in (self.mix_q, self.mix_k))
-        # Beside more keys, the right one keeps its weight only if its score grows with log(keys).
-        keys = torch.arange(2.0, seqlen + 2)
-        q = q * (4 / math.log(LENGTH) * keys.log())[:, None]
-        return tuple(t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in (q, k, self.v(y)))
-
-    def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        x = x + self.out(attend(*self.heads(x)).transpose(1, 2).flatten(2))
-        return x + self.mlp(self.mlp_norm(x))
-
-
-class Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.words = nn.Embedding(UNKNOWN + 1 + WORDS, EMBED_DIM)
-        self.layers = nn.ModuleList(Layer() for _ in range(LAYERS))
-        self.norm = nn.LayerNorm(EMBED_DIM)
-
-    def forward(self, text: Tensor, attend: Attend) -> Tensor:
-        """What each token is followed by, as an embedding: `logits` compares it with all words."""
-        x = self.words(text)
-        for layer in self.layers:
-            x = layer(x, attend)
-        return self.norm(x)
-
-    def logits(self, x: Tensor) -> Tensor:
-        return x @ self.words.weight.T * (2 / math.sqrt(EMBED_DIM))
-
-
-def train(words: Tokens, names: Tokens, steps: int, rng: np.random.Generator) -> Model:
-    torch.manual_seed(0)
-    model = Model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps, pct_start=0.1)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return fastattn.torch.attention(q, k, v, causal=True)
-
-    progress = tqdm(range(steps), desc="training", unit="step", disable=None)
-    for _ in progress:
-        texts = [training_text(words, names, rng) for _ in range(BATCH_SIZE)]
-        text, answers = (torch.from_numpy(np.stack(part)) for part in zip(*texts, strict=True))
-        asked = answers >= 0
-        loss = F.cross_entropy(model.logits(model(text, attend)[asked]), answers[asked])
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        progress.set_postfix(loss=f"{loss.item():.3f}")
-    return model
 
 
 # --- the long texts ---------------------------------------------------------------------------
@@ -294,28 +140,31 @@ def label(distance: int) -> str:
 
 def plot(
     path: Path, accuracy: dict[str, list[float]], distances: list[int], weights: np.ndarray,
-    answer: int, around: list[str],
+    answer: int, words: str,
 ) -> None:  # fmt: skip
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 8), layout="constrained")
     top, bottom = figure.subplots(2, 1)
-    styles = {"full": ("#0072B2", "o"), "window": ("#D55E00", "s"), "window and start": ("#009E73", "^")}
-    for name, (colour, marker) in styles.items():
-        top.plot(accuracy[f"fastattn, {name}"], color=colour, marker=marker, label=name)
+    for name, colour, marker in (
+        ("full", "#0072B2", "o"), ("window", "#D55E00", "s"), ("window and start", "#009E73", "^"),
+    ):  # fmt: skip
+        line = accuracy[f"fastattn, {name}"]
+        top.plot(line, color=colour, marker=marker, markersize=9, fillstyle="none", label=name)
     top.set_xticks(range(len(distances)), [label(d) for d in distances])
-    top.set_xlabel("tokens between question and answer; at the right: answer in the first tokens")
+    top.set_xlabel(f"tokens from the question back to the answer (first {KEPT}: where it stands)")
     top.set_ylabel("questions answered correctly")
-    top.set_title(f"Trained on texts of {LENGTH} tokens, asked in texts of {len(weights):,}", loc="left")
+    title = f"Trained on texts of {LENGTH} tokens, asked in texts of {len(weights):,}"
+    top.set_title(title, loc="left")
     top.legend(frameon=False, loc="center left")
-    place = len(weights) - 1
+    last = len(weights) - 1
     bottom.plot(weights, color="#0072B2", linewidth=0.8)
-    bottom.set_title("Where one question looks: the weights of its last layer over all keys", loc="left")
+    bottom.set_title("Where one question looks: its weights in the last layer", loc="left")
     bottom.annotate(
-        f"{place - answer:,} tokens back\n“… {' '.join(around)} …”", (answer, weights[answer]),
-        (30, -30), textcoords="offset points", arrowprops={"arrowstyle": "->"},
+        f"the answer, {last - answer:,} tokens back:\n{words}", (answer, weights[answer]),
+        (40, -40), textcoords="offset points", arrowprops={"arrowstyle": "->"},
     )  # fmt: skip
-    bottom.axvspan(place - WINDOW, place, color="#D55E00", alpha=0.3, label="what a window sees")
+    bottom.axvspan(last - WINDOW, last, color="#D55E00", alpha=0.4, label="all that a window sees")
     bottom.legend(frameon=False, loc="center right")
     bottom.set_xlabel("position of the key in the text")
     bottom.set_ylabel("weight (they sum to 1)")
@@ -334,52 +183,52 @@ def main(argv: list[str] | None = None) -> int:
     sizes = QUICK if args.quick else FULL
 
     rng = np.random.default_rng(0)
-    vocabulary, words = read_words()
-    names = [i for i, word in enumerate(vocabulary) if word.isalpha() and len(word) > 2][:NAMES]
-    training, held_out = np.split(words, [len(words) * 7 // 10])
-    distances = [*sizes.distances, START_OF_TEXT]
+    words = read_words()
     print(
-        f"{len(training):,} words of docstrings to train on, {len(held_out):,} held out; "
-        f"{len(names)} of them are names and values"
+        f"{len(words.training):,} words of docstrings to train on, {len(words.held_out):,} held "
+        f"out; {len(words.names)} different ones are names and values"
     )
     start = time.perf_counter()
-    model = train(training, np.array(names), sizes.steps, rng)
-    print(f"trained on {sizes.steps * BATCH_SIZE:,} texts of {LENGTH} tokens, "
-          f"{time.perf_counter() - start:.0f} s")  # fmt: skip
+    model = train(words, sizes.steps, rng)
+    seconds = time.perf_counter() - start
+    print(f"trained on {sizes.steps * BATCH_SIZE:,} texts of {LENGTH} tokens, {seconds:.0f} s")
 
-    texts, questions = zip(
-        *(long_text(held_out, np.array(names), sizes, rng) for _ in range(sizes.texts)), strict=True
-    )
-    places = [[q.place for q in asked] for asked in questions]
-    accuracy: dict[str, list[float]] = {}
+    distances = [*sizes.distances, START_OF_TEXT]
+    made = [
+        long_text(words, sizes.length, distances * sizes.questions, rng) for _ in range(sizes.texts)
+    ]
+    texts = [text for text, _ in made]
+    accuracy = {}
     print(f"\nright answers, %; tokens back: {''.join(f'{label(d):>9}' for d in distances)}"
           f"{'s a text':>10}{'attention':>11}{'MiB':>7}")  # fmt: skip
     for name in CONTENDERS:
         # A process for each, so that the peak of its memory is its own.
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            reading = pool.submit(read, name, model, list(texts), places).result()
+            places = [[question.place for question in questions] for _, questions in made]
+            reading = pool.submit(read, name, model, texts, places).result()
         right: dict[int, list[bool]] = {d: [] for d in distances}
-        for text, asked, found in zip(texts, questions, reading.words, strict=True):
-            for question, word in zip(asked, found, strict=True):
+        for (text, questions), found in zip(made, reading.words, strict=True):
+            for question, word in zip(questions, found, strict=True):
                 right[question.distance].append(text[question.answer] == word)
         accuracy[name] = [float(np.mean(right[d])) for d in distances]
         print(f"{name:<30}{''.join(f'{100 * a:>9.1f}' for a in accuracy[name])}"
-              f"{reading.seconds / len(texts):>10.2f}{reading.share:>11.0%}{reading.mebibytes:>7,.0f}")
+              f"{reading.seconds / sizes.texts:>10.2f}{reading.share:>11.0%}"
+              f"{reading.mebibytes:>7,.0f}")  # fmt: skip
 
-    text, asked = texts[0], questions[0]
-    far = next(q for q in asked if q.distance == sizes.distances[-1])
-    weights = last_weights(model, text, far.place)
-    head = weights[:, far.answer].argmax()
-    around = [vocabulary[i] for i in text[far.answer - 2 : far.answer + 1]]
-    plot(args.plot, accuracy, distances, weights[head], far.answer, around)
+    far = distances[-2]
+    text, questions = made[0]
+    question = next(q for q in questions if q.distance == far)
+    weights = last_weights(model, text, question.place)
+    pair = " ".join(words.vocabulary[i] for i in text[question.answer - 2 : question.answer + 1])
+    head = weights[:, question.answer].argmax()
+    plot(args.plot, accuracy, distances, weights[head], question.answer, pair)
     print(f"drawn to {args.plot}")
 
-    count = sizes.texts * sizes.questions
-    figure, windowed = (accuracy[f"fastattn, {n}"][len(distances) - 2] for n in ("full", "window"))
-    good = figure >= sizes.target and windowed <= 0.05
-    print(f"{100 * figure:.1f} % of {count} answers {sizes.distances[-1]:,} tokens back right "
-          f"(target {100 * sizes.target:.0f} %), with a window {100 * windowed:.1f} %: "
-          f"{'ok' if good else 'WRONG'}")
+    full, window = (accuracy[f"fastattn, {name}"][-2] for name in ("full", "window"))
+    good = full >= sizes.target and window <= 0.05
+    print(f"{100 * full:.1f} % of {sizes.texts * sizes.questions} answers {far:,} tokens back are "
+          f"right (target {100 * sizes.target:.0f} %), {100 * window:.1f} % with a window: "
+          f"{'ok' if good else 'WRONG'}")  # fmt: skip
     return 0 if good else 1
 
 
