@@ -31,13 +31,13 @@ def read_data(most_languages: int, training: int, test: int) -> Data:
     """The languages and the dates are drawn by lot."""
     rng = random.Random(0)
     locales = [Locale.parse(name) for name in sorted(locale_identifiers())]
-    # Where CLDR does not know the months, they are M01 to M12.
-    locales = [x for x in locales if x.months["format"]["wide"][11] != "M11"]
     languages = [x for x in locales if str(x) == x.language]
+    # Where CLDR does not know the months, they are M01 to M12.
+    languages = [x for x in languages if x.months["format"]["wide"][11] != "M11"]
     rng.shuffle(languages)
     unseen, seen = languages[:UNSEEN], languages[UNSEEN : UNSEEN + most_languages]
     known = {x.language for x in seen}
-    forms = [x for x in locales if x.language in known and x not in seen]
+    forms = [x for x in locales if x.language in known and str(x) != x.language]
     days = rng.sample(range(DAYS), DAYS)
     held_out, others = days[: DAYS // 10], days[DAYS // 10 :]
     return Data(

@@ -58,7 +58,7 @@ class Sizes(NamedTuple):
     questions: int = 10  # of each distance in a text
 
 
-FULL = Sizes(400, 17_000, 10, (50, 200, 500, 1000, 2000, 4000, 8000, 16_000), 0.95)
+FULL = Sizes(300, 17_000, 10, (50, 200, 500, 1000, 2000, 4000, 8000, 16_000), 0.95)
 QUICK = Sizes(200, 2500, 2, (50, 200, 500, 1000), 0.8)
 
 
