@@ -41,8 +41,7 @@ ATTENTION: dict[str, Attend] = {
     "fastattn": fastattn.torch.scaled_dot_product_attention,
     "PyTorch": F.scaled_dot_product_attention,
 }
-EMBED_DIM, NUM_HEADS, NUM_LAYERS = 64, 4, 3
-BATCH_SIZE, LEARNING_RATE = 64, 2e-3
+EMBED_DIM, NUM_HEADS, NUM_LAYERS, BATCH_SIZE, LEARNING_RATE = 64, 4, 3, 64, 2e-3
 
 
 class Plan(NamedTuple):
@@ -67,8 +66,7 @@ def read(name: str) -> tuple[Images, Images]:
     side = math.isqrt(pixels.shape[1])
     pixels = pixels.float().reshape(-1, 1, side, side) / pixels.max()
     rows = train_test_split(np.arange(len(labels)), test_size=0.25, stratify=labels, random_state=0)
-    learn, held_out = (Images(pixels[i], labels[i]) for i in rows)
-    return learn, held_out
+    return Images(pixels[rows[0]], labels[rows[0]]), Images(pixels[rows[1]], labels[rows[1]])
 
 
 def moved(pixels: Tensor, generator: torch.Generator) -> Tensor:
@@ -132,8 +130,7 @@ class VisionTransformer(nn.Module):
             weights = fa.attention_weights(q.numpy(), k.numpy()).mean(1)  # over the heads
             flow = (weights + identity) / 2 @ flow  # half of a token goes past the attention
             x = block(x, attend)
-        side = math.isqrt(x.shape[1])
-        return flow[:, 0, 1:].reshape(-1, side, side)
+        return flow[:, 0, 1:].reshape(len(x), math.isqrt(x.shape[1]), -1)
 
 
 def batches(images: Images, epochs: int) -> Iterator[Images]:
@@ -173,7 +170,7 @@ def draw(name: str, figure: SubFigure, run: Run, images: Images, answers: Tensor
         for axes in column:
             axes.imshow(images.pixels[i, 0], cmap="gray_r", extent=(0, 1, 0, 1))
             axes.set_axis_off()
-        column[1].imshow(flow, "inferno", alpha=0.6, extent=(0, 1, 0, 1), interpolation="bilinear")
+        column[1].imshow(flow, "inferno", alpha=0.7, extent=(0, 1, 0, 1), interpolation="bilinear")
         answer, label = answers[i].item(), images.labels[i].item()
         column[0].set_title(answer if answer == label else f"{answer}, is {label}", fontsize=10)
 
