@@ -52,15 +52,11 @@ def rand_index(owner: np.ndarray, found: np.ndarray) -> float:
     return float(np.mean([adjusted_rand_score(o[o >= 0], f[o >= 0]) for o, f in scenes]))
 
 
-def connected(scenes: Scenes) -> np.ndarray:
-    """Which connected patch of ink each pixel is in."""
-    return np.array([ndimage.label(p.max(0) > INK, np.ones((3, 3)))[0] for p in scenes.pixels])
-
-
-def clustered(scenes: Scenes) -> np.ndarray:
-    """Which cluster of places each pixel is in, by k-means that is told the number of digits."""
-    found = np.zeros_like(scenes.owner)
-    for clusters, o in zip(found, scenes.owner, strict=True):
+def baselines(scenes: Scenes) -> dict[str, np.ndarray]:
+    """Pixels divided by what touches, and by places with the number of digits known."""
+    touching = [ndimage.label(p.max(0) > INK, np.ones((3, 3)))[0] for p in scenes.pixels]
+    near = np.zeros_like(scenes.owner)
+    for clusters, o in zip(near, scenes.owner, strict=True):
         k_means = KMeans(o.max() + 1, n_init=3, random_state=0)
         clusters[o >= 0] = k_means.fit_predict(np.argwhere(o >= 0))
-    return found
+    return {"connected patches": np.array(touching), "k-means, told how many": near}

@@ -57,10 +57,14 @@ def timed(attend: Attend, clock: Clock) -> Attend:
 class Run:
     """A copy of a model, whose `loss(batch, attend)` is made small, and where its time goes."""
 
-    def __init__(self, model: nn.Module, attend: Attend, rate: float, steps: int) -> None:
+    def __init__(
+        self, model: nn.Module, attend: Attend, rate: float, steps: int, warm_up: float
+    ) -> None:
         self.model, self.attend, self.clock = copy.deepcopy(model), attend, Clock()
         self.optimizer = torch.optim.AdamW(self.model.parameters())
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, rate, steps)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer, rate, steps, pct_start=warm_up
+        )
         self.losses: list[float] = []
         self.seconds: list[float] = []
 
@@ -83,9 +87,10 @@ def train(
     batches: Iterable[Any],
     rate: float,
     steps: int,
+    warm_up: float,  # the share of the steps in which the rate rises
 ) -> dict[str, Run]:
     """A run for each attention, all from the model's weights, on the same batches in turns."""
-    runs = {name: Run(model, attend, rate, steps) for name, attend in attention.items()}
+    runs = {name: Run(model, attend, rate, steps, warm_up) for name, attend in attention.items()}
     for batch in tqdm(batches, desc="training both", total=steps, unit="step", disable=None):
         for run in runs.values():
             run.step(batch)

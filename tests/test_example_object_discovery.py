@@ -116,5 +116,6 @@ def test_rand_index_by_hand(scenes):
     with_nothing = scenes.Scenes(np.zeros((1, 3, 2, 3), np.float32), owner)
     with_nothing.pixels[0, 1] = owner[0] >= 0
     # Four pixels that touch are one patch; their places make two clusters.
-    assert scenes.rand_index(owner, scenes.connected(with_nothing)) == 0.0
-    assert set(scenes.clustered(with_nothing)[0].flatten()) == {0, 1}
+    touching, near = scenes.baselines(with_nothing).values()
+    assert scenes.rand_index(owner, touching) == 0.0
+    assert set(near[0].flatten()) == {0, 1}
