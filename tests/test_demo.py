@@ -6,6 +6,7 @@ import json
 import math
 import re
 import struct
+import tempfile
 
 import numpy as np
 import pytest
@@ -34,7 +35,8 @@ def text(tmp_path):
 # --- the whole demo ---------------------------------------------------------------------------
 
 
-def test_demo_on_made_arrays(text, capsys):
+def test_demo_on_made_arrays(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     args = arguments("--made", "--text", text, "--query", "Who carries the baby?", "--long", 40)
     assert demo.run(args) == 0
     report = capsys.readouterr().out
@@ -48,6 +50,62 @@ def test_demo_on_made_arrays(text, capsys):
     assert max(differences) < 1e-5
     assert len(re.findall(r"^    fastattn +[\d.]+ m?s", report, re.MULTILINE)) == 2
     assert len(re.findall(r"^    plain NumPy +[\d.]+ m?s", report, re.MULTILINE)) == 2
+    # The result, then the gain, then where the time went.
+    places = [report.index(x) for x in ("Nearest to", "How exact", "The gain", "Where the time")]
+    assert places == sorted(places)
+    # A row in which fastattn is behind is followed by the reason.
+    for line, reason in re.findall(
+        r"^(    fastattn .* times the time)\n(.*)", report, re.MULTILINE
+    ):
+        assert "Behind" in reason or "Where the time" in report.split(line)[1]
+    shares = re.findall(
+        r"^    \S.* attention +[\d.]+ m?s +\((\d+)%\), everything", report, re.MULTILINE
+    )
+    assert len(shares) == 2 and all(0 <= int(share) <= 100 for share in shares)
+    if importlib.util.find_spec("matplotlib") is None:
+        assert f"No picture without matplotlib: {demo.INSTALL_EXTRAS}" in report
+    else:
+        path = tmp_path / "fastattn-demo.png"
+        assert report.endswith(f": {path}\n")
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.any_kernel_set
+@pytest.mark.parametrize(
+    ("ours", "plain", "reason"),
+    [
+        ((10.0, 1.0), (12.0, 3.0), None),
+        ((13.0, 1.0), (12.0, 3.0), "although its attention was faster"),
+        ((12.0, 3.0), (10.0, 1.0), "Behind, because the sequences are short"),
+    ],
+)
+def test_demo_says_why_fastattn_is_behind(ours, plain, reason, capsys):
+    encoders = []
+    for seconds, attention_seconds in (ours, plain):
+        encoder = _minilm.TimedEncoder(_minilm.made_tensors(**SIZES))
+        encoder.seconds, encoder.attention_seconds = seconds, attention_seconds
+        encoders.append(encoder)
+    demo._report_parts(*encoders)
+    report = capsys.readouterr().out
+    for text in ("although its attention was faster", "Behind, because the sequences are short"):
+        assert (text in report) == (text == reason)
+
+
+@pytest.mark.any_kernel_set
+def test_ratio_reads_either_way():
+    assert demo._ratio(3.0, 1.0) == "3.0 times as fast"
+    assert demo._ratio(1.04, 1.0) == "1.04 times as fast"
+    assert demo._ratio(1.0, 1.25) == "1.25 times the time"
+
+
+@pytest.mark.any_kernel_set
+def test_timed_encoder_counts(rng):
+    tensors = _minilm.made_tensors(**SIZES)
+    timed = _minilm.TimedEncoder(tensors)
+    token_ids, lengths = _minilm.padded([[1, 2, 3], [4, 5]])
+    embeddings = timed.embed(token_ids, lengths)
+    np.testing.assert_array_equal(embeddings, _minilm.Encoder(tensors).embed(token_ids, lengths))
+    assert 0 < timed.attention_seconds < timed.seconds
 
 
 @pytest.mark.any_kernel_set
@@ -261,7 +319,7 @@ def test_real_weights_know_what_sentences_mean():
         "A man is eating a piece of bread.",
         "The girl is carrying a baby.",
     )
-    a, b, c = demo._embed(_minilm.Encoder(tensors), [tokenize(s) for s in sentences])
+    [(a, b, c)] = demo._embed([_minilm.Encoder(tensors)], [tokenize(s) for s in sentences])
     # As sentence-transformers gives them for this model.
     assert float(a @ b) == pytest.approx(0.7553, abs=1e-3)
     assert float(a @ c) == pytest.approx(-0.1050, abs=1e-3)

