@@ -139,7 +139,8 @@ class Layer(nn.Module):
         """q, k and v of (batch, seqlen, EMBED_DIM), each (batch, HEADS, seqlen, head_dim)."""
         y = self.norm(x)
         q_k, seqlen = self.q_k(y).transpose(1, 2), x.shape[1]
-        q, k = (mix(q_k)[..., :seqlen].transpose(1, 2) for mix in (self.mix_q, self.mix_k))
+        mixes = self.mix_q(q_k), self.mix_k(q_k)  # PyTorch's fused kernel wants them contiguous
+        q, k = (mix[..., :seqlen].transpose(1, 2).contiguous() for mix in mixes)
         # Beside more keys, the right one keeps its weight only if its score grows with log(keys).
         keys = torch.arange(2.0, seqlen + 2)
         q = q * (4 / math.log(LENGTH) * keys.log())[:, None]
