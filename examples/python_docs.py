@@ -1,10 +1,13 @@
 """Python's own documentation: docstrings of the standard library and the topics of `help()`."""
 
+import ast
 import importlib
 import inspect
 import re
 import warnings
 from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any, NamedTuple
 
@@ -98,3 +101,42 @@ def pieces(text: str) -> Iterator[list[str]]:
         words += len(line.split())
     if piece:
         yield piece
+
+
+def source_texts(name: str) -> Iterator[str]:
+    """What the source of a package or module says about it, or a topic of `help()`."""
+    if name.startswith("topic/"):
+        yield topics.get(name.removeprefix("topic/"), "")
+        return
+    try:
+        spec = find_spec(name)
+    except ModuleNotFoundError:  # the package that it is in
+        spec = None
+    if spec is None or spec.origin is None:
+        return
+    source = Path(spec.origin)
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    for path in sorted(source.parent.rglob("*.py")) if source.stem == "__init__" else [source]:
+        if {"test", "tests", "idle_test"} & set(path.parts):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, documented):
+                yield ast.get_docstring(node) or ""
+            elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "add_newdoc":
+                for part in ast.walk(node):  # how NumPy documents what is written in C
+                    if isinstance(part, ast.Constant) and isinstance(part.value, str):
+                        yield inspect.cleandoc(part.value)
+
+
+def prose_of(name: str) -> list[str]:
+    """The sentences of `source_texts`, each once, without headings, code and tables."""
+    found: dict[str, None] = {}
+    for text in source_texts(name):
+        for paragraph in re.split(r"\n\s*\n", text):
+            if ">>>" in paragraph:
+                continue
+            for sentence in sentences_of(" ".join(paragraph.split())):
+                letters = sum(c.isalpha() or c == " " for c in sentence)
+                if len(sentence.split()) >= 4 and letters > 0.7 * len(sentence):
+                    found[sentence] = None
+    return list(found)
