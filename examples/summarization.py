@@ -30,11 +30,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from minilm import MAX_WINDOW, MiniLM
-from python_docs import prose_of
 from tqdm import tqdm
 
 import fastattn as fa
+from minilm import MAX_WINDOW, MiniLM
+from python_docs import prose_of
 
 # SCALE was chosen on asyncio, email, idlelib, logging and tkinter, which are not among these.  Those
 # that a system leaves out, or that are too short in its version, are skipped.
