@@ -608,7 +608,7 @@ def check_gradients(
     out_roundoff = float(ml_dtypes.finfo(dtype).eps) / 2 / u if dtype.itemsize == 2 else 0.0
     computed, specified = gradients_of(arrays, grad_out, options)
     exact = naive_gradients(grad_out, *arrays, dtype=wide, out_roundoff=out_roundoff, **options)
-    gain = naive_attention(*arrays, **options).lse_unit
+    gain = naive_attention(*arrays, dtype=wide, **options).lse_unit
     if not np.all(gain < float(np.finfo(np.float64).max) / 4):
         return  # scores that float64 cannot hold: it has no wider type
     # Where roundings of the scores may give the weight to another key, a gauge of first order says
