@@ -43,7 +43,7 @@ def test_summary_is_the_best_of_each_part(summarization, document):
     for best, amount in ((1, 1.0), (2, 2.0), (7, 0.5), (8, 3.0), (11, 1.0)):
         received[document.sentence_of == best] = amount
     scores = summarization.per_sentence(received, document)
-    assert scores.tolist() == [0, 1, 2, 0, 0, 9, 0, 0.5, 3, 0, 0, 1]
+    assert scores.tolist() == [0, 2, 6, 0, 0, 27, 0, 1, 9, 0, 0, 3]
     assert summarization.summary(scores, document) == [1, 2, 7, 8, 11]
 
 
