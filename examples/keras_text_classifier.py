@@ -16,10 +16,10 @@ layer: texts that only one is right about must divide as 19 in 20 series of coin
 
 import argparse
 import os
-import statistics
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,7 +59,8 @@ class NoAttention(layers.MultiHeadAttention):
 
 
 LAYERS = {
-    **{"fastattn": fastattn.keras.MultiHeadAttention, "Keras": layers.MultiHeadAttention},
+    "fastattn": fastattn.keras.MultiHeadAttention,
+    "Keras": layers.MultiHeadAttention,
     "no attention": NoAttention,
 }
 
@@ -86,45 +87,43 @@ class Classifier(keras.Model):
         return self.families(self.dropout(x, training=training))
 
 
-class Run(keras.callbacks.Callback):
-    """What came of training one model."""
+class Run:
+    """A model, and what came of each epoch of its training."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.seconds: list[float] = []  # of each step
-        self.losses: list[float] = []  # of each epoch
-        self.accuracies: list[float] = []  # on held-out text, after each epoch
+    def __init__(self, model: Classifier) -> None:
+        self.model = model
+        self.losses: list[float] = []
+        self.accuracies: list[float] = []  # on held-out text
+        self.seconds: list[float] = []
 
-    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        self.start = time.perf_counter()
-
-    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        self.seconds.append(time.perf_counter() - self.start)
-
-    @property
-    def milliseconds(self) -> float:
-        return 1e3 * statistics.median(self.seconds)
+    def right(self, words: np.ndarray, families: np.ndarray) -> np.ndarray:
+        """For each text, whether the model is right about it."""
+        return self.model.predict(words, verbose=0).argmax(1) == families
 
 
-def train(sizes: Sizes, texts: Texts, held_out: Any) -> tuple[dict[str, Any], dict[str, Run]]:
+def train(sizes: Sizes, texts: Texts, held_out: tuple[np.ndarray, np.ndarray]) -> dict[str, Run]:
+    warnings.filterwarnings("ignore", "Gradients do not exist")  # where nothing attends
     keras.utils.set_random_seed(0)
-    models, runs = {}, {name: Run() for name in LAYERS}
     learn = texts.arrays(texts.training, sizes.max_length)
-    vocabulary = UNKNOWN + 1 + len(texts.numbers)
     steps = sizes.epochs * (len(learn[1]) // BATCH_SIZE + 1)
+    vocabulary, runs = UNKNOWN + 1 + len(texts.numbers), {}
     for name, layer in LAYERS.items():
-        model = models[name] = Classifier(layer, sizes, vocabulary, len(texts.families))
+        model = Classifier(layer, sizes, vocabulary, len(texts.families))
+        runs[name] = Run(model)
         model(learn[0][:1])  # makes the weights
-        model.set_weights(models["fastattn"].get_weights())
+        model.set_weights(runs["fastattn"].model.get_weights())
         rate = keras.optimizers.schedules.PolynomialDecay(sizes.learning_rate, steps, 0.0)
-        model.compile(keras.optimizers.Adam(rate), "sparse_categorical_crossentropy", ["accuracy"])
+        loss = "sparse_categorical_crossentropy"
+        model.compile(keras.optimizers.Adam(rate), loss, metrics=["accuracy"])
     for epoch in range(sizes.epochs):
-        for name, model in models.items():
+        for run in runs.values():
             keras.utils.set_random_seed(epoch)  # for the order of the texts
-            history = model.fit(*learn, BATCH_SIZE, verbose=0, callbacks=[runs[name]])
-            runs[name].losses += history.history["loss"]
-            runs[name].accuracies.append(model.evaluate(*held_out, verbose=0)[1])
-    return models, runs
+            start = time.perf_counter()
+            history = run.model.fit(*learn, BATCH_SIZE, verbose=0)
+            run.seconds.append(time.perf_counter() - start)
+            run.losses += history.history["loss"]
+            run.accuracies.append(run.model.evaluate(*held_out, verbose=0)[1])
+    return runs
 
 
 def plot(path: Path, runs: dict[str, Run], words: list[str], weights: np.ndarray) -> None:
@@ -138,11 +137,11 @@ def plot(path: Path, runs: dict[str, Run], words: list[str], weights: np.ndarray
     for name, (colour, width) in styles.items():
         percent = 100 * np.array(runs[name].accuracies)
         accuracy.plot(1 + np.arange(len(percent)), percent, color=colour, lw=width, label=name)
-        times.barh(name, runs[name].milliseconds, color=colour)
+        times.barh(name, np.median(runs[name].seconds), color=colour)
     accuracy.set_title("Trained with either attention, and with none", loc="left")
     accuracy.set(xlabel="epoch", ylabel="right about held-out texts (%)")
     accuracy.legend(frameon=False, loc="lower right")
-    times.set_xlabel("milliseconds of a training step (median)")
+    times.set_xlabel("seconds of an epoch (median)")
     axes = attention_map(weights, tokens_q=words, tokens_k=words, ax=parts["map"], vmin=0)
     axes.set(xlabel="word looked at (key)", ylabel="word that looks (query)")
     axes.set_title("Attention of head 1 over a held-out text")
@@ -159,27 +158,27 @@ def main(argv: list[str] | None = None) -> int:
     texts = read_texts(np.random.default_rng(0), sizes.texts, sizes.vocabulary, sizes.max_length)
     print(texts)
     held_out = texts.arrays(texts.held_out, sizes.max_length)
-    models, runs = train(sizes, texts, held_out)
+    runs = train(sizes, texts, held_out)
 
-    print(f"\n{'':<13}{'first loss':>11}{'last loss':>11}{'accuracy':>10}{'ms per step':>13}")
+    seconds = {name: np.median(run.seconds) for name, run in runs.items()}
+    print(f"\n{'':<13}{'first loss':>11}{'last loss':>11}{'accuracy':>10}{'s per epoch':>13}")
     for name, run in runs.items():
         print(
             f"{name:<13}{run.losses[0]:>11.3f}{run.losses[-1]:>11.3f}"
-            f"{run.accuracies[-1]:>10.1%}{run.milliseconds:>13.1f}"
+            f"{run.accuracies[-1]:>10.1%}{seconds[name]:>13.2f}"
         )
-    guesses = [model.predict(held_out[0], verbose=0).argmax(1) for model in models.values()]
-    ours, theirs, _ = (guess == held_out[1] for guess in guesses)
+    ours, theirs = (runs[name].right(*held_out) for name in ("fastattn", "Keras"))
     alone = [(ours & ~theirs).sum(), (theirs & ~ours).sum()]
     noise = 1.96 * sum(alone) ** 0.5
     print(
         f"texts that one alone is right about: fastattn {alone[0]}, Keras {alone[1]} "
         f"(noise would make them differ by {noise:.1f} at most)"
     )
-    without = runs["no attention"].milliseconds
     for name in ("fastattn", "Keras"):
-        print(f"{name}: attention took {1 - without / runs[name].milliseconds:.0%} of a step")
+        share = 1 - seconds["no attention"] / seconds[name]
+        print(f"{name}: attention took {share:.0%} of an epoch (median)")
 
-    model, text = models["fastattn"], next(t for t in texts.held_out if 12 <= len(t.words) <= 20)
+    model, text = runs["fastattn"].model, next(t for t in texts.held_out if 12 <= len(t.words) < 21)
     x = model.embed(texts.arrays([text])[0])
     _, weights = model.attention(x, x, return_attention_scores=True)  # such calls Keras computes
     plot(args.plot, runs, text.words, ops.convert_to_numpy(weights[0, 0]))
