@@ -141,6 +141,7 @@ def plot(path: Path, runs: dict[str, Run], words: list[str], weights: np.ndarray
     accuracy.set_title("Trained with either attention, and with none", loc="left")
     accuracy.set(xlabel="epoch", ylabel="right about held-out texts (%)")
     accuracy.legend(frameon=False, loc="lower right")
+    accuracy.locator_params("x", integer=True)
     times.set_xlabel("seconds of an epoch (median)")
     axes = attention_map(weights, tokens_q=words, tokens_k=words, ax=parts["map"], vmin=0)
     axes.set(xlabel="word looked at (key)", ylabel="word that looks (query)")

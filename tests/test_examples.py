@@ -232,6 +232,37 @@ def test_corpus_has_each_text_once(load):
     assert len(texts.numbers) == sizes["vocabulary"]
 
 
+def test_stopwatch_counts_both_passes(load_torch, monkeypatch):
+    """By a clock that only what is watched, and what is not, move on."""
+    torch, stopwatch = load_torch("torch"), load_torch("stopwatch")
+    clock = [0.0]
+    monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: clock[0])
+
+    class Slow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q, k, v):
+            clock[0] += 1.0
+            return q + 2 * k + 3 * v
+
+        @staticmethod
+        def backward(ctx, gradient):
+            clock[0] += 10.0
+            return gradient, 2 * gradient, 3 * gradient
+
+    watch = stopwatch.Stopwatch(Slow.apply)
+    q, k, v = (torch.ones(1, 1, 2, 4, requires_grad=True) for _ in range(3))
+    out = watch(q, k, v)
+    clock[0] += 100.0  # the rest of a model
+    assert watch.seconds == 1.0
+    (out**2).sum().backward()
+    assert watch.seconds == 11.0
+    for x, times in ((q, 1), (k, 2), (v, 3)):
+        torch.testing.assert_close(x.grad, torch.full_like(x, times * 12.0))
+    with torch.no_grad():
+        watch(q, k, v)
+    assert watch.seconds == 12.0
+
+
 @pytest.mark.parametrize("length, padding", [(None, 0), (5, 2)])
 def test_corpus_pads_texts(load, length, padding):
     corpus = load("corpus")
