@@ -62,7 +62,7 @@ class Sizes(NamedTuple):
     target: float  # exact matches among held-out dates
 
 
-FULL = Sizes(300, 60_000, 4, 128, 2000, 0.97)
+FULL = Sizes(300, 60_000, 3, 128, 2000, 0.97)
 QUICK = Sizes(8, 4000, 6, 64, 200, 0.8)
 
 
@@ -128,9 +128,10 @@ def plot(path: Path, text: str, date: str, weights: np.ndarray) -> None:
     shown = [c.replace(" ", "␣") for c in text]
     attention_map(weights, tokens_q=date, tokens_k=shown, ax=axes, aspect="auto", vmin=0)
     axes.tick_params("x", rotation=0)
-    axes.set_xlabel(f"looks at: “{text}”")
-    axes.set_ylabel("writes, from top to bottom")
-    axes.set_title("Cross-attention in the last layer, mean of the heads", loc="left")
+    axes.set_xlabel("the text, ␣ for a space: what each row looks at")
+    axes.set_ylabel("the ISO date, written from top to bottom")
+    axes.set_title(f"“{text}” → {date}", loc="left", fontsize=14)
+    axes.set_title("cross-attention of the last layer, mean of the heads", loc="right", fontsize=9)
     figure.savefig(path, dpi=100)
 
 
@@ -180,7 +181,9 @@ def main(argv: list[str] | None = None) -> int:
     print(f"the first {TIMED} steps of training with both, on the same batches:")
     print_times(timed)
 
-    text, date = next(p for p in data.held_out_dates if p[0].isascii() and len(p[0]) > 24)
+    # One to draw: long, in Latin letters, in another order than the ISO date's.
+    latin = (p for p in data.held_out_dates if p[0].isascii() and len(p[0]) > 24)
+    text, date = next((text, date) for text, date in latin if text.endswith(date[:4]))
     weights = cross_weights(run.model, characters([text]), outputs([date]))
     plot(args.plot, text, date, weights[: len(date)])
     print(f"drawn to {args.plot}")
