@@ -7,7 +7,7 @@ import ast
 import re
 import sysconfig
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +29,7 @@ FAMILIES = {
 }
 MIN_TOKENS = 8  # a shorter docstring says little of where it is from
 PADDING, UNKNOWN = 0, 1  # numbers of tokens that are no words
+LIBRARY = Path(sysconfig.get_path("stdlib"))
 
 
 class Text(NamedTuple):
@@ -42,17 +43,40 @@ class Texts(NamedTuple):
     families: list[str]
     numbers: dict[str, int]  # of the words that are known, the most frequent ones in training
 
+    def __str__(self) -> str:
+        tokens = np.mean([len(text.words) for text in self.training])
+        return (
+            f"{len(self.training)} docstrings of {len(self.families)} families to train on, "
+            f"{tokens:.0f} tokens on average; {len(self.held_out)} held out"
+        )
 
-def docstrings(modules: str) -> Iterator[str]:
-    """What is written about these modules, their classes and their functions."""
-    library = Path(sysconfig.get_path("stdlib"))
-    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    def arrays(self, texts: list[Text], length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """The words' numbers, (len(texts), length) with padding at the end, and the families.
+
+        Without a `length`, it is that of the longest.
+        """
+        length = max(len(text.words) for text in texts) if length is None else length
+        words = np.full((len(texts), length), PADDING)
+        for row, text in zip(words, texts, strict=True):
+            row[: len(text.words)] = [self.numbers.get(word, UNKNOWN) for word in text.words]
+        return words, np.array([text.family for text in texts])
+
+
+def files(modules: str) -> Iterator[Path]:
+    """Where these modules and packages are written, less their tests."""
     for name in modules.split():
-        for path in [library / f"{name}.py", *sorted((library / name).rglob("*.py"))]:
-            if path.is_file() and not {"test", "tests"} & set(path.relative_to(library).parts):
-                for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                    if isinstance(node, documented):
-                        yield ast.get_docstring(node) or ""
+        for path in [LIBRARY / f"{name}.py", *sorted((LIBRARY / name).rglob("*.py"))]:
+            if path.is_file() and not {"test", "tests"} & set(path.relative_to(LIBRARY).parts):
+                yield path
+
+
+def docstrings(paths: Iterable[Path]) -> Iterator[str]:
+    """Those of modules, of their classes and of their functions."""
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, documented):
+                yield ast.get_docstring(node) or ""
 
 
 def read_texts(rng: np.random.Generator, texts: int, vocabulary: int, max_length: int) -> Texts:
@@ -63,7 +87,8 @@ def read_texts(rng: np.random.Generator, texts: int, vocabulary: int, max_length
     by_words: dict[str, Text] = {}
     families = []
     for family, modules in FAMILIES.items():
-        split = (re.findall(r"[a-z]+|\d+|[^\w\s]", d.lower()) for d in docstrings(modules))
+        written = docstrings(files(modules))
+        split = (re.findall(r"[a-z]+|\d+|[^\w\s]", text.lower()) for text in written)
         distinct = {" ".join(words): words for words in split if len(words) >= MIN_TOKENS}
         new = [key for key in distinct if key not in by_words]
         for i in rng.permutation(len(new))[:texts]:

@@ -9,13 +9,9 @@ of a token, mixed with the three tokens before it by two short convolutions; so 
 equals sign can hold the name before it, and the key of a value the name two tokens before it.
 """
 
-import ast
 import math
 import re
-import sysconfig
 from collections import Counter
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -25,8 +21,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import fastattn.torch
+from corpus import LIBRARY, docstrings
+from stopwatch import Attend
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v -> heads, all of them causal
 Tokens = np.ndarray  # of int64
 
 START, EQUALS, UNKNOWN = 0, 1, 2
@@ -40,14 +37,6 @@ START_OF_TEXT = -1  # in the place of a distance
 # --- text -------------------------------------------------------------------------------------
 
 
-def docstrings() -> Iterator[str]:
-    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, documented):
-                yield ast.get_docstring(node) or ""
-
-
 class Words(NamedTuple):
     vocabulary: list[str]
     names: Tokens  # those words that are names and values
@@ -57,7 +46,7 @@ class Words(NamedTuple):
 
 def read_words() -> Words:
     """All words by their numbers in the vocabulary; an equals sign is ours alone."""
-    text = "\n".join(docstrings()).lower()
+    text = "\n".join(docstrings(sorted(LIBRARY.glob("*.py")))).lower()
     words = re.findall(r"[a-z]+|\d+|[^\w\s=]", text)
     vocabulary = ["\n", "=", "?"] + [word for word, _ in Counter(words).most_common(WORDS)]
     number = {word: i for i, word in enumerate(vocabulary)}
@@ -159,7 +148,10 @@ class Model(nn.Module):
         self.norm = nn.LayerNorm(EMBED_DIM)
 
     def forward(self, text: Tensor, attend: Attend) -> Tensor:
-        """What each token is followed by, as an embedding: `logits` compares it with all words."""
+        """What each token is followed by, as an embedding: `logits` compares it with all words.
+
+        `attend` is causal.
+        """
         x = self.words(text)
         for layer in self.layers:
             x = layer(x, attend)
@@ -167,6 +159,15 @@ class Model(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         return x @ self.words.weight.T * (2 / math.sqrt(EMBED_DIM))
+
+    @torch.no_grad()
+    def last_weights(self, text: Tokens, attend: Attend) -> np.ndarray:
+        """Those of the last token in the last layer, (HEADS, len(text))."""
+        x = self.words(torch.from_numpy(text[None]))
+        for layer in self.layers[:-1]:
+            x = layer(x, attend)
+        q, k, _ = self.layers[-1].heads(x)
+        return fastattn.torch.attention_weights(q, k, rows=[-1])[0, :, 0].numpy()
 
 
 def train(words: Words, steps: int, rng: np.random.Generator) -> Model:

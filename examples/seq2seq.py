@@ -1,6 +1,6 @@
 """The encoder-decoder transformer of `translation.py`, and a beam search with fastattn's caches."""
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,11 +8,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastattn as fa
-
-Attend = Callable[..., Tensor]  # (q, k, v) -> heads, all (batch, num_heads, seqlen, head_dim)
+from stopwatch import Attend
 
 PADDING = 0  # in a source
 END = 0  # of an output, and what stands before it
+
+
+def without_padding(attend: Attend, source: Tensor) -> Attend:
+    """Attention over a source, (batch, seqlen), to none of its padding."""
+    return partial(attend, attn_mask=(source != PADDING)[:, None, None, :])
 
 
 class Attention(nn.Module):
@@ -86,6 +90,18 @@ class Translator(nn.Module):
             x = layer(x, own, cross, source)
         return self.logits(self.norm(x))
 
+    def forward(self, source: Tensor, target: Tensor, attend: Attend) -> Tensor:
+        """Logits of what follows each character of the target."""
+        across, own = without_padding(attend, source), partial(attend, is_causal=True)
+        sources = self.encode(source, across)
+        return self.decode(target, 0, sources, [own] * len(sources), across)
+
+    def loss(self, pairs: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        """Of sources and of their targets, each between two ENDs."""
+        source, target = pairs
+        logits = self(source, target[:, :-1], attend)
+        return F.cross_entropy(logits.flatten(0, 1), target[:, 1:].flatten())
+
 
 # --- beam search ------------------------------------------------------------------------------
 
@@ -126,14 +142,14 @@ def beam_search(
 
     `attend` is for the encoder and for cross-attention, `memory` a class like `Cached`.
     """
-    mask = (source != PADDING)[:, None, None, :]
+    across = without_padding(attend, source)
 
     def cross(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The beams of a source are queries over the same keys: (batch, heads, beams, head_dim)."""
         together = q.unflatten(0, (-1, beams))[:, :, :, 0].transpose(1, 2)
-        return attend(together, k, v, attn_mask=mask).transpose(1, 2).flatten(0, 1)[:, :, None]
+        return across(together, k, v).transpose(1, 2).flatten(0, 1)[:, :, None]
 
-    sources = model.encode(source, lambda q, k, v: attend(q, k, v, attn_mask=mask))
+    sources = model.encode(source, across)
     batch_size, heads, _, head_dim = sources[0][0].shape
     owns = [memory(batch_size * beams, heads, most, head_dim) for _ in sources]
     tokens = torch.full((batch_size * beams, 1), END)

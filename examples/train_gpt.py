@@ -15,7 +15,6 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import NamedTuple
@@ -28,8 +27,7 @@ from tqdm import tqdm
 
 import fastattn.torch
 from gpt import UNKNOWN, rotary_angles
-
-Attend = Callable[..., Tensor]  # (q, k, v, is_causal=...), as F.scaled_dot_product_attention
+from stopwatch import Attend
 
 ATTENTION: dict[str, Attend] = {
     "fastattn": fastattn.torch.scaled_dot_product_attention,

@@ -36,12 +36,12 @@ def model(load):
 SOURCE = torch.tensor([[3, 4, 5, 6, 7], [5, 3, 8, 0, 0]])  # the second has padding
 
 
-def likelihoods(translation, model, source, outputs):
+def likelihoods(model, source, outputs):
     """Of each output, which begins with the line end, by decoding it whole."""
     target = torch.tensor(outputs)
     with torch.no_grad():
-        logits = translation.decode(
-            model, source.expand(len(target), -1), target[:, :-1],
+        logits = model(
+            source.expand(len(target), -1), target[:, :-1],
             torch.nn.functional.scaled_dot_product_attention,
         )  # fmt: skip
     log_p = logits.log_softmax(-1).gather(2, target[:, 1:, None])[..., 0]
@@ -58,20 +58,20 @@ def test_a_wide_beam_finds_the_most_likely_output(load, model, name):
         for o in itertools.product(range(3), repeat=3)
         if not re.search("0[^0]", "".join(map(str, o)))
     ]
-    attend, memory = translation.CONTENDERS[name]
+    attend, memory = translation.ATTENTION[name], translation.MEMORY[name]
     found = seq2seq.beam_search(model, SOURCE, 3, 12, attend, memory)
     for row, source in zip(found.tolist(), SOURCE, strict=True):
-        best = likelihoods(translation, model, source[None], every).argmax()
+        best = likelihoods(model, source[None], every).argmax()
         assert [0, *row] == every[best]
 
 
 def test_one_beam_takes_the_most_likely_character(load, model):
     seq2seq, translation = load("seq2seq"), load("translation")
-    attend, memory = translation.CONTENDERS["fastattn"]
+    attend, memory = translation.ATTENTION["fastattn"], translation.MEMORY["fastattn"]
     tokens = torch.zeros(2, 1, dtype=torch.long)
     for _ in range(4):
         with torch.no_grad():
-            best = translation.decode(model, SOURCE, tokens, attend)[:, -1:].argmax(-1)
+            best = model(SOURCE, tokens, attend)[:, -1:].argmax(-1)
         best[(tokens[:, -1:] == 0) & (tokens.shape[1] > 1)] = 0
         tokens = torch.cat([tokens, best], dim=1)
     found = seq2seq.beam_search(model, SOURCE, 4, 1, attend, memory)
@@ -79,12 +79,11 @@ def test_one_beam_takes_the_most_likely_character(load, model):
 
 
 def test_padding_changes_nothing(load, model):
-    translation = load("translation")
-    attend = translation.CONTENDERS["fastattn"][0]
+    attend = load("translation").ATTENTION["fastattn"]
     target = torch.tensor([[0, 1, 2]])
     with torch.no_grad():
-        padded = translation.decode(model, SOURCE[1:], target, attend)
-        alone = translation.decode(model, SOURCE[1:, :3], target, attend)
+        padded = model(SOURCE[1:], target, attend)
+        alone = model(SOURCE[1:, :3], target, attend)
     torch.testing.assert_close(padded, alone)
 
 
