@@ -40,7 +40,7 @@ def test_a_missed_target_is_told(vision, monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(vision.QUICK, "digits", vision.Plan(patch=2, epochs=1, target=0.9))
     assert vision.main(["--quick", "--plot", str(tmp_path / "vision.png")]) == 1
     assert capsys.readouterr().out.endswith(
-        "10.0% of held-out digits right (target 90%): NOT REACHED\n"
+        "10.0% of held-out digits right (target 90%): MISSED\n"
     )
 
 
