@@ -151,7 +151,7 @@ def learn(name: str, plan: Plan, figure: SubFigure) -> float:
     steps = plan.epochs * (len(images.labels) // BATCH_SIZE)
     runs = train(model, ATTENTION, batches(images, plan.epochs), LEARNING_RATE, steps, WARM_UP)
     with torch.no_grad():
-        answers = [run.model(held_out.pixels, run.attend).argmax(1) for run in runs.values()]
+        answers = [run.model(held_out.pixels, ATTENTION[n]).argmax(1) for n, run in runs.items()]
     right = [(given == held_out.labels).float().mean().item() for given in answers]
     same = (answers[0] == answers[1]).float().mean()
     print(f"right: fastattn {right[0]:.1%}, PyTorch {right[1]:.1%}; the same answer: {same:.1%}")

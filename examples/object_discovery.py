@@ -64,7 +64,7 @@ class Plan(NamedTuple):
     target: float  # adjusted Rand index
 
 
-FULL = Plan(10000, 200, 1200, 1e-3, 0.8)
+FULL = Plan(10000, 200, 1600, 1e-3, 0.75)
 QUICK = Plan(2000, 100, 300, 2e-3, 0.45)
 
 
@@ -174,7 +174,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     found, unseen = baselines(held_out), torch.from_numpy(held_out.pixels)
     for name, run in runs.items():
-        found[f"slots, by {name}"] = run.model.shares(unseen, run.attend).argmax(1)
+        found[f"slots, by {name}"] = run.model.shares(unseen, ATTENTION[name]).argmax(1)
     index = {name: rand_index(held_out.owner, parts) for name, parts in found.items()}
     for name, value in index.items():
         print(f"{name:<24}adjusted Rand index {value:.3f}")
