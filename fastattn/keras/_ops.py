@@ -172,7 +172,8 @@ def dot_product_attention(
     Examples
     --------
     >>> import keras
-    >>>     >>> from fastattn.keras import dot_product_attention
+    >>> import numpy as np
+    >>> from fastattn.keras import dot_product_attention
     >>> query = keras.random.normal((2, 100, 8, 64))
     >>> key, value = keras.random.normal((2, 2, 100, 8, 64))
     >>> out = dot_product_attention(query, key, value, is_causal=True)
