@@ -28,10 +28,12 @@ TEST_ENV := OPENBLAS_NUM_THREADS=1
 # needs all in one process: WORKERS=.
 WORKERS ?= -n auto --maxprocesses=4 --dist loadgroup
 
+KERAS_BACKENDS := tensorflow jax torch numpy
+
 # These reach every option, tail and race in three minutes; ASAN_TESTS=tests is all of them.
 ASAN_TESTS ?= tests/test_guard_pages.py tests/test_config.py tests/test_races.py
 
-.PHONY: demo example test test-torch test-keras test-examples bench bench-peers microbench lint asan emulate fuzz docs clean help
+.PHONY: demo example test test-torch test-keras $(KERAS_BACKENDS:%=test-keras-%) test-examples bench bench-peers microbench lint asan emulate fuzz docs clean help
 .DEFAULT_GOAL := help
 
 # What an example needs beside the extra of that name; those that are not here need PyTorch.
@@ -53,20 +55,20 @@ test: $(BUILT) $(VENV)/extra-test  ## run the test suite, once per kernel set
 	$(TEST_ENV) $(PY) -m pytest $(WORKERS) $(ARGS)
 
 test-torch: $(BUILT) $(VENV)/extra-test $(VENV)/extra-torch  ## install PyTorch, run its tests
-	$(TEST_ENV) $(PY) -m pytest tests/test_torch.py tests/test_kinds.py $(ARGS)
+	$(TEST_ENV) $(PY) -m pytest $(WORKERS) tests/test_torch.py tests/test_kinds.py $(ARGS)
 	$(PY) -m pytest -q --doctest-modules --doctest-glob='*.md' fastattn/torch.py \
 	    fastattn/_torch_ops.py fastattn/_torch_routing.py fastattn/_torch_sdpa.py docs/torch.md
 
-# Keras has one backend in a process.
-test-keras: $(BUILT) $(VENV)/extra-test $(VENV)/extra-torch $(VENV)/group-keras  ## install Keras and its backends, run its tests on each
-	for backend in tensorflow jax torch numpy; do \
-	    $(TEST_ENV) KERAS_BACKEND=$$backend $(PY) -m pytest tests/test_keras.py $(ARGS) || exit 1; \
-	done
+# Keras has one backend in a process.  `make -j 2` runs two of them at a time.
+test-keras: $(KERAS_BACKENDS:%=test-keras-%)  ## install Keras and its backends, run its tests on each
 	KERAS_BACKEND=tensorflow $(PY) -m pytest -q --doctest-modules --doctest-glob='*.md' \
 	    fastattn/keras docs/keras.md
 
+$(KERAS_BACKENDS:%=test-keras-%): test-keras-%: $(BUILT) $(VENV)/extra-test $(VENV)/extra-torch $(VENV)/group-keras
+	$(TEST_ENV) KERAS_BACKEND=$* $(PY) -m pytest tests/test_keras.py $(ARGS)
+
 test-examples: $(BUILT) $(VENV)/extra-test $(VENV)/extra-torch $(VENV)/group-keras $(VENV)/extra-examples $(VENV)/minilm  ## run the short form of every example
-	$(PY) -m pytest --durations=10 tests/test_example*.py $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(WORKERS) --durations=10 tests/test_example*.py $(ARGS)
 
 bench: $(BUILT) $(VENV)/group-bench  ## pytest-benchmark: runs to save and to compare, beside NumPy and PyTorch
 	$(PY) -m pytest bench $(ARGS)
@@ -115,7 +117,7 @@ clean:  ## remove everything that the other targets made
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(VENV)/base: pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "fastattn needs Python 3.11"'

@@ -133,7 +133,7 @@ def prose_of(name: str) -> list[str]:
     found: dict[str, None] = {}
     for text in source_texts(name):
         for paragraph in re.split(r"\n\s*\n", text):
-            if ">>>" in paragraph:
+            if ">>>" in paragraph or re.search(r"^\s*(---|===|\.\. )", paragraph, re.MULTILINE):
                 continue
             for sentence in sentences_of(" ".join(paragraph.split())):
                 letters = sum(c.isalpha() or c == " " for c in sentence)

@@ -28,8 +28,8 @@ from minilm import MiniLM
 from python_docs import MODULES, Passage, passages
 
 QUESTIONS = Path(__file__).with_name("questions.tsv")
-QUICK_MODULES = "os os.path pathlib shutil tempfile itertools statistics random threading".split()
-TARGETS = QUICK_TARGETS = (0.0, 0.0)  # recall@1 and recall@5
+QUICK_MODULES = "os.path pathlib shutil tempfile itertools statistics random threading".split()
+TARGETS, QUICK_TARGETS = (0.28, 0.5), (0.38, 0.68)  # recall@1 and recall@5
 RANKS = 10  # that the picture shows
 
 
@@ -93,14 +93,12 @@ def plot(
 
     figure = Figure(figsize=(12, 5), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1, 1.3])
-    for (name, found), colour, marker in zip(
-        ranks.items(), ("#D55E00", "#0072B2"), "os", strict=True
-    ):
-        curve = [100 * recall(found, k) for k in range(1, RANKS + 1)]
+    for name, colour, marker in (("MiniLM", "#D55E00", "o"), ("BM25", "#0072B2", "s")):
+        curve = [100 * recall(ranks[name], k) for k in range(1, RANKS + 1)]
         left.plot(range(1, RANKS + 1), curve, color=colour, marker=marker, label=name)
     left.set(xlabel="passages looked at", ylabel="questions whose answer is among them (%)")
     left.set(ylim=(0, 100), xticks=range(1, RANKS + 1))
-    left.set_title(f"Recall on {len(found)} questions", loc="left")
+    left.set_title(f"Recall on {len(ranks['BM25'])} questions", loc="left")
     left.legend(frameon=False, loc="lower right")
     left.grid(True, alpha=0.3)
 
@@ -109,7 +107,7 @@ def plot(
     bars = right.barh(labels, near, color=colours)
     right.bar_label(bars, fmt="%.2f", padding=3)
     right.invert_yaxis()
-    right.set_xlim(0, 1.15 * near.max())
+    right.set_xlim(min(0, 1.5 * near.min()), 1.15 * near.max())
     right.set_xlabel("similarity to the question (cosine); the nearest is marked")
     right.set_title(f"“{question.text}”\nanswered by {passage.place}", loc="left", fontsize=11)
     for axes in (left, right):
@@ -188,8 +186,9 @@ def main(argv: list[str] | None = None) -> int:
     ours = ranks["MiniLM by fastattn"]
     at_1, at_5 = recall(ours, 1), recall(ours, 5)
     target_1, target_5 = QUICK_TARGETS if args.quick else TARGETS
-    same = bool(np.array_equal(ours <= 5, ranks["MiniLM by plain NumPy"] <= 5))
-    holds = at_1 >= target_1 and at_5 >= target_5 and same
+    same = np.array_equal(ours <= 5, ranks["MiniLM by plain NumPy"] <= 5)
+    better = at_1 > recall(ranks["BM25"], 1) and at_5 > recall(ranks["BM25"], 5)
+    holds = at_1 >= target_1 and at_5 >= target_5 and same and better
     print(
         f"recall@1 {at_1:.1%} (target {target_1:.0%}), recall@5 {at_5:.1%} (target {target_5:.0%}) "
         f"on {len(questions)} questions: {'ok' if holds else 'MISSED'}"

@@ -42,9 +42,16 @@ WEIGHT_FLOOR = 2.0**-104
 MAX_POSITION = 2**60
 
 # Section 4 of the design: the gauge of every result is at most this, to head_dim 1024; and beyond.
-# Entries of one sign have limits of their own (test_accuracy.py).
 MAX_GAUGE = 5.0
 MAX_GAUGE_BEYOND = 8.0
+
+# Of values of one sign.  Chains of 64 measure up to 6.4 of uniform(0, 8) entries at head_dim 64,
+# where naive float32 measures 5.7; 5 would need chains of 32, which measure 3.7 (and 6.4 at 4096).
+MAX_ONE_SIGN_GAUGE = 7.0
+
+# Of softmax over the queries, where a key's weights are one factor of a whole column of products:
+# an error of the sum of 33 like weights is in all of them, and measures 5.3.
+MAX_QUERIES_GAUGE = 8.0
 
 # The same of gradients.  Naive float32 measures up to 0.61, 0.75 and 4.4 of the first three.
 MAX_GRADIENT_GAUGES = {"q": 2.0, "k": 2.0, "v": 8.0, "bias": 2.0, "sinks": 2.0}

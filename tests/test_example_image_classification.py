@@ -29,7 +29,7 @@ def test_short_form_reads_held_out_digits(vision, tmp_path, capsys):
     assert min(float(ours), float(theirs)) >= 90
     shares = re.findall(r"^(\w+): [\d.]+ ms a step \(median\), attention took \d+%", report, re.M)
     assert shares == ["fastattn", "PyTorch"]
-    last = rf"{re.escape(ours)}% of held-out digits right \(target 90%\): ok"
+    last = rf"right on held-out images: {re.escape(ours)}% of digits \(target 90%\): ok"
     assert re.fullmatch(last, report.splitlines()[-1])
     assert picture.read_bytes().startswith(b"\x89PNG")
 
@@ -40,7 +40,7 @@ def test_a_missed_target_is_told(vision, monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(vision.QUICK, "digits", vision.Plan(patch=2, epochs=1, target=0.9))
     assert vision.main(["--quick", "--plot", str(tmp_path / "vision.png")]) == 1
     assert capsys.readouterr().out.endswith(
-        "10.0% of held-out digits right (target 90%): NOT REACHED\n"
+        "right on held-out images: 10.0% of digits (target 90%): MISSED\n"
     )
 
 

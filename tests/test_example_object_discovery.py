@@ -56,7 +56,7 @@ def test_a_missed_target_is_told(discovery, monkeypatch, tmp_path, capsys):
     """No step at all finds no digits."""
     monkeypatch.setattr(discovery, "QUICK", discovery.QUICK._replace(scenes=20, steps=1))
     assert discovery.main(["--quick", "--plot", str(tmp_path / "slots.png")]) == 1
-    assert capsys.readouterr().out.endswith("NOT REACHED\n")
+    assert capsys.readouterr().out.endswith("MISSED\n")
 
 
 def test_both_attentions_and_their_gradients_agree(discovery):

@@ -9,6 +9,8 @@ import pytest
 from gauge import (
     MAX_GAUGE,
     MAX_GRADIENT_GAUGES,
+    MAX_ONE_SIGN_GAUGE,
+    MAX_QUERIES_GAUGE,
     UNIT_ROUNDOFF,
     WEIGHT_FLOOR,
     naive_attention,
@@ -373,6 +375,16 @@ def test_random_calls(first: int, dtype: Any) -> None:
         check_call(f"seed {seed}, {np.dtype(dtype)}", *draw_call(rng, dtype))
 
 
+def max_gauge(v: np.ndarray, softmax_axis: str) -> float:
+    if v.dtype == np.float64:
+        return MAX_GAUGE_FLOAT64
+    if config.ISA == "scalar":
+        return MAX_GAUGE_ONE_LANE
+    if softmax_axis == "queries":
+        return MAX_QUERIES_GAUGE
+    return MAX_GAUGE if np.min(v) < 0 < np.max(v) else MAX_ONE_SIGN_GAUGE
+
+
 def check_call(name: str, arrays: list[np.ndarray], options: dict[str, Any]) -> None:
     dtype = arrays[0].dtype
     info = ml_dtypes.finfo(dtype)
@@ -394,8 +406,7 @@ def check_call(name: str, arrays: list[np.ndarray], options: dict[str, Any]) -> 
         unit = UNIT_ROUNDOFF[np.dtype(computed_in)] * exact.out_unit
         ratio = (np.abs(out - exact.out) - allowed) / unit
         worst = float(np.max(ratio, where=fits & np.isfinite(unit), initial=0))
-    limit = MAX_GAUGE_ONE_LANE if config.ISA == "scalar" else MAX_GAUGE
-    limit = MAX_GAUGE_FLOAT64 if dtype == np.float64 else limit
+    limit = max_gauge(arrays[2], options["softmax_axis"])
     assert worst <= limit, f"{name}: gauge {worst:.3g}, {sorted(options)}"
     missing = np.isnan(lse) & ~np.isnan(specified[1]) & (exact.lse_unit < float(info.max) / 4)
     assert not np.any(missing), f"{name}: lse is NaN"
@@ -597,7 +608,7 @@ def check_gradients(
     out_roundoff = float(ml_dtypes.finfo(dtype).eps) / 2 / u if dtype.itemsize == 2 else 0.0
     computed, specified = gradients_of(arrays, grad_out, options)
     exact = naive_gradients(grad_out, *arrays, dtype=wide, out_roundoff=out_roundoff, **options)
-    gain = naive_attention(*arrays, **options).lse_unit
+    gain = naive_attention(*arrays, dtype=wide, **options).lse_unit
     if not np.all(gain < float(np.finfo(np.float64).max) / 4):
         return  # scores that float64 cannot hold: it has no wider type
     # Where roundings of the scores may give the weight to another key, a gauge of first order says
