@@ -50,7 +50,7 @@ class Sizes(NamedTuple):
 
 
 FULL = Sizes(300, 17_000, 10, (50, 200, 500, 1000, 2000, 4000, 8000, 16_000), 0.95)
-QUICK = Sizes(150, 2500, 2, (50, 200, 500, 1000), 0.8)
+QUICK = Sizes(100, 2500, 2, (50, 200, 500, 1000), 0.8)
 BY_WINDOW = 0.05  # at most: of answers beyond it, those that are guessed
 
 

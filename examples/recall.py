@@ -173,8 +173,8 @@ class Model(nn.Module):
 def train(words: Words, steps: int, rng: np.random.Generator) -> Model:
     torch.manual_seed(0)
     model = Model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-3, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3, steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, steps, pct_start=0.1)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return fastattn.torch.attention(q, k, v, causal=True)
