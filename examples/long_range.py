@@ -132,15 +132,16 @@ def plot(
     last = len(weights) - 1
     bottom.plot(weights, color="#0072B2", linewidth=1.5)
     bottom.axvspan(last - WINDOW, last, color="#D55E00", alpha=0.4)
-    for note, at, shift, side in (
-        (f"the answer, {last - answer:,} tokens back:\n{words}", (answer, 1), 40, "left"),
-        (f"all that a window of {WINDOW} tokens sees", (last - WINDOW, 0.5), -40, "right"),
+    arrow = {"textcoords": "offset points", "arrowprops": {"arrowstyle": "->"}}
+    for note, at, shift in (
+        (f"the answer, {last - answer:,} tokens back:\n{words}", (answer, weights[answer]), 40),
+        (f"all that a window of {WINDOW} tokens sees", (last - WINDOW, 0.5), -40),
     ):
-        arrow = {"textcoords": "offset points", "arrowprops": {"arrowstyle": "->"}}
-        bottom.annotate(note, at, (shift, -40), ha=side, **arrow)
+        bottom.annotate(note, at, (shift, -40), ha="left" if shift > 0 else "right", **arrow)
     bottom.xaxis.set_major_formatter("{x:,.0f}")
     bottom.set(xlabel="position of the key in the text", ylabel="weight (they sum to 1)")
-    bottom.set_title("Where one question looks: its weights in the last layer", loc="left")
+    title = "Where one question looks: its weights in the head that finds the answer"
+    bottom.set_title(title, loc="left")
     for axes in (top, bottom):
         axes.set_ylim(-0.03, 1.05)
         axes.grid(True, alpha=0.3)
@@ -179,10 +180,10 @@ def main(argv: list[str] | None = None) -> int:
     far = sizes.distances[-1]
     text, questions = texts[0]
     place, answer, _ = next(q for q in questions if q.distance == far)
-    weights = model.last_weights(text[: place + 1], ATTENTION["fastattn, full"])
-    head = weights[:, answer].argmax()
+    weights = model.weights(text[: place + 1], ATTENTION["fastattn, full"])
+    weights = max(weights.reshape(-1, place + 1), key=lambda head: head[answer])
     pair = " ".join(words.vocabulary[i] for i in text[answer - 2 : answer + 1])
-    plot(args.plot, readings, distances, sizes.length, weights[head], answer, pair)
+    plot(args.plot, readings, distances, sizes.length, weights, answer, pair)
     print(f"drawn to {args.plot}")
 
     full, window = (readings[f"fastattn, {way}"].accuracy[far] for way in ("full", "window"))
