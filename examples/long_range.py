@@ -50,7 +50,7 @@ class Sizes(NamedTuple):
 
 
 FULL = Sizes(300, 17_000, 10, (50, 200, 500, 1000, 2000, 4000, 8000, 16_000), 0.95)
-QUICK = Sizes(150, 2500, 2, (50, 200, 500, 1000), 0.8)
+QUICK = Sizes(100, 2500, 2, (50, 200, 500, 1000), 0.8)
 BY_WINDOW = 0.05  # at most: of answers beyond it, those that are guessed
 
 
@@ -108,39 +108,40 @@ def read(name: str, model: Model, texts: list[tuple[Tokens, list[Question]]]) ->
 
 
 def read_alone(*args: Any) -> Reading:
-    """In a process, so that the peak of its memory is its own."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    """In a process, so that the peak of its memory is its own: a spawned one has its parent's."""
+    with ProcessPoolExecutor(1, mp_context=get_context("forkserver")) as pool:
         return pool.submit(read, *args).result()
 
 
 def plot(
-    path: Path, readings: dict[str, Reading], distances: dict[int, str], weights: np.ndarray,
-    answer: int, words: str,
+    path: Path, readings: dict[str, Reading], distances: dict[int, str], length: int,
+    weights: np.ndarray, answer: int, words: str,
 ) -> None:  # fmt: skip
     figure = Figure(figsize=(10, 8), layout="constrained")
     top, bottom = figure.subplots(2, 1)
     for way, colour, marker in (
         ("full", "#0072B2", "o"), ("window", "#D55E00", "s"), ("window and start", "#009E73", "^"),
     ):  # fmt: skip
-        accuracy = readings[f"fastattn, {way}"].accuracy
-        right = [accuracy[d] for d in distances]
+        right = [readings[f"fastattn, {way}"].accuracy[d] for d in distances]
         top.plot(right, color=colour, marker=marker, markersize=9, fillstyle="none", label=way)
     top.set_xticks(range(len(distances)), distances.values())
     back = f"tokens from the question back to the answer (first {KEPT}: where it stands)"
     top.set(xlabel=back, ylabel="questions answered correctly")
-    title = f"Trained on texts of {recall.LENGTH} tokens, asked in texts of {len(weights):,}"
-    top.set_title(title, loc="left")
+    top.set_title(f"Trained on {recall.LENGTH} tokens, asked in {length:,}", loc="left")
     top.legend(frameon=False, loc="center left")
     last = len(weights) - 1
-    bottom.plot(weights, color="#0072B2", linewidth=0.8)
+    bottom.plot(weights, color="#0072B2", linewidth=1.5)
+    bottom.axvspan(last - WINDOW, last, color="#D55E00", alpha=0.4)
+    arrow = {"textcoords": "offset points", "arrowprops": {"arrowstyle": "->"}}
+    for note, at, shift in (
+        (f"the answer, {last - answer:,} tokens back:\n{words}", (answer, weights[answer]), 40),
+        (f"all that a window of {WINDOW} tokens sees", (last - WINDOW, 0.5), -40),
+    ):
+        bottom.annotate(note, at, (shift, -40), ha="left" if shift > 0 else "right", **arrow)
+    bottom.xaxis.set_major_formatter("{x:,.0f}")
     bottom.set(xlabel="position of the key in the text", ylabel="weight (they sum to 1)")
-    bottom.set_title("Where one question looks: its weights in the last layer", loc="left")
-    bottom.annotate(
-        f"the answer, {last - answer:,} tokens back:\n{words}", (answer, weights[answer]),
-        (40, -40), textcoords="offset points", arrowprops={"arrowstyle": "->"},
-    )  # fmt: skip
-    bottom.axvspan(last - WINDOW, last, color="#D55E00", alpha=0.4, label="all that a window sees")
-    bottom.legend(frameon=False, loc="center right")
+    title = "Where one question looks: its weights in the head that finds the answer"
+    bottom.set_title(title, loc="left")
     for axes in (top, bottom):
         axes.set_ylim(-0.03, 1.05)
         axes.grid(True, alpha=0.3)
@@ -179,10 +180,10 @@ def main(argv: list[str] | None = None) -> int:
     far = sizes.distances[-1]
     text, questions = texts[0]
     place, answer, _ = next(q for q in questions if q.distance == far)
-    weights = model.last_weights(text[: place + 1], ATTENTION["fastattn, full"])
-    head = weights[:, answer].argmax()
+    weights = model.weights(text[: place + 1], ATTENTION["fastattn, full"])
+    weights = max(weights.reshape(-1, place + 1), key=lambda head: head[answer])
     pair = " ".join(words.vocabulary[i] for i in text[answer - 2 : answer + 1])
-    plot(args.plot, readings, distances, weights[head], answer, pair)
+    plot(args.plot, readings, distances, sizes.length, weights, answer, pair)
     print(f"drawn to {args.plot}")
 
     full, window = (readings[f"fastattn, {way}"].accuracy[far] for way in ("full", "window"))

@@ -161,20 +161,21 @@ class Model(nn.Module):
         return x @ self.words.weight.T * (2 / math.sqrt(EMBED_DIM))
 
     @torch.no_grad()
-    def last_weights(self, text: Tokens, attend: Attend) -> np.ndarray:
-        """Those of the last token in the last layer, (HEADS, len(text))."""
-        x = self.words(torch.from_numpy(text[None]))
-        for layer in self.layers[:-1]:
+    def weights(self, text: Tokens, attend: Attend) -> np.ndarray:
+        """How the last token weighs all, (LAYERS, HEADS, len(text))."""
+        x, weights = self.words(torch.from_numpy(text[None])), []
+        for layer in self.layers:
+            q, k, _ = layer.heads(x)
+            weights.append(fastattn.torch.attention_weights(q, k, rows=[-1])[0, :, 0].numpy())
             x = layer(x, attend)
-        q, k, _ = self.layers[-1].heads(x)
-        return fastattn.torch.attention_weights(q, k, rows=[-1])[0, :, 0].numpy()
+        return np.stack(weights)
 
 
 def train(words: Words, steps: int, rng: np.random.Generator) -> Model:
     torch.manual_seed(0)
     model = Model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, steps, pct_start=0.1)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return fastattn.torch.attention(q, k, v, causal=True)

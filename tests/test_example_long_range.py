@@ -86,9 +86,9 @@ def test_weights_of_a_question_sum_to_one(load, words):
     recall, long_range = load("recall"), load("long_range")
     torch.manual_seed(0)
     attend = long_range.ATTENTION["fastattn, full"]
-    weights = recall.Model().last_weights(words.held_out[:251], attend)
-    assert weights.shape == (recall.HEADS, 251)
-    np.testing.assert_allclose(weights.sum(1), 1, atol=1e-5)
+    weights = recall.Model().weights(words.held_out[:251], attend)
+    assert weights.shape == (recall.LAYERS, recall.HEADS, 251)
+    np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-5)
 
 
 def test_quick(load, tmp_path, capsys):
