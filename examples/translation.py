@@ -62,7 +62,7 @@ class Sizes(NamedTuple):
     target: float  # exact matches among held-out dates
 
 
-FULL = Sizes(300, 60_000, 3, 128, 2000, 0.97)
+FULL = Sizes(300, 60_000, 4, 128, 2000, 0.97)
 QUICK = Sizes(8, 4000, 6, 64, 200, 0.8)
 
 
