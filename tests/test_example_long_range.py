@@ -28,6 +28,11 @@ def words(load):
     return load("recall").Words([str(i) for i in range(1000)], np.arange(100, 1000), filler, filler)
 
 
+def places_of(name, text, equals):
+    """Where a word stands as a name; it may be a value besides."""
+    return np.flatnonzero((text[:-1] == name) & (text[1:] == equals))
+
+
 def test_training_asks_for_what_the_text_said(load, words):
     recall = load("recall")
     text, answers = recall.training_text(words, np.random.default_rng(1))
@@ -37,7 +42,7 @@ def test_training_asks_for_what_the_text_said(load, words):
     for place in asked:
         name, equals, value = text[place - 1 : place + 2]
         assert equals == recall.EQUALS and value == answers[place]
-        first = np.flatnonzero(text[: place - 1] == name)
+        first = places_of(name, text[: place - 1], recall.EQUALS)
         assert len(first) == 1
         assert text[first[0] + 1 : first[0] + 3].tolist() == [recall.EQUALS, value]
 
@@ -49,7 +54,7 @@ def test_long_texts_have_answers_where_they_say(load, words):
     assert sorted(q.distance for q in questions) == sorted(distances)
     for question in questions:
         name, equals, value = text[question.place - 1 : question.place + 2]
-        found = np.flatnonzero(text[: question.place - 1] == name)
+        found = places_of(name, text[: question.place - 1], recall.EQUALS)
         assert found.tolist() == [question.answer - 2]
         assert text[question.answer - 1 : question.answer + 1].tolist() == [equals, value]
         if question.distance == recall.START_OF_TEXT:
