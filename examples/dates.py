@@ -56,11 +56,16 @@ def draw(rng: random.Random, count: int, locales: list[Locale], days: list[int])
     while len(pairs) < count:
         locale, date = rng.choice(locales), FIRST + datetime.timedelta(rng.choice(days))
         form, language = rng.choice(("full", "long", "medium")), Locale(locale.language)
-        text = format_date(date, form, locale)
+        text = write(date, form, locale)
         # A region that writes as its language does is no other form.
-        other = locale == language or text != format_date(date, form, language)
+        other = locale == language or text != write(date, form, language)
         # A date of digits alone, 3/2/1989, is one of two.
         if other and any(c.isalpha() for c in text):
-            zero = ord(ZERO[locale.default_numbering_system])
-            pairs[text.translate({48 + i: zero + i for i in range(10)})] = date.isoformat()
+            pairs[text] = date.isoformat()
     return list(pairs.items())
+
+
+def write(date: datetime.date, form: str, locale: Locale) -> str:
+    """As `locale` writes it, in its own digits."""
+    zero = ord(ZERO[locale.default_numbering_system])
+    return format_date(date, form, locale).translate({48 + i: zero + i for i in range(10)})
