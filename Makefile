@@ -52,10 +52,10 @@ example: $(BUILT) $(EXAMPLE_NEEDS)  ## run one of the examples: NAME=translation
 	$(PY) examples/$(NAME).py $(ARGS)
 
 test: $(BUILT) $(VENV)/extra-test  ## run the test suite, once per kernel set
-	$(TEST_ENV) $(PY) -m pytest $(WORKERS) $(ARGS)
+	$(TEST_ENV) $(PY) -m pytest $(WORKERS) --ignore=tests/examples $(ARGS)
 
-test-torch: $(BUILT) $(VENV)/extra-test $(VENV)/extra-torch $(VENV)/extra-examples  ## install PyTorch, run its tests and two of the examples'
-	$(TEST_ENV) $(PY) -m pytest $(WORKERS) tests/test_torch.py tests/test_kinds.py tests/test_examples.py $(ARGS)
+test-torch: $(BUILT) $(VENV)/extra-test $(VENV)/extra-torch  ## install PyTorch and run its tests
+	$(TEST_ENV) $(PY) -m pytest $(WORKERS) tests/test_torch.py tests/test_kinds.py $(ARGS)
 	$(PY) -m pytest -q --doctest-modules --doctest-glob='*.md' fastattn/torch.py \
 	    fastattn/_torch_ops.py fastattn/_torch_routing.py fastattn/_torch_sdpa.py docs/torch.md
 
@@ -68,7 +68,7 @@ $(KERAS_BACKENDS:%=test-keras-%): test-keras-%: $(BUILT) $(VENV)/extra-test $(VE
 	$(TEST_ENV) KERAS_BACKEND=$* $(PY) -m pytest tests/test_keras.py $(ARGS)
 
 test-examples: $(BUILT) $(VENV)/extra-test $(VENV)/extra-torch $(VENV)/group-keras $(VENV)/extra-examples $(VENV)/minilm  ## run the short form of every example
-	OMP_NUM_THREADS=1 $(PY) -m pytest $(WORKERS) --durations=10 tests/test_example*.py $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(WORKERS) --durations=10 tests/examples $(ARGS)
 
 bench: $(BUILT) $(VENV)/group-bench  ## pytest-benchmark: runs to save and to compare, beside NumPy and PyTorch
 	$(PY) -m pytest bench $(ARGS)

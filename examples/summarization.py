@@ -49,7 +49,7 @@ SCALE = 5.0
 DRAWS = 50  # random summaries of a document
 BLOCKS = 128  # rows and columns of the picture
 MIN_DOCUMENTS = 20
-TARGETS, QUICK_TARGETS = (0.08, 0.02), (0.0, 0.0)  # what the first five and random ones cover less
+TARGETS, QUICK_TARGETS = (0.08, 0.02), (0.05, 0.0)  # what the first five and random ones cover less
 
 
 def read_document(name: str, model: MiniLM) -> Document | None:

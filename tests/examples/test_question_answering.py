@@ -1,9 +1,7 @@
 """The example that answers questions: its questions, its measures, and a short form of it."""
 
-import importlib
 import re
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,21 +10,15 @@ from fastattn import _minilm
 
 pytestmark = pytest.mark.any_kernel_set
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+
+@pytest.fixture
+def qa(load):
+    return load("question_answering", "bm25s", "Stemmer", "tokenizers", "tqdm", "matplotlib")
 
 
 @pytest.fixture
-def qa(monkeypatch):
-    for name in ("bm25s", "Stemmer", "tokenizers", "tqdm", "matplotlib"):
-        pytest.importorskip(name)
-    monkeypatch.syspath_prepend(EXAMPLES)
-    return importlib.import_module("question_answering")
-
-
-@pytest.fixture
-def docs(monkeypatch):
-    monkeypatch.syspath_prepend(EXAMPLES)
-    return importlib.import_module("python_docs")
+def docs(load):
+    return load("python_docs")
 
 
 def words(text):

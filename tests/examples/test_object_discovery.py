@@ -1,33 +1,21 @@
 """Slot attention on scenes of digits, in its short form."""
 
-import importlib
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 pytestmark = pytest.mark.any_kernel_set
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-
-
-@pytest.fixture
-def load(monkeypatch):
-    for name in ("torch", "tqdm", "matplotlib", "sklearn"):
-        pytest.importorskip(name)
-    monkeypatch.syspath_prepend(EXAMPLES)
-    return importlib.import_module
-
 
 @pytest.fixture
 def discovery(load):
-    return load("object_discovery")
+    return load("object_discovery", "torch", "tqdm", "matplotlib", "sklearn")
 
 
 @pytest.fixture
 def scenes(load):
-    return load("digit_scenes")
+    return load("digit_scenes", "sklearn")
 
 
 def test_short_form_finds_digits(discovery, tmp_path, capsys):

@@ -1,9 +1,7 @@
-"""The examples, in short forms."""
+"""The examples that read and write text, in short forms."""
 
-import importlib
 import importlib.util
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,22 +10,11 @@ import fastattn as fa
 
 pytestmark = pytest.mark.any_kernel_set
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-
-
-@pytest.fixture
-def load(monkeypatch):
-    """Import an example by its name, as running it does: beside its neighbours."""
-    monkeypatch.syspath_prepend(EXAMPLES)
-    return importlib.import_module
-
 
 @pytest.fixture
 def load_torch(load):
     """The same for one that trains."""
-    for name in ("torch", "tqdm", "matplotlib"):
-        pytest.importorskip(name)
-    return load
+    return lambda name: load(name, "torch", "tqdm", "matplotlib")
 
 
 @pytest.fixture

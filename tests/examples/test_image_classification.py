@@ -1,23 +1,16 @@
 """The vision transformer, in its short form."""
 
-import importlib
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 pytestmark = pytest.mark.any_kernel_set
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-
 
 @pytest.fixture
-def vision(monkeypatch):
-    for name in ("torch", "tqdm", "matplotlib", "sklearn", "mlxtend"):
-        pytest.importorskip(name)
-    monkeypatch.syspath_prepend(EXAMPLES)
-    return importlib.import_module("image_classification")
+def vision(load):
+    return load("image_classification", "torch", "tqdm", "matplotlib", "sklearn", "mlxtend")
 
 
 def test_short_form_reads_held_out_digits(vision, tmp_path, capsys):

@@ -1,9 +1,7 @@
 """The example that summarizes: its measure, its choice of sentences, and a short form of it."""
 
-import importlib
 import math
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,15 +11,10 @@ from fastattn import _minilm
 
 pytestmark = pytest.mark.any_kernel_set
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-
 
 @pytest.fixture
-def summarization(monkeypatch):
-    for name in ("tokenizers", "tqdm", "matplotlib"):
-        pytest.importorskip(name)
-    monkeypatch.syspath_prepend(EXAMPLES)
-    return importlib.import_module("summarization")
+def summarization(load):
+    return load("summarization", "tokenizers", "tqdm", "matplotlib")
 
 
 @pytest.fixture
@@ -78,8 +71,8 @@ def test_plain_numpy_receives_the_same(summarization, rng):
     assert plain.sum() == pytest.approx(1500, rel=1e-5)
 
 
-def test_prose_is_sentences(summarization):
-    docs = importlib.import_module("python_docs")
+def test_prose_is_sentences(load):
+    docs = load("python_docs")
     prose = docs.prose_of("textwrap")
     assert "Remove any common leading whitespace from every line in `text`." in prose
     assert not any(">>>" in sentence for sentence in prose)
@@ -106,13 +99,13 @@ def test_quick_form_reaches_its_targets(model, tmp_path, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_missed_target_is_told(model, monkeypatch, tmp_path, capsys):
+def test_a_missed_target_is_told(model, load, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(model, "QUICK_TARGETS", (0.0, 1.0))
     monkeypatch.setattr(model, "QUICK_DOCUMENTS", ["topic/compound"])
     monkeypatch.setattr(model, "MIN_TOKENS", 400)
     monkeypatch.setattr(model, "MAX_TOKENS", 500)
     # The only document has every word that there is.
-    words = importlib.import_module("summaries").words
+    words = load("summaries").words
     monkeypatch.setattr(
         model, "rarity_of", lambda documents: dict.fromkeys(words(documents[0].sentences), 1.0)
     )

@@ -11,7 +11,7 @@ import pytest
 
 pytestmark = pytest.mark.any_kernel_set
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def test_keras_classifier(tmp_path):

@@ -1,8 +1,6 @@
 """examples/long_range.py, in a short form, and what it is made of."""
 
-import importlib
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,13 +10,6 @@ for needed in ("matplotlib", "tqdm"):
     pytest.importorskip(needed)
 
 pytestmark = pytest.mark.any_kernel_set
-
-
-@pytest.fixture
-def load(monkeypatch):
-    """Import an example by its name, as running it does: beside its neighbours."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
-    return importlib.import_module
 
 
 @pytest.fixture

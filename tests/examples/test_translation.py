@@ -1,9 +1,7 @@
 """examples/translation.py, in a short form, and what it is made of."""
 
-import importlib
 import itertools
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,13 +11,6 @@ for needed in ("babel", "matplotlib", "tqdm"):
     pytest.importorskip(needed)
 
 pytestmark = pytest.mark.any_kernel_set
-
-
-@pytest.fixture
-def load(monkeypatch):
-    """Import an example by its name, as running it does: beside its neighbours."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
-    return importlib.import_module
 
 
 @pytest.fixture
