@@ -230,6 +230,10 @@ int main(void)
         if (fa_kernels_available(i)->f32->vl == 1) {
             continue;
         }
+        if (!fa_kernels_request(fa_kernels_available(i))) {
+            fprintf(stderr, "%s: refused\n", fa_kernels_name(fa_kernels_available(i)));
+            return 1;
+        }
         failed |= report(fa_kernels_available(i), FA_F32, 64);
         failed |= report(fa_kernels_available(i), FA_F32, 128);
         failed |= report(fa_kernels_available(i), FA_F64, 64);

@@ -27,8 +27,9 @@
 #define XCR0_SSE_AVX_AVX512 0xe6u
 #define XCR0_TILES 0x60000u /* configuration and data */
 
-/* Linux, Documentation/arch/x86/xstate.rst: a process must ask before it uses the tiles, whose state is 8 KiB;
- * threads and children inherit the answer.  18 is the state component of the tiles' data. */
+/* Linux, Documentation/arch/x86/xstate.rst: which state components it can save, and permission to use
+ * one, which a process must ask for before it uses the tiles.  18 is the component of their data. */
+#define ARCH_GET_XCOMP_SUPP 0x1021
 #define ARCH_REQ_XCOMP_PERM 0x1023
 #define XFEATURE_XTILEDATA 18
 
@@ -66,6 +67,17 @@ bool fa_cpu_has_avx512(void)
 static bool system_saves_tiles(void)
 {
 #if defined(__linux__) && defined(__x86_64__)
+    uint64_t saved = 0;
+    return syscall(SYS_arch_prctl, ARCH_GET_XCOMP_SUPP, &saved) == 0 &&
+           (saved >> XFEATURE_XTILEDATA & 1) != 0;
+#else
+    return false;
+#endif
+}
+
+bool fa_request_amx(void)
+{
+#if defined(__linux__) && defined(__x86_64__)
     return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
 #else
     return false;
@@ -83,6 +95,8 @@ bool fa_cpu_has_amx(void)
 #else
 
 bool fa_cpu_has_amx(void) { return false; }
+
+bool fa_request_amx(void) { return false; }
 
 bool fa_cpu_has_avx512(void) { return false; }
 

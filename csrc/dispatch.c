@@ -13,28 +13,29 @@ static const struct entry {
     const char *name;
     const struct fa_kernels *kernels;
     bool (*runs_here)(void);
+    bool (*request)(void);
 } table[] = {
 #ifdef FA_HAVE_AMX
-    {"amx", &fa_kernels_amx, fa_cpu_has_amx},
+    {"amx", &fa_kernels_amx, fa_cpu_has_amx, fa_request_amx},
 #else
-    {"amx", NULL, NULL},
+    {"amx", NULL, NULL, NULL},
 #endif
 #ifdef FA_HAVE_AVX512
-    {"avx512", &fa_kernels_avx512, fa_cpu_has_avx512},
+    {"avx512", &fa_kernels_avx512, fa_cpu_has_avx512, always},
 #else
-    {"avx512", NULL, NULL},
+    {"avx512", NULL, NULL, NULL},
 #endif
 #ifdef FA_HAVE_AVX2
-    {"avx2", &fa_kernels_avx2, fa_cpu_has_avx2},
+    {"avx2", &fa_kernels_avx2, fa_cpu_has_avx2, always},
 #else
-    {"avx2", NULL, NULL},
+    {"avx2", NULL, NULL, NULL},
 #endif
 #ifdef FA_HAVE_NEON
-    {"neon", &fa_kernels_neon, always}, /* part of the aarch64 baseline */
+    {"neon", &fa_kernels_neon, always, always}, /* part of the aarch64 baseline */
 #else
-    {"neon", NULL, NULL},
+    {"neon", NULL, NULL, NULL},
 #endif
-    {"scalar", &fa_kernels_scalar, always},
+    {"scalar", &fa_kernels_scalar, always, always},
 };
 
 #define TABLE_LENGTH (sizeof table / sizeof table[0])
@@ -47,6 +48,16 @@ const struct fa_kernels *fa_kernels_available(int index)
         }
     }
     return NULL;
+}
+
+bool fa_kernels_request(const struct fa_kernels *kernels)
+{
+    for (size_t i = 0; i < TABLE_LENGTH; i++) {
+        if (table[i].kernels == kernels) {
+            return table[i].request();
+        }
+    }
+    return false;
 }
 
 const char *fa_kernels_known_name(int index)

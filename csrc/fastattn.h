@@ -212,6 +212,9 @@ struct fa_kernels; /* kernels.h */
 
 /* The kernel sets that this build holds and this CPU and OS run, best first; NULL past the end. */
 const struct fa_kernels *fa_kernels_available(int index);
+/* Ask the operating system for the registers that a set needs, before the first call with it.  What is
+ * granted holds for the process and its children, and asking again does nothing.  False: refused. */
+bool fa_kernels_request(const struct fa_kernels *kernels);
 /* Every name this library knows, built in or not, in dispatch order; NULL past the end. */
 const char *fa_kernels_known_name(int index);
 const char *fa_kernels_name(const struct fa_kernels *kernels);

@@ -2,10 +2,6 @@
 
 #include <string.h>
 
-/* Bytes of a row of the score tile: 24 rows are 12 KiB, which leaves the Q rows and a packed panel
- * their place in a 32 KiB L1; by tiles two of 32 rows are 32 KiB of 48. */
-#define SCORE_ROW_BYTES 512
-
 /* Bytes of K per block, as they are or packed, whichever is less: with V's equal share half of a 256 KiB L2, the
  * smallest in use; in three parts they are half as much again, where L2 has 2 MiB.  Long heads halve the block, down
  * to what a register tile of any set divides. */
@@ -37,7 +33,7 @@
 static int64_t choose_block_k(const struct fa_geometry *g)
 {
     int64_t size = (int64_t)g->ops->size;
-    int64_t block_k = SCORE_ROW_BYTES / size;
+    int64_t block_k = FA_SCORE_ROW_BYTES / size;
     const int64_t width = fa_max(1, fa_min(g->params->head_dim, g->depth));
     while (block_k > MIN_BLOCK_K && block_k * size > KEY_BLOCK_BYTES / width) {
         block_k /= 2;

@@ -28,6 +28,16 @@
 #define FA_TILE_Q 24
 #define FA_MAX_TILE_Q 32
 
+/* Bytes of a row of the score tile: 24 rows are 12 KiB, which leaves the Q rows and a packed panel
+ * their place in a 32 KiB L1; by tiles two of 32 rows are 32 KiB of 48.  So also the most weights that
+ * a kernel meets in a row. */
+#define FA_SCORE_ROW_BYTES 512
+#define FA_MAX_BLOCK_K_F32 (FA_SCORE_ROW_BYTES / 4)
+
+/* Keys beyond those of a block whose place is known while it is read, so that loops can ask for memory
+ * ahead; for each element that a lane of float32 holds. */
+#define FA_KEYS_AHEAD 80
+
 /* Multiply-adds of a chain: sums of products are cut at its multiples, counted from the start of head_dim, or of a
  * block of keys or rows, and the chains are added in order.  One chain of n terms of one sign errs by up to n / 2
  * rounding units, 64 up to 6.4 (docs/design.md), and what ends a chain costs 1 / 64 of an

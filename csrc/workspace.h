@@ -4,11 +4,10 @@
 
 #include "geometry.h"
 
-/* Keys beyond those of a block whose place is known while it is read, so that its loops can ask for memory
- * ahead: as many as keys_far in kernels/storage_template.h, and the keys that one of its tiles holds. */
+/* Keys beyond those of a block whose place is known while it is read. */
 static inline int64_t fa_keys_ahead(enum fa_dtype dtype)
 {
-    return 80 * fa_max(1, 4 / fa_dtype_size(dtype));
+    return FA_KEYS_AHEAD * fa_max(1, 4 / fa_dtype_size(dtype));
 }
 
 /* The least and the greatest of some segment ids. */

@@ -48,6 +48,8 @@ cdef struct views:
 
 
 cdef Py_buffer *acquire(views *held, object array, int flags) except NULL:
+    if held.count == MAX_VIEWS:
+        raise SystemError("a call has more arrays than MAX_VIEWS")
     cdef Py_buffer *view = &held.view[held.count]
     PyObject_GetBuffer(array, view, flags)
     held.count += 1
@@ -306,10 +308,18 @@ for _index in range(MAX_KERNEL_SETS):
     _index_of_isa[fa_kernels_name(kernel_sets[_index]).decode()] = _index
 
 
+cdef bint requested[MAX_KERNEL_SETS]
+
+
 cdef const fa_kernels *find_kernels(str isa) except NULL:
     if isa not in _index_of_isa:
         raise ValueError(f"kernel set {isa!r} cannot run here")
-    return kernel_sets[<int>_index_of_isa[isa]]
+    cdef int index = _index_of_isa[isa]
+    if not requested[index]:
+        if not fa_kernels_request(kernel_sets[index]):
+            raise ValueError(f"the operating system refuses what kernel set {isa!r} needs")
+        requested[index] = True
+    return kernel_sets[index]
 
 
 def attention(
@@ -691,17 +701,26 @@ cdef class Gate:
         return list(self.views.values())
 
 
+def is_granted(str isa):
+    """Whether the operating system lets a kernel set have the registers that it needs."""
+    try:
+        find_kernels(isa)
+    except ValueError:
+        return False
+    return True
+
+
 def _select_isa():
     """The kernel set of this process: FASTATTN_ISA, else the best that runs here."""
     name = os.environ.get("FASTATTN_ISA")
     available = available_isas()
     if name is None or name == "":
-        return available[0]
+        return next(isa for isa in available if is_granted(isa))
     if name not in known_isas():
         raise ImportError(
             f"FASTATTN_ISA must be one of {', '.join(known_isas())}, got {name!r}"
         )
-    if name not in available:
+    if name not in available or not is_granted(name):
         raise ImportError(
             f"FASTATTN_ISA={name} cannot be used here: this CPU, its operating system or this "
             f"build of fastattn does not support it (supported: {', '.join(available)})"

@@ -102,6 +102,7 @@ cdef extern from "fastattn.h" nogil:
         pass
 
     const fa_kernels *fa_kernels_available(int index) noexcept
+    bint fa_kernels_request(const fa_kernels *kernels) noexcept
     const char *fa_kernels_known_name(int index) noexcept
     const char *fa_kernels_name(const fa_kernels *kernels) noexcept
 

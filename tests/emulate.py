@@ -128,7 +128,8 @@ def build(
     if simde:
         own_flags["kernels_avx512"] = simde_flags()
         own_flags["kernels_amx"] = simde_flags("amx_emulated.h")
-        own_flags["dispatch"] = [f"-Dfa_cpu_has_{name}=fa_cpu_has_avx2" for name in SIMDE_SETS]
+        emulated = [f"fa_cpu_has_{name}" for name in SIMDE_SETS] + ["fa_request_amx"]
+        own_flags["dispatch"] = [f"-D{question}=fa_cpu_has_avx2" for question in emulated]
     sources = [*(ROOT / "csrc").glob("*.c"), ROOT / "tests" / "c" / "kernel_sets.c"]
     sources += [ROOT / "csrc" / "kernels" / f"kernels_{name}.c" for name in sets]
 

@@ -24,9 +24,10 @@
 #define FEW_B1 7
 
 /* Keys ahead of those at work that are asked for, into L2: 24 KiB at head_dim 128, more than memory delivers to a
- * core in the time that it takes to answer.  With FEW_KEYS more at most fa_keys_ahead.  Asking for them into L1,
+ * core in the time that it takes to answer.  Asking for them into L1,
  * where fewer misses can be in flight, or for others into L1 besides, took a quarter longer. */
 #define FEW_AHEAD 48
+_Static_assert(FEW_AHEAD + FEW_KEYS <= FA_KEYS_AHEAD, "where keys so far ahead lie is known");
 
 /* 128 bytes of a key that comes later. */
 FA_INLINE void fetch_later(const char *key, int64_t at)

@@ -107,13 +107,16 @@ FA_INLINE size_t FN(parts)(enum fa_dtype dtype)
 }
 
 /* Memory is asked for this many keys ahead of its use: 8 KiB at head_dim 128, as much as memory delivers to a
- * core in the time that it takes to answer.  With a vector of keys less than fa_keys_ahead. */
+ * core in the time that it takes to answer. */
 FA_INLINE size_t FN(keys_ahead)(enum fa_dtype dtype) { return 16 * FN(parts)(dtype); }
 
 /* Where all that is waited for is memory, it is also asked for this many keys ahead, into L2: a core has three
- * times as many misses of L2 in flight as of L1.  32 KiB at head_dim 128.  With FN(parts) vectors of keys at most
- * fa_keys_ahead. */
-FA_INLINE size_t FN(keys_far)(enum fa_dtype dtype) { return 64 * FN(parts)(dtype); }
+ * times as many misses of L2 in flight as of L1.  32 KiB at head_dim 128. */
+FA_INLINE size_t FN(keys_far)(enum fa_dtype dtype)
+{
+    _Static_assert(64 + VL <= FA_KEYS_AHEAD, "where a vector of keys so far ahead lies is known");
+    return 64 * FN(parts)(dtype);
+}
 
 /* Element `part` of every lane. */
 FA_INLINE VEC FN(part)(VEC x, int part, enum fa_dtype dtype)

@@ -1739,6 +1739,9 @@ int main(int argc, char **argv)
         if (kernels == NULL) {
             break;
         }
+        if (!fa_kernels_request(kernels)) {
+            die("fa_kernels_request");
+        }
         tallies[num_sets] = (struct tally){.kernels = kernels};
         for (int kind = 0; kind < NUM_KINDS; kind++) {
             tallies[num_sets].digest[kind] = 0xcbf29ce484222325u;
