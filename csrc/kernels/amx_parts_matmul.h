@@ -12,7 +12,8 @@
 #ifndef FA_AMX_PARTS_MATMUL_H
 #define FA_AMX_PARTS_MATMUL_H
 
-#define WEIGHT_KEYS FA_MAX_BLOCK_K_F32 /* weights of a block are split at a time: 24 KiB for 32 rows */
+#define WEIGHT_KEYS                                                                                \
+    FA_MAX_BLOCK_K_F32 /* weights of a block are split at a time: 24 KiB for 32 rows */
 _Static_assert(WEIGHT_KEYS % TILE_KEYS == 0, "a block of keys is a whole number of tiles");
 
 /* Chunks of head_dim that are summed in the tiles, 256 elements: 48 roundings of a sum, where a chain of FA_CHAIN
