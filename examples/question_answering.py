@@ -107,7 +107,7 @@ def plot(
     bars = right.barh(labels, near, color=colours)
     right.bar_label(bars, fmt="%.2f", padding=3)
     right.invert_yaxis()
-    right.set_xlim(min(0, 1.5 * near.min()), 1.15 * near.max())
+    right.set_xlim(min(0, near.min() - 0.2 * near.max()), 1.15 * near.max())
     right.set_xlabel("similarity to the question (cosine); the nearest is marked")
     right.set_title(f"“{question.text}”\nanswered by {passage.place}", loc="left", fontsize=11)
     for axes in (left, right):
