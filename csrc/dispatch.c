@@ -4,7 +4,7 @@
 #include <stddef.h>
 
 #include "cpu_features.h"
-#include "kernels.h"
+#include "engine.h"
 
 static bool always(void) { return true; }
 

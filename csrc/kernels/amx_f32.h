@@ -1,4 +1,4 @@
-/* The forward pass over float32 by tiles: its operations and their table.  Needs ops_template.h for f32. */
+/* The engine f32x3 of the tile unit: float32 operands, each in three parts of bfloat16.  Needs ops_template.h for f32. */
 #ifndef FA_AMX_F32_H
 #define FA_AMX_F32_H
 
@@ -12,43 +12,44 @@
 
 #include "amx_parts_few.h"
 
-/* For the forward pass over float32: products by tiles, and the operations of float32 between them. */
-static const struct fa_ops ops_parts = {
-    .size = sizeof(float),
+/* The scores of the backward pass, too: gradients are the more exact the nearer they are to those of the forward pass. */
+static bool takes_f32x3(const struct fa_attention_params *params, enum fa_pass pass)
+{
+    (void)pass;
+    return params->dtype == FA_F32 && params->kv_dtype == FA_F32 &&
+           params->softmax_axis == FA_SOFTMAX_KEYS;
+}
+
+/* Packed values are pairs of keys, in three parts. */
+static size_t value_elements_f32x3(size_t keys) { return keys / 2 * PARTS; }
+
+static const struct fa_engine engine_f32x3 = {
+    .name = "amx_f32x3",
+    .ops = &ops_f32,
+    .takes = takes_f32x3,
     .tile_q = TILES_Q,
     .mr = TILES_Q,
     .nr = PANEL,
-    .vl = VL_f32,
-    .packed_halves = PARTS,
-    .depth_step = TILE_KEYS,
     .row_step = UPPER_ROWS,
-    .begin_task = begin_tiles,
-    .end_task = end_tiles,
-    .load_rows = load_rows_parts,
-    .pack_keys = pack_keys_parts,
-    .pack_values = pack_values_parts,
-    .few_rows = FEW_TILE_ROWS,
-    .few_cols = FEW_CHUNKS * TILE_KEYS,
-    .few_scores = few_scores_parts,
-    .few_values = few_values_parts,
-    .matmul = matmul_scores_parts,
-    .matmul_values = matmul_values_parts,
-    .matmul_skip_zeros = matmul_skip_zeros_parts,
-    .scale_scores = scale_scores_f32,
+    .scale_at = FA_SCALE_ROWS,
+    .multiplies_beside = true,
+    .row_elements = row_elements_f32x3,
+    .value_elements = value_elements_f32x3,
+    .enter = begin_tiles,
+    .leave = end_tiles,
+    .load_rows = load_rows_f32x3,
+    .pack_keys = pack_keys_f32x3,
+    .scores = scores_f32x3,
+    .pack_values = pack_values_f32x3,
+    .values = values_f32x3,
+    .values_careful = values_careful_f32x3,
+    .few_rows = few_rows_f32x3,
+    .few_scores = few_scores_f32x3,
+    .few_values = few_values_f32x3,
+    .softmax = softmax_f32x3,
+    .weigh_columns = column_weights_f32,
+    .drop_weights = apply_dropout_f32,
     .scale_weights = scale_weights_f32,
-    .softcap = softcap_f32,
-    .add_bias = add_bias_f32,
-    .add_alibi = add_alibi_f32,
-    .mask_bytes = mask_bytes_f32,
-    .mark_overflow = mark_overflow_f32,
-    .mask_range = mask_range_f32,
-    .softmax_begin = softmax_begin_f32,
-    .softmax_update = softmax_update_f32,
-    .softmax_update_beside = softmax_update_beside_parts,
-    .softmax_fold = softmax_fold_f32,
-    .softmax_store = softmax_store_f32,
-    .dropout_factors = dropout_factors_f32,
-    .apply_dropout = apply_dropout_f32,
 };
 
 #endif

@@ -82,7 +82,7 @@ FA_INLINE void score_panel(const bool lower, const struct fa_product *p, const f
     store_sums(lower, c, p->c_row);
 }
 
-static void matmul_scores_bf16(const struct fa_product *p, struct fa_wanted *wanted)
+static void scores_bf16(const struct fa_product *p, float factor, struct fa_wanted *wanted)
 {
     finish_stores();
     for (size_t panel = 0; panel < p->panels; panel++) {
@@ -95,8 +95,8 @@ static void matmul_scores_bf16(const struct fa_product *p, struct fa_wanted *wan
             score_panel(false, p, b, c);
         }
     }
-    if (p->factor != 1) {
-        multiply_scores(p->c, p->c_row, p->rows, p->panels * PANEL, v_set_f32(p->factor));
+    if (factor != 1) {
+        multiply_scores(p->c, p->c_row, p->rows, p->panels * PANEL, v_set_f32(factor));
     }
 }
 
@@ -126,7 +126,7 @@ static void add_panel(const struct fa_product *p, const float *b, float *c)
     }
 }
 
-static void matmul_values_bf16(const struct fa_product *p, struct fa_wanted *wanted)
+static void values_bf16(const struct fa_product *p, struct fa_wanted *wanted)
 {
     for (size_t panel = 0; panel < p->panels; panel++) {
         fetch_some(wanted);
@@ -173,11 +173,10 @@ static void add_special(const struct fa_product *p, size_t key, const float *b, 
     }
 }
 
-/* The same products as matmul_values_bf16, of all values but the special ones; these follow one by one.  So the
+/* The same products as values_bf16, of all values but the special ones; these follow one by one.  So the
  * bits of a row do not depend on special values that weigh 0 in it. */
-static void matmul_skip_zeros_bf16(const struct fa_product *p, bool transposed)
+static void values_careful_bf16(const struct fa_product *p)
 {
-    (void)transposed;
     for (size_t panel = 0; panel < p->panels; panel++) {
         const float *b = (const float *)p->b + panel * p->b_panel;
         float *c = (float *)p->c + panel * PANEL;

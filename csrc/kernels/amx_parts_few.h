@@ -50,7 +50,7 @@ static void turn_chunk(size_t rows, const float *q, size_t depth, float *b)
 
 /* Keys to be split: parts[part][key of FEW_KEYS][16]. */
 struct few_keys {
-    const struct fa_keys *from;
+    const struct fa_rows *from;
     size_t keys, cols; /* that are there */
 };
 
@@ -74,7 +74,7 @@ static inline bool few_keys_whole(const struct few_keys *k, size_t key, size_t c
 }
 
 /* The keys that are asked for while those from `key` on are split: they themselves, where there are no later ones. */
-static inline const char *const *few_later(const struct fa_keys *from, size_t key)
+static inline const char *const *few_later(const struct fa_rows *from, size_t key)
 {
     return from->row + key + (key + FEW_KEYS + FEW_AHEAD <= from->located ? FEW_AHEAD : 0);
 }
@@ -82,7 +82,7 @@ static inline const char *const *few_later(const struct fa_keys *from, size_t ke
 /* Elements c .. c + 31 of any keys; zeros where there are none. */
 FA_NOINLINE void split_keys(const struct few_keys *k, size_t key, size_t c, float *parts)
 {
-    const struct fa_keys *from = k->from;
+    const struct fa_rows *from = k->from;
     const int64_t at = (int64_t)c * from->col_stride;
     if (few_keys_whole(k, key, c)) {
         split_whole_keys(from->row + key, few_later(from, key), FEW_KEYS, at, parts);
@@ -120,7 +120,7 @@ FA_INLINE void few_scores_step(const size_t i, const float *keys, const float *q
 /* sums += the product of a chunk of FEW_KEYS keys and one of q, turned.  `beside`: while elements from c on of those from
  * `key` on are split. */
 FA_INLINE void few_scores_chunk(const bool beside, const float *parts, const float *q,
-                                const struct fa_keys *from, size_t key, size_t c, float *next)
+                                const struct fa_rows *from, size_t key, size_t c, float *next)
 {
     const char *const *row = from->row + key, *const *later = few_later(from, key);
     finish_stores();
@@ -213,11 +213,21 @@ static void few_scores_tiles(size_t rows, size_t columns, const float *q, const 
     turn_scores(rows, columns, sums, s, ld);
 }
 
-static void few_scores_parts(size_t rows, size_t cols, size_t keys, size_t columns, const void *q,
-                             const struct fa_keys *from, void *s, size_t ld, float factor)
+/* As many chunks of head_dim as the stack has room for. */
+static size_t few_rows_f32x3(size_t head_dim)
 {
-    const size_t depth = (cols + TILE_KEYS - 1) / TILE_KEYS * PART_WORDS;
+    return head_dim <= FEW_CHUNKS * TILE_KEYS ? FEW_TILE_ROWS : 0;
+}
+
+static void few_scores_f32x3(const struct fa_product *p, size_t cols, size_t keys,
+                             const struct fa_rows *from, float factor)
+{
+    const size_t rows = p->rows, columns = p->panels * PANEL, ld = p->c_row;
+    const size_t depth = row_elements_f32x3(cols);
     const struct few_keys k = {.from = from, .keys = keys, .cols = cols};
+    const float *q = p->a;
+    float *s = p->c;
+    FA_ASSERT(factor == 1); /* rows have it */
     (void)factor;
     if (rows <= CHAIN_ROWS) {
         few_scores_chains(rows, cols, keys, columns, q, from, s, ld);
@@ -225,16 +235,16 @@ static void few_scores_parts(size_t rows, size_t cols, size_t keys, size_t colum
         few_scores_tiles(rows, columns, q, &k, s, ld);
     }
     for (size_t r = 0; r < rows; r++) {
-        float *row = (float *)s + r * ld;
+        float *row = s + r * ld;
         if (v_any_nan_f32(probe_scores(row, columns))) {
-            few_repair_scores(&k, (const float *)q + r * depth, row);
+            few_repair_scores(&k, q + r * depth, row);
         }
     }
 }
 
 /* Values to be split: parts[tile][part][pair of keys][16]. */
 struct few_values {
-    const struct fa_keys *from;
+    const struct fa_rows *from;
     size_t keys, cols;
     vec_u32 least; /* size so far */
 };
@@ -388,7 +398,7 @@ FA_INLINE void few_values_tiles(const size_t tiles,
 
 /* sums[rows][cols] = weights values, for more rows.  Returns the least size of values. */
 static vec_u32 few_values_wide(size_t rows, size_t keys, size_t cols, const float *weights,
-                               size_t ldw, const struct fa_keys *from, float *sums, size_t ld)
+                               size_t ldw, const struct fa_rows *from, float *sums, size_t ld)
 {
     _Alignas(64) float parts[FEW_TILE_ROWS * WEIGHT_KEYS / TILE_KEYS * PART_WORDS];
     const size_t chunks = (keys + TILE_KEYS - 1) / TILE_KEYS;
@@ -404,10 +414,12 @@ static vec_u32 few_values_wide(size_t rows, size_t keys, size_t cols, const floa
     return v.least;
 }
 
-/* False where some value is special: matmul_skip_zeros does those. */
-static bool few_values_parts(size_t rows, size_t keys, size_t cols, const void *weights, size_t ldw,
-                             const struct fa_keys *from, void *scratch, void *acc, size_t ldacc)
+/* False where some value is special: values_careful_f32x3 does those. */
+static bool few_values_f32x3(const struct fa_product *p, size_t cols, const struct fa_rows *from,
+                             void *scratch)
 {
+    const size_t rows = p->rows, keys = p->depth, ldw = p->a_stride, ldacc = p->c_row;
+    const float *weights = p->a;
     float *sums = scratch;
     const vec_u32 least = rows <= CHAIN_ROWS
                               ? few_values_chains(rows, keys, cols, weights, ldw, from, sums, ldacc)
@@ -421,7 +433,7 @@ static bool few_values_parts(size_t rows, size_t keys, size_t cols, const void *
     }
     for (size_t r = 0; r < rows; r++) {
         for (size_t col = 0; col < cols; col += VL_f32) {
-            float *to = (float *)acc + r * ldacc + col;
+            float *to = (float *)p->c + r * ldacc + col;
             v_store_f32(to, v_add_f32(v_load_f32(to), v_load_f32(sums + r * ldacc + col)));
         }
     }

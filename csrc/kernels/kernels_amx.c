@@ -14,10 +14,16 @@
 
 #include "amx_f32.h"
 
+static const struct fa_engine *const engines[] = {&engine_f32x3, &engine_bf16, &engine_f32,
+                                                  &engine_f64, NULL};
+
 const struct fa_kernels fa_kernels_amx = {
     .name = "amx",
     .f32 = &ops_f32,
     .f64 = &ops_f64,
-    .forward_f32 = &ops_parts,
-    .forward_bf16 = &ops_bf16,
+    .engines = engines,
+    .gradients_f32 = &gradients_f32,
+    .gradients_f64 = &gradients_f64,
+    .probe_fma_f32 = probe_fma_f32,
+    .probe_fma_f64 = probe_fma_f64,
 };

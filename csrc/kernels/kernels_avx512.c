@@ -9,4 +9,15 @@
 #include "ops_template.h"
 #undef DT
 
-const struct fa_kernels fa_kernels_avx512 = {.name = "avx512", .f32 = &ops_f32, .f64 = &ops_f64};
+static const struct fa_engine *const engines[] = {&engine_f32, &engine_f64, NULL};
+
+const struct fa_kernels fa_kernels_avx512 = {
+    .name = "avx512",
+    .f32 = &ops_f32,
+    .f64 = &ops_f64,
+    .engines = engines,
+    .gradients_f32 = &gradients_f32,
+    .gradients_f64 = &gradients_f64,
+    .probe_fma_f32 = probe_fma_f32,
+    .probe_fma_f64 = probe_fma_f64,
+};
