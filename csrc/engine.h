@@ -120,15 +120,15 @@ struct fa_engine {
     const char *name; /* which explain() prints */
     const struct fa_tile_ops *ops; /* of the scores between the products, and of the sums */
 
-    /* Whether the engine serves a call: reads its q, k and v, and has all that its options need. */
-    bool (*takes)(const struct fa_attention_params *params, enum fa_pass pass);
-
     size_t tile_q; /* rows of a score tile: a multiple of mr, FA_MIN_TILE_Q to FA_MAX_TILE_Q */
     size_t mr,
         nr; /* rows and columns of the register tile; nr, a panel, is a whole number of vectors */
     size_t row_step; /* products touch rows of q, scores and acc up to a multiple of this */
     enum fa_scale_at scale_at;
     bool multiplies_beside; /* softmax takes a product beside it; FA_SCALE_ROWS then */
+
+    /* Whether the engine serves a call: reads its q, k and v, and has all that its options need. */
+    bool (*takes)(const struct fa_attention_params *params, enum fa_pass pass);
 
     /* Elements of the workspace that a row of q, or a packed key, takes; and a packed column of so many values, a whole
      * number of panels. */
@@ -212,10 +212,6 @@ struct fa_kernels {
     double (*probe_fma_f32)(int64_t rounds, double factor);
     double (*probe_fma_f64)(int64_t rounds, double factor);
 };
-
-/* One per kernel file; dispatch.c lists those that are built in. */
-extern const struct fa_kernels fa_kernels_scalar, fa_kernels_avx2, fa_kernels_avx512,
-    fa_kernels_amx, fa_kernels_neon;
 
 /* The operations that compute with elements of a type. */
 static inline const struct fa_tile_ops *fa_ops_for(const struct fa_kernels *kernels,

@@ -219,6 +219,8 @@ bool fa_kernels_request(const struct fa_kernels *kernels);
 /* Every name this library knows, built in or not, in dispatch order; NULL past the end. */
 const char *fa_kernels_known_name(int index);
 const char *fa_kernels_name(const struct fa_kernels *kernels);
+/* Names of the engines of a set, best first; NULL past the end. */
+const char *fa_engine_name(const struct fa_kernels *kernels, int index);
 
 /* All entry points compute in the default floating-point mode and leave the thread's own as they found it,
  * exception flags included. */

@@ -17,7 +17,7 @@ SELECTED = "from fastattn import _core, config; print(_core.selected_isa(), conf
 
 # Kept by setup.py for these tests; the build without switches, whatever build is being tested.
 OBJECTS = Path(__file__).parents[1] / "build" / "objects" / "csrc"
-KERNEL_OBJECTS = sorted(OBJECTS.glob("kernels/*.o"))
+KERNEL_OBJECTS = sorted(OBJECTS.glob("kernels/*/*.o"))
 OTHER_OBJECTS = sorted(OBJECTS.glob("*.o"))
 
 needs_objects = pytest.mark.skipif(not KERNEL_OBJECTS, reason="no objects: not a source tree")

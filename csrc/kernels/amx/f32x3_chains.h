@@ -1,14 +1,14 @@
 /* Both products of float32 for one row or two, as in decoding, without tiles: what a product of tiles computes are
  * chains of 16 multiply-adds, two of them for each of the six products of parts (vec_amx.h), and in registers they
  * take few rows no longer than memory takes to deliver their keys.  The order of sums is that of
- * amx_parts_matmul.h, and subnormal numbers count as 0, so the bits are the same.
+ * f32x3_matmul.h, and subnormal numbers count as 0, so the bits are the same.
  *
  * Cost of 16 elements of keys or values: 4 operations to split them, 6 multiply-adds per row, and 4 shuffles for
  * keys or 1 to look for small values.  At two operations a cycle 2 rows take 9 to 10 cycles, where memory takes 14
- * to deliver 64 bytes to a core; 3 rows take as long as amx_parts_few.h does, 4 longer.
+ * to deliver 64 bytes to a core; 3 rows take as long as f32x3_few.h does, 4 longer.
  */
-#ifndef FA_AMX_PARTS_CHAINS_H
-#define FA_AMX_PARTS_CHAINS_H
+#ifndef FA_F32X3_CHAINS_H
+#define FA_F32X3_CHAINS_H
 
 #define CHAIN_ROWS 2 /* 12 chains and 3 parts of 32 registers */
 #define FEW_CHUNKS 8 /* of head_dim: 256 */
@@ -75,7 +75,7 @@ static void widen_chunk(const float *words, float *factors)
     }
 }
 
-/* 16 weights, split as in amx_parts_matmul.h. */
+/* 16 weights, split as in f32x3_matmul.h. */
 static void split_weights_apart(const float *weights, float *factors)
 {
     vec_f32 part[PARTS];

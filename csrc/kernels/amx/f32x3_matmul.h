@@ -1,7 +1,7 @@
-/* Both products of float32 by tiles of bfloat16: six products of parts for one of numbers (amx_parts.h), over the
- * tiles of amx_matmul.h.
+/* Both products of float32 by tiles of bfloat16: six products of parts for one of numbers (f32x3_parts.h), over the
+ * tiles of bf16_matmul.h.
  *
- * The order of sums is that of amx_matmul.h, with six products for each chunk of 32: a row's
+ * The order of sums is that of bf16_matmul.h, with six products for each chunk of 32: a row's
  * bits depend on no neighbour.  Infinities and NaN of q and keys spoil only scores of their own rows and columns,
  * which are computed again; special values are cleared, and added one by one where they weigh anything.
  *
@@ -9,8 +9,8 @@
  * take 1024; 256 rows of a and b are loaded, two a cycle, in the shadow of them.  Weights are split on the
  * way: 18 operations for 32.
  */
-#ifndef FA_AMX_PARTS_MATMUL_H
-#define FA_AMX_PARTS_MATMUL_H
+#ifndef FA_F32X3_MATMUL_H
+#define FA_F32X3_MATMUL_H
 
 #define WEIGHT_KEYS                                                                                \
     FA_MAX_BLOCK_K_F32 /* weights of a block are split at a time: 24 KiB for 32 rows */

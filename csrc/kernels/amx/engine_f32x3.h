@@ -1,16 +1,16 @@
 /* The engine f32x3 of the tile unit: float32 operands, each in three parts of bfloat16.  Needs ops_template.h for f32. */
-#ifndef FA_AMX_F32_H
-#define FA_AMX_F32_H
+#ifndef FA_ENGINE_F32X3_H
+#define FA_ENGINE_F32X3_H
 
-#include "amx_parts.h"
+#include "f32x3_parts.h"
 
-#include "amx_parts_pack.h"
+#include "f32x3_pack.h"
 
-#include "amx_parts_matmul.h"
+#include "f32x3_matmul.h"
 
-#include "amx_parts_chains.h"
+#include "f32x3_chains.h"
 
-#include "amx_parts_few.h"
+#include "f32x3_few.h"
 
 /* The scores of the backward pass, too: gradients are the more exact the nearer they are to those of the forward pass. */
 static bool takes_f32x3(const struct fa_attention_params *params, enum fa_pass pass)

@@ -1,13 +1,13 @@
 /* bfloat16 rows of q, keys and values into the operands of tiles: bits are moved, never changed.
  *
  * q and the keys pair elements 2 i and 2 i + 1 of head_dim.  Values pair keys r and r + 16 of every 32,
- * because that is how weights are cheapest to split (amx_softmax.h).
+ * because that is how weights are cheapest to split (bf16_softmax.h).
  *
  * Cost of keys: 64 shuffles for 16 keys x 32 elements, 16 bytes a cycle; of values 2 permutations, 4 cycles,
  * for 2 keys x 32 elements.
  */
-#ifndef FA_AMX_PACK_H
-#define FA_AMX_PACK_H
+#ifndef FA_BF16_PACK_H
+#define FA_BF16_PACK_H
 
 /* The upper half of the least float32 that is not ordinary (engine.h). */
 #define ORDINARY_BF16 ((127 + FA_ORDINARY_EXPONENT) << 7)

@@ -1,4 +1,4 @@
-/* float32 rows of q, keys and values into the operands of tiles, in three parts (amx_parts.h).
+/* float32 rows of q, keys and values into the operands of tiles, in three parts (f32x3_parts.h).
  *
  * 32 elements of a row of q are three rows of 16 words, part by part; so are 32 elements of head_dim, or 32
  * keys of values, of a panel, where each word stands in a row of PANEL columns.  Pairs are elements, or keys, i
@@ -6,8 +6,8 @@
  *
  * Cost of 16 keys x 32 elements: 128 shuffles, 16 times 14 operations to split and 4 to make NaN plain.
  */
-#ifndef FA_AMX_PARTS_PACK_H
-#define FA_AMX_PARTS_PACK_H
+#ifndef FA_F32X3_PACK_H
+#define FA_F32X3_PACK_H
 
 /* 16 elements, or the first `count` and zeros; a NaN without payload, which no cutting off turns into an infinity. */
 static inline vec_f32 load_floats(const char *p, int64_t col_stride, size_t count)

@@ -1,5 +1,7 @@
-/* The scalar kernel set: the templates over vec_scalar.h.  Exports one symbol. */
-#include "vec_scalar.h"
+/* The avx512 kernel set: the templates over vec_avx512.h.  Exports one symbol. */
+#include "kernels/kernel_sets.h"
+
+#include "vec_avx512.h"
 
 #define DT f32
 #include "ops_template.h"
@@ -11,8 +13,8 @@
 
 static const struct fa_engine *const engines[] = {&engine_f32, &engine_f64, NULL};
 
-const struct fa_kernels fa_kernels_scalar = {
-    .name = "scalar",
+const struct fa_kernels fa_kernels_avx512 = {
+    .name = "avx512",
     .f32 = &ops_f32,
     .f64 = &ops_f64,
     .engines = engines,

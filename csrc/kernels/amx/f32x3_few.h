@@ -1,6 +1,6 @@
 /* Both products of float32 for 3 to 16 rows, as in decoding: keys and values are split in passing, a chunk of 32
- * at a time, and never packed.  The sums are those of amx_parts_matmul.h, in the same order; so are those of
- * amx_parts_chains.h, for fewer rows.
+ * at a time, and never packed.  The sums are those of f32x3_matmul.h, in the same order; so are those of
+ * f32x3_chains.h, for fewer rows.
  *
  * Scores are computed with keys as the rows of a, in the order in which they lie, and the rows of q, turned, as
  * the columns of b: no key is transposed.  Values are columns of b as they lie.  While the tiles multiply one chunk
@@ -9,8 +9,8 @@
  * Cost of 16 elements, whatever the number of rows: 7 operations to split them, 1 more to look for small values,
  * and 3 to 5 cycles of the tiles' unit, on the side: less than memory takes to deliver them to a core.
  */
-#ifndef FA_AMX_PARTS_FEW_H
-#define FA_AMX_PARTS_FEW_H
+#ifndef FA_F32X3_FEW_H
+#define FA_F32X3_FEW_H
 
 #define FEW_TILE_ROWS 16
 #define FEW_KEYS 32 /* keys of a tile of scores: two tiles of 16, whose sums take turns */
@@ -107,14 +107,14 @@ FA_INLINE void few_scores_step(const size_t i, const float *keys, const float *q
 {
     if (part_step[i].new_b) {
         const float *part = keys + part_step[i].b * FEW_KEYS * TILE_WORDS;
-        _tile_loadd(FEW_A0, part, TILE_WORDS * sizeof *keys);
-        _tile_loadd(FEW_A1, part + FEW_TILE_ROWS * TILE_WORDS, TILE_WORDS * sizeof *keys);
+        v_tile_load(FEW_A0, part, TILE_WORDS * sizeof *keys);
+        v_tile_load(FEW_A1, part + FEW_TILE_ROWS * TILE_WORDS, TILE_WORDS * sizeof *keys);
     }
     if (part_step[i].new_a) {
-        _tile_loadd(FEW_B0, q + part_step[i].a * TILE_SIZE, TILE_WORDS * sizeof *q);
+        v_tile_load(FEW_B0, q + part_step[i].a * TILE_SIZE, TILE_WORDS * sizeof *q);
     }
-    _tile_dpbf16ps(0, FEW_A0, FEW_B0);
-    _tile_dpbf16ps(1, FEW_A1, FEW_B0);
+    v_tile_multiply(0, FEW_A0, FEW_B0);
+    v_tile_multiply(1, FEW_A1, FEW_B0);
 }
 
 /* sums += the product of a chunk of FEW_KEYS keys and one of q, turned.  `beside`: while elements from c on of those from
@@ -190,8 +190,8 @@ static void few_scores_tiles(size_t rows, size_t columns, const float *q, const 
     }
     size_t at = 0;
     for (size_t key = 0; key < columns; key += FEW_KEYS) {
-        _tile_zero(0);
-        _tile_zero(1);
+        v_tile_zero(0);
+        v_tile_zero(1);
         for (size_t chunk = 0; chunk < chunks; chunk++, at = 1 - at) {
             const bool same = chunk + 1 < chunks;
             const size_t next_key = same ? key : key + FEW_KEYS;
@@ -206,8 +206,8 @@ static void few_scores_tiles(size_t rows, size_t columns, const float *q, const 
                 split_keys(k, next_key, next, parts[1 - at]);
             }
         }
-        _tile_stored(0, sums + key * FEW_TILE_ROWS, FEW_TILE_ROWS * sizeof *sums);
-        _tile_stored(1, sums + (key + FEW_TILE_ROWS) * FEW_TILE_ROWS, FEW_TILE_ROWS * sizeof *sums);
+        v_tile_store(0, sums + key * FEW_TILE_ROWS, FEW_TILE_ROWS * sizeof *sums);
+        v_tile_store(1, sums + (key + FEW_TILE_ROWS) * FEW_TILE_ROWS, FEW_TILE_ROWS * sizeof *sums);
     }
     finish_stores();
     turn_scores(rows, columns, sums, s, ld);
@@ -310,21 +310,21 @@ FA_INLINE void few_values_step(const size_t tiles, const size_t i, const float *
     const size_t apart = PARTS * TILE_SIZE, bytes = TILE_WORDS * sizeof *values;
     const float *b = values + part_step[i].b * TILE_SIZE;
     if (part_step[i].new_a) {
-        _tile_loadd(FEW_A0, weights + part_step[i].a * TILE_WORDS, stride * sizeof *weights);
+        v_tile_load(FEW_A0, weights + part_step[i].a * TILE_WORDS, stride * sizeof *weights);
     }
-    _tile_loadd(FEW_B0, b, bytes);
-    _tile_dpbf16ps(0, FEW_A0, FEW_B0);
+    v_tile_load(FEW_B0, b, bytes);
+    v_tile_multiply(0, FEW_A0, FEW_B0);
     if (tiles > 1) {
-        _tile_loadd(FEW_B1, b + apart, bytes);
-        _tile_dpbf16ps(1, FEW_A0, FEW_B1);
+        v_tile_load(FEW_B1, b + apart, bytes);
+        v_tile_multiply(1, FEW_A0, FEW_B1);
     }
     if (tiles > 2) {
-        _tile_loadd(FEW_B0, b + 2 * apart, bytes);
-        _tile_dpbf16ps(2, FEW_A0, FEW_B0);
+        v_tile_load(FEW_B0, b + 2 * apart, bytes);
+        v_tile_multiply(2, FEW_A0, FEW_B0);
     }
     if (tiles > 3) {
-        _tile_loadd(FEW_B1, b + 3 * apart, bytes);
-        _tile_dpbf16ps(3, FEW_A0, FEW_B1);
+        v_tile_load(FEW_B1, b + 3 * apart, bytes);
+        v_tile_multiply(3, FEW_A0, FEW_B1);
     }
 }
 
@@ -347,15 +347,15 @@ FA_INLINE void few_values_chunk(const bool beside, const size_t tiles, const flo
 
 FA_INLINE void store_few_sums(const size_t tiles, float *sums, size_t ld)
 {
-    _tile_stored(0, sums, ld * sizeof *sums);
+    v_tile_store(0, sums, ld * sizeof *sums);
     if (tiles > 1) {
-        _tile_stored(1, sums + VL_f32, ld * sizeof *sums);
+        v_tile_store(1, sums + VL_f32, ld * sizeof *sums);
     }
     if (tiles > 2) {
-        _tile_stored(2, sums + 2 * VL_f32, ld * sizeof *sums);
+        v_tile_store(2, sums + 2 * VL_f32, ld * sizeof *sums);
     }
     if (tiles > 3) {
-        _tile_stored(3, sums + 3 * VL_f32, ld * sizeof *sums);
+        v_tile_store(3, sums + 3 * VL_f32, ld * sizeof *sums);
     }
 }
 
@@ -373,10 +373,10 @@ FA_INLINE void few_values_tiles(const size_t tiles,
         split(v, 0, first, parts[0]);
     }
     for (size_t col = first; col < end; col += cols) {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
+        v_tile_zero(0);
+        v_tile_zero(1);
+        v_tile_zero(2);
+        v_tile_zero(3);
         for (size_t chunk = 0; chunk < chunks; chunk++, at = 1 - at) {
             const float *weights = w->parts + chunk * PART_WORDS;
             const bool same = chunk + 1 < chunks;

@@ -6,8 +6,8 @@
  * parts, the other 16 the lower parts, each as pairs of keys r and r + 16 - what a shift and a blend make of
  * two vectors.
  */
-#ifndef FA_AMX_SOFTMAX_H
-#define FA_AMX_SOFTMAX_H
+#ifndef FA_BF16_SOFTMAX_H
+#define FA_BF16_SOFTMAX_H
 
 /* Scores of a row this far from 0 are weighed by the float32 softmax: see weigh_bf16. */
 #define MAX_SHIFT 0x1p18f

@@ -9,63 +9,63 @@
  * Cost of 32 rows and a panel per chunk: 64 cycles of products; 32 rows of b and 32 of a are loaded, two a
  * cycle, in the shadow of them.
  */
-#ifndef FA_AMX_MATMUL_H
-#define FA_AMX_MATMUL_H
+#ifndef FA_BF16_MATMUL_H
+#define FA_BF16_MATMUL_H
 
 /* c += a b for the tiles of c: the upper two, or all. */
 FA_INLINE void multiply(const bool lower)
 {
-    _tile_dpbf16ps(UPPER_C0, UPPER_A, B0);
+    v_tile_multiply(UPPER_C0, UPPER_A, B0);
     if (lower) {
-        _tile_dpbf16ps(LOWER_C0, LOWER_A, B0);
+        v_tile_multiply(LOWER_C0, LOWER_A, B0);
     }
-    _tile_dpbf16ps(UPPER_C1, UPPER_A, B1);
+    v_tile_multiply(UPPER_C1, UPPER_A, B1);
     if (lower) {
-        _tile_dpbf16ps(LOWER_C1, LOWER_A, B1);
+        v_tile_multiply(LOWER_C1, LOWER_A, B1);
     }
 }
 
 FA_INLINE void load_b(const float *b)
 {
-    _tile_loadd(B0, b, PANEL * sizeof *b);
-    _tile_loadd(B1, b + TILE_WORDS, PANEL * sizeof *b);
+    v_tile_load(B0, b, PANEL * sizeof *b);
+    v_tile_load(B1, b + TILE_WORDS, PANEL * sizeof *b);
 }
 
 FA_INLINE void load_a(const bool lower, const float *a, size_t a_stride)
 {
-    _tile_loadd(UPPER_A, a, a_stride * sizeof *a);
+    v_tile_load(UPPER_A, a, a_stride * sizeof *a);
     if (lower) {
-        _tile_loadd(LOWER_A, a + UPPER_ROWS * a_stride, a_stride * sizeof *a);
+        v_tile_load(LOWER_A, a + UPPER_ROWS * a_stride, a_stride * sizeof *a);
     }
 }
 
 FA_INLINE void clear_sums(const bool lower)
 {
-    _tile_zero(UPPER_C0);
-    _tile_zero(UPPER_C1);
+    v_tile_zero(UPPER_C0);
+    v_tile_zero(UPPER_C1);
     if (lower) {
-        _tile_zero(LOWER_C0);
-        _tile_zero(LOWER_C1);
+        v_tile_zero(LOWER_C0);
+        v_tile_zero(LOWER_C1);
     }
 }
 
 FA_INLINE void load_sums(const bool lower, const float *c, size_t c_row)
 {
-    _tile_loadd(UPPER_C0, c, c_row * sizeof *c);
-    _tile_loadd(UPPER_C1, c + TILE_WORDS, c_row * sizeof *c);
+    v_tile_load(UPPER_C0, c, c_row * sizeof *c);
+    v_tile_load(UPPER_C1, c + TILE_WORDS, c_row * sizeof *c);
     if (lower) {
-        _tile_loadd(LOWER_C0, c + UPPER_ROWS * c_row, c_row * sizeof *c);
-        _tile_loadd(LOWER_C1, c + UPPER_ROWS * c_row + TILE_WORDS, c_row * sizeof *c);
+        v_tile_load(LOWER_C0, c + UPPER_ROWS * c_row, c_row * sizeof *c);
+        v_tile_load(LOWER_C1, c + UPPER_ROWS * c_row + TILE_WORDS, c_row * sizeof *c);
     }
 }
 
 FA_INLINE void store_sums(const bool lower, float *c, size_t c_row)
 {
-    _tile_stored(UPPER_C0, c, c_row * sizeof *c);
-    _tile_stored(UPPER_C1, c + TILE_WORDS, c_row * sizeof *c);
+    v_tile_store(UPPER_C0, c, c_row * sizeof *c);
+    v_tile_store(UPPER_C1, c + TILE_WORDS, c_row * sizeof *c);
     if (lower) {
-        _tile_stored(LOWER_C0, c + UPPER_ROWS * c_row, c_row * sizeof *c);
-        _tile_stored(LOWER_C1, c + UPPER_ROWS * c_row + TILE_WORDS, c_row * sizeof *c);
+        v_tile_store(LOWER_C0, c + UPPER_ROWS * c_row, c_row * sizeof *c);
+        v_tile_store(LOWER_C1, c + UPPER_ROWS * c_row + TILE_WORDS, c_row * sizeof *c);
     }
 }
 

@@ -3,16 +3,18 @@
 #include "vec_amx.h"
 
 #define DT f32
-#include "ops_template.h"
+#include "kernels/vector/ops_template.h"
 #undef DT
 
 #define DT f64
-#include "ops_template.h"
+#include "kernels/vector/ops_template.h"
 #undef DT
 
-#include "amx_bf16.h"
+#include "kernels/kernel_sets.h"
 
-#include "amx_f32.h"
+#include "engine_bf16.h"
+
+#include "engine_f32x3.h"
 
 static const struct fa_engine *const engines[] = {&engine_f32x3, &engine_bf16, &engine_f32,
                                                   &engine_f64, NULL};

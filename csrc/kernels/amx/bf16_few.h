@@ -6,8 +6,8 @@
  * to look for special ones, 8 to widen and 16 multiply-adds, since weights are split in two.  With two rows or
  * more packing for the tiles is the quicker way.
  */
-#ifndef FA_AMX_FEW_H
-#define FA_AMX_FEW_H
+#ifndef FA_BF16_FEW_H
+#define FA_BF16_FEW_H
 
 #define FEW_GROUPS 2 /* vectors of keys whose chains take turns */
 #define FEW_VECTORS 4 /* vectors of columns whose sums are in registers: 8 chains, 16 sums */

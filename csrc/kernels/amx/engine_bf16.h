@@ -1,14 +1,14 @@
 /* The engine bf16 of the tile unit: bfloat16 operands, in the forward pass.  Needs ops_template.h for f32. */
-#ifndef FA_AMX_BF16_H
-#define FA_AMX_BF16_H
+#ifndef FA_ENGINE_BF16_H
+#define FA_ENGINE_BF16_H
 
-#include "amx_pack.h"
+#include "bf16_pack.h"
 
-#include "amx_softmax.h"
+#include "bf16_softmax.h"
 
-#include "amx_matmul.h"
+#include "bf16_matmul.h"
 
-#include "amx_few.h"
+#include "bf16_few.h"
 
 static bool takes_bf16(const struct fa_attention_params *params, enum fa_pass pass)
 {
