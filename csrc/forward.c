@@ -19,7 +19,7 @@
  * numbers is finite.  Only what a row attends to decides that.
  *
  * K and V of a block are packed when the first tile needs them: once per block_q rows, which costs
- * 2.5 / block_q + 0.5 / block_q of the products, or three times that by tiles.  Every row's result depends on
+ * 2.5 / block_q + 0.5 / block_q of the products, or three times that where an engine splits operands.  Every row's result depends on
  * its own scores and on boundaries of blocks and splits only, so threads, batch and neighbours leave no trace in
  * its bits.
  */
