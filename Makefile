@@ -95,7 +95,7 @@ asan: $(BUILT) $(VENV)/extra-test  ## run tests under AddressSanitizer and UBSan
 # Links the objects of the last build; the cost of a loop is its own, whatever else the machine does.
 microbench: $(BUILT)  ## the inner loops alone, as shares of the multiply-add peak
 	$(CC) -std=c11 -O2 -Icsrc bench/microbench.c \
-	    build/objects/csrc/*.o build/objects/csrc/kernels/*.o -fopenmp -lm -o build/microbench
+	    build/objects/csrc/*.o build/objects/csrc/kernels/*/*.o -fopenmp -lm -o build/microbench
 	build/microbench
 
 fuzz: $(BUILT) $(VENV)/extra-test  ## 2000 random calls of each dtype with numbers of any size, on every kernel set

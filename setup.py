@@ -135,7 +135,8 @@ class BuildExt(build_ext):
         flags = [*flags, *WARNING_FLAGS, *(["-Werror"] if switched_on("WERROR") else [])]
         jobs = [(str(source), flags) for source in sorted(Path("csrc").glob("*.c"))]
         for row in kernel_sets:
-            jobs.append((f"csrc/kernels/kernels_{row.name}.c", [*flags, *row.flags]))
+            [source] = Path("csrc/kernels").glob(f"*/kernels_{row.name}.c")
+            jobs.append((str(source), [*flags, *row.flags]))
 
         # In the source tree even for an editable build: tests/test_dispatch.py reads the objects.
         output_dir = Path("build", "-".join(["objects", *map(str.lower, switches)]))

@@ -4,7 +4,7 @@
  *
  * A line per kernel set and element type:
  *   q k^T, p v   the two products of a score tile, as shares of the register-only loop; by tiles (amx) above 100 %
- *   softmax      softmax_update, the exponentials included, in cycles per 8 scores
+ *   softmax      the exponentials included, in cycles per 8 scores
  *   pack k, v    in cycles per 8 elements
  * A cycle is the time of 32 float32 or 16 float64 operations of the register-only loop: what a core with
  * two 256-bit multiply-add pipes does in one.
@@ -20,7 +20,7 @@
 #include <time.h>
 
 #include "geometry.h"
-#include "kernels.h"
+#include "engine.h"
 #include "workspace.h"
 
 #define TURNS 200
@@ -32,12 +32,12 @@
 enum loop { FMA, SCORES, VALUES, SOFTMAX, PACK_KEYS, PACK_VALUES, LOOPS };
 
 struct bench {
-    const struct fa_ops *ops;
+    const struct fa_engine *engine;
     double (*probe_fma)(int64_t, double);
     struct fa_geometry geometry;
     struct fa_workspace ws;
     char *k, *v; /* one block, as a caller's contiguous arrays */
-    struct fa_keys keys, values;
+    struct fa_rows keys, values;
 };
 
 static double processor_seconds(void)
@@ -49,35 +49,35 @@ static double processor_seconds(void)
 
 static void run(const struct bench *b, enum loop loop)
 {
-    const struct fa_ops *ops = b->ops;
+    const struct fa_engine *engine = b->engine;
     const struct fa_geometry *g = &b->geometry;
     const struct fa_workspace *ws = &b->ws;
     struct fa_wanted nothing = {0};
     const size_t dim = (size_t)g->params->head_dim, block_k = (size_t)g->block_k;
     const size_t rows = (size_t)g->tile_q, depth = (size_t)g->depth;
-    const size_t value_panel = (size_t)fa_packed(ops, g->block_k) * ops->nr;
+    const size_t value_panel = (size_t)g->value_depth * engine->nr;
     switch (loop) {
     case SCORES:
-        ops->matmul(
+        engine->scores(
             &(struct fa_product){
                 .rows = rows,
                 .depth = depth,
-                .panels = block_k / ops->nr,
+                .panels = block_k / engine->nr,
                 .a = ws->q,
                 .a_stride = depth,
                 .b = ws->k,
-                .b_panel = depth * ops->nr,
+                .b_panel = depth * engine->nr,
                 .c = ws->scores,
                 .c_row = block_k,
             },
-            &nothing);
+            1, &nothing);
         break;
     case VALUES:
-        ops->matmul_values(
+        engine->values(
             &(struct fa_product){
                 .rows = rows,
                 .depth = block_k,
-                .panels = dim / ops->nr,
+                .panels = dim / engine->nr,
                 .a = ws->scores,
                 .a_stride = block_k,
                 .b = ws->v,
@@ -89,13 +89,21 @@ static void run(const struct bench *b, enum loop loop)
             &nothing);
         break;
     case SOFTMAX:
-        ops->softmax_update(ws->scores, block_k, rows, block_k, &ws->part, dim);
+        engine->softmax(&(struct fa_softmax){
+            .scores = ws->scores,
+            .ld = block_k,
+            .rows = rows,
+            .cols = block_k,
+            .factor = 1,
+            .state = &ws->part,
+            .ldacc = dim,
+        });
         break;
     case PACK_KEYS:
-        ops->pack_keys(ws->k, block_k, dim, &b->keys);
+        engine->pack_keys(ws->k, block_k, dim, &b->keys);
         break;
     case PACK_VALUES:
-        ops->pack_values(ws->v, value_panel, block_k, dim, &b->values);
+        engine->pack_values(ws->v, value_panel, block_k, dim, &b->values);
         break;
     default:
         break;
@@ -171,41 +179,41 @@ static int report(const struct fa_kernels *kernels, enum fa_dtype dtype, int64_t
         .num_threads = 1,
     };
     struct bench b = {
-        .ops = fa_forward_ops(kernels, &params),
-        .probe_fma = fa_ops_for(kernels, dtype)->probe_fma,
+        .engine = fa_engine_for(kernels, fa_ops_for(kernels, dtype), &params, FA_FORWARD),
+        .probe_fma = dtype == FA_F32 ? kernels->probe_fma_f32 : kernels->probe_fma_f64,
     };
     int64_t bytes;
-    if (fa_geometry_init(&b.geometry, &params, b.ops, b.ops) != FA_OK ||
+    if (fa_geometry_init(&b.geometry, &params, b.engine) != FA_OK ||
         !fa_workspace_bytes(&b.geometry, &bytes)) {
         return 1;
     }
     const int64_t elements = b.geometry.block_k * head_dim;
     char *memory = fa_allocate(bytes);
-    b.k = fa_allocate(elements * (int64_t)b.ops->size);
-    b.v = fa_allocate(elements * (int64_t)b.ops->size);
+    b.k = fa_allocate(elements * (int64_t)b.engine->ops->size);
+    b.v = fa_allocate(elements * (int64_t)b.engine->ops->size);
     if (memory == NULL || b.k == NULL || b.v == NULL) {
         return 1;
     }
     b.ws = fa_workspace_of(&b.geometry, memory, 0);
-    const int64_t size = (int64_t)b.ops->size;
+    const int64_t size = (int64_t)b.engine->ops->size;
     for (int64_t j = 0; j < b.geometry.block_k; j++) {
         b.ws.k_row[j] = b.k + j * head_dim * size;
         b.ws.v_row[j] = b.v + j * head_dim * size;
     }
-    b.keys = (struct fa_keys){.row = b.ws.k_row, .col_stride = size, .dtype = dtype};
-    b.values = (struct fa_keys){.row = b.ws.v_row, .col_stride = size, .dtype = dtype};
+    b.keys = (struct fa_rows){.row = b.ws.k_row, .col_stride = size, .dtype = dtype};
+    b.values = (struct fa_rows){.row = b.ws.v_row, .col_stride = size, .dtype = dtype};
     fill(b.k, elements, dtype);
     fill(b.v, elements, dtype);
     const size_t rows = (size_t)b.geometry.tile_q;
-    b.ops->load_rows(b.ws.q, rows, b.ws.k_row, size, (size_t)head_dim, dtype, 1);
-    b.ops->softmax_begin(rows, &b.ws.part, (size_t)head_dim);
-    fa_begin_task(b.ops);
+    b.engine->load_rows(b.ws.q, rows, (size_t)head_dim, &b.keys, 1);
+    b.engine->ops->softmax_begin(rows, &b.ws.part, (size_t)head_dim);
+    b.engine->enter();
     run(&b, PACK_KEYS);
     run(&b, PACK_VALUES);
 
     double operations[LOOPS], peak;
     measure(&b, operations, &peak);
-    fa_end_task(b.ops);
+    b.engine->leave();
     const double cycle = dtype == FA_F32 ? 32 : 16;
     const double scores = (double)b.geometry.tile_q * (double)b.geometry.block_k;
     const double product = 2 * scores * (double)head_dim;

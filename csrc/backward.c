@@ -54,7 +54,7 @@ static void multiply_rows(double *x, int64_t stride, int64_t rows, int64_t cols,
 /* What fa_backward_load_grad does to the rows, to their panels. */
 static void scale_panels(const struct fa_geometry *g, char *panels, int64_t padded, int64_t rows)
 {
-    const int64_t nr = (int64_t)g->ops->nr;
+    const int64_t nr = (int64_t)g->engine->nr;
     for (int64_t c = 0; c < padded; c += nr) {
         multiply_rows((double *)(void *)panels + c * FA_BACKWARD_ROWS, nr, rows, nr,
                       ldexp(1, -g->value_exponent));
@@ -69,14 +69,14 @@ static void load_tile_rows(const struct fa_backward *b, const struct key_block *
 {
     const struct fa_geometry *g = &b->geometry;
     const struct fa_attention_params *p = &b->params->attention;
-    struct fa_keys from = {
+    struct fa_rows from = {
         .row = ws->row, .col_stride = b->params->grad_out.col, .dtype = p->dtype};
-    const size_t panel_stride = FA_BACKWARD_ROWS * g->ops->nr;
+    const size_t panel_stride = FA_BACKWARD_ROWS * g->engine->nr;
 
     fa_load_rows(block->head, &ws->tile, first, rows);
     fa_backward_load_grad(b, block->head_index, ws, first, rows);
-    *grad_finite = g->ops->pack_values(ws->grad_out_panels, panel_stride, (size_t)rows,
-                                       (size_t)p->head_dim_v, &from);
+    *grad_finite = b->engine->pack(ws->grad_out_panels, panel_stride, (size_t)rows,
+                                   (size_t)p->head_dim_v, &from);
     for (int64_t r = 0; r < rows; r++) {
         ws->row[r] = fa_row_at(g, block->head->q, first + r, p->q.head, p->q.row);
     }
@@ -85,19 +85,18 @@ static void load_tile_rows(const struct fa_backward *b, const struct key_block *
     }
     from.col_stride = p->q.col;
     *q_finite =
-        g->ops->pack_values(ws->q_panels, panel_stride, (size_t)rows, (size_t)p->head_dim, &from);
+        b->engine->pack(ws->q_panels, panel_stride, (size_t)rows, (size_t)p->head_dim, &from);
 }
 
-static void multiply(const struct fa_geometry *g, const struct fa_product *product, bool transposed,
+static void multiply(const struct fa_backward *b, const struct fa_product *product, bool transposed,
                      bool finite)
 {
-    struct fa_wanted nothing = {0};
     if (!finite) {
-        g->ops->matmul_skip_zeros(product, transposed);
+        b->engine->multiply_careful(product, transposed);
     } else if (transposed) {
-        g->ops->matmul_transposed(product);
+        b->engine->multiply_transposed(product);
     } else {
-        g->ops->matmul(product, &nothing);
+        b->engine->multiply(product);
     }
 }
 
@@ -106,7 +105,7 @@ static void add_products(const struct fa_backward *b, const struct key_block *bl
                          struct fa_key_range keys, bool q_finite, bool grad_finite)
 {
     const struct fa_geometry *g = &b->geometry;
-    const int64_t size = (int64_t)g->ops->size, nr = (int64_t)g->ops->nr;
+    const int64_t size = (int64_t)g->ops->size, nr = (int64_t)g->engine->nr;
     const size_t row_panel = FA_BACKWARD_ROWS * (size_t)nr;
     struct fa_product product = {
         .rows = (size_t)(keys.hi - keys.lo),
@@ -122,7 +121,7 @@ static void add_products(const struct fa_backward *b, const struct key_block *bl
     };
     const bool needs_v = b->params->grad_v.data != NULL || block->purpose == GRAD_V;
     if (needs_v && block->purpose != THE_REST) {
-        multiply(g, &product, true, grad_finite);
+        multiply(b, &product, true, grad_finite);
     }
     if (block->purpose == GRAD_V) {
         return;
@@ -133,7 +132,7 @@ static void add_products(const struct fa_backward *b, const struct key_block *bl
         product.b = ws->q_panels;
         product.c = ws->grad_k + keys.lo * b->padded_k * size;
         product.c_row = (size_t)b->padded_k;
-        multiply(g, &product, true, q_finite);
+        multiply(b, &product, true, q_finite);
     }
     if (block->sums != NULL) {
         const int64_t live = fa_min(keys.hi, block->live) - keys.lo;
@@ -150,7 +149,7 @@ static void add_products(const struct fa_backward *b, const struct key_block *bl
             .accumulate = true,
             .into_chain = (size_t)keys.lo % FA_CHAIN,
         };
-        multiply(g, &product, false, block->finite);
+        multiply(b, &product, false, block->finite);
     }
 }
 
@@ -186,10 +185,10 @@ static void pack_block(const struct fa_backward *b, struct key_block *block,
     if (block->packed) {
         return;
     }
-    fa_backward_pack(block->head, ws, block->key, block->live);
+    fa_backward_pack(b, block->head, ws, block->key, block->live);
     block->finite =
-        g->ops->pack_values(ws->k_values, (size_t)g->block_k * g->ops->nr, (size_t)block->live,
-                            (size_t)g->params->head_dim, &ws->tile.keys);
+        b->engine->pack(ws->k_values, (size_t)g->block_k * g->engine->nr, (size_t)block->live,
+                        (size_t)g->params->head_dim, &ws->tile.keys);
     block->packed = true;
 }
 
@@ -326,11 +325,10 @@ static void find_column_deltas(const struct fa_backward *b, const struct key_blo
 {
     const struct fa_geometry *g = &b->geometry;
     const struct fa_input *grad_lse = &b->params->grad_lse;
-    const int64_t size = (int64_t)g->ops->size, nr = (int64_t)g->ops->nr;
+    const int64_t size = (int64_t)g->ops->size, nr = (int64_t)g->engine->nr;
     const int64_t dim = g->params->head_dim_v;
     const int64_t at = fa_column_at(g, block->head_index, block->key);
     const char *from = fa_input_of(g, grad_lse, block->head_index);
-    struct fa_wanted nothing = {0};
 
     for (int64_t first = 0; first < block->live; first += nr) {
         const int64_t keys = fa_min(nr, block->live - first);
@@ -345,7 +343,7 @@ static void find_column_deltas(const struct fa_backward *b, const struct key_blo
             .c = ws->value_products,
             .c_row = (size_t)nr,
         };
-        g->ops->matmul(&product, &nothing);
+        b->engine->multiply(&product);
         for (int64_t j = 0; j < keys; j++) {
             double delta = fa_read_real(g, ws->value_products + j * (nr + 1) * size);
             if (from != NULL) {
@@ -595,23 +593,26 @@ static enum fa_status run_passes(struct fa_backward *b)
     return status;
 }
 
-static enum fa_status run(struct fa_backward *b, const struct fa_ops *ops,
-                          const struct fa_ops *score_ops)
+static enum fa_status run(struct fa_backward *b, const struct fa_kernels *kernels,
+                          const struct fa_tile_ops *ops)
 {
     const struct fa_attention_params *p = &b->params->attention;
     struct fa_geometry *g = &b->geometry;
-    enum fa_status status = fa_geometry_init(g, p, ops, score_ops);
+    enum fa_status status = fa_geometry_init(g, p, fa_engine_for(kernels, ops, p, FA_AGAIN));
     if (status != FA_OK) {
         return status;
     }
     const bool again = b->first != NULL;
+    b->engine = fa_gradients_for(kernels, ops);
+    FA_ASSERT(b->engine->nr == g->engine->nr);
+    g->value_depth = g->block_k; /* V is packed as rows, by the gradients' engine */
     g->block_q = FA_BACKWARD_ROWS;
     g->scales_scores = fa_scales_scores(p, again);
     g->value_exponent = again && p->dtype == FA_F64 ? FA_AGAIN_EXPONENT : 0;
     /* Products read columns of weights: rows a power of two apart would share few sets of L1. */
     g->score_stride += FA_LINE / (int64_t)ops->size;
-    b->padded_k = fa_round_up(p->head_dim, (int64_t)ops->nr);
-    b->padded_v = fa_round_up(p->head_dim_v, (int64_t)ops->nr);
+    b->padded_k = fa_round_up(p->head_dim, (int64_t)g->engine->nr);
+    b->padded_v = fa_round_up(p->head_dim_v, (int64_t)g->engine->nr);
     b->groups = 1;
     for (int64_t i = 0; i < g->batch && g->heads > 0; i++) {
         b->groups = fa_max(b->groups, fa_backward_groups(g, i * g->heads));
@@ -642,18 +643,12 @@ static enum fa_status compute_gradients(const struct fa_backward_params *params,
 {
     const struct fa_attention_params *p = &params->attention;
     struct fa_backward first = {.params = params};
-    const struct fa_ops *ops =
-        fa_has_narrow_options(p) ? fa_ops_for(kernels, p->dtype) : kernels->f64;
     FA_ASSERT(p->head_dim <= FA_MAX_BACKWARD_DIM && p->head_dim_v <= FA_MAX_BACKWARD_DIM);
     FA_ASSERT(p->kv_dtype == p->dtype && p->page_table.data == NULL);
-    /* lse is of the forward pass' scores: others, as accurate, would not be as close to it as they
-     * are to each other. */
-    const struct fa_ops *score_ops =
-        p->dtype == FA_F32 && ops == kernels->f32 ? fa_forward_ops(kernels, p) : ops;
-    enum fa_status status = run(&first, ops, score_ops);
+    enum fa_status status = run(&first, kernels, fa_ops_of_call(kernels, p));
     if (status == FA_OK && atomic_load(&first.any_left)) {
         struct fa_backward second = {.params = params, .first = &first};
-        status = run(&second, kernels->f64, kernels->f64);
+        status = run(&second, kernels, kernels->f64);
         release(&second);
     }
     release(&first);

@@ -12,7 +12,7 @@
 /* Rows that meet a key block at a time.  The sums over rows, for grad_k and grad_v, read and write their
  * accumulators once per so many rows: 2 % of their time at 192, where all buffers of a thread still fit a
  * 1 MiB L2 at head_dim 64. */
-#define FA_BACKWARD_ROWS (8 * FA_TILE_Q)
+#define FA_BACKWARD_ROWS (8 * FA_MIN_TILE_Q)
 
 /* Keys per group of key blocks, and the most groups of a head: each costs memory for one more sum of grad_q,
  * and lets one more thread work on the head. */
@@ -53,7 +53,8 @@ struct fa_weighing {
 /* Everything the tasks of one call share. */
 struct fa_backward {
     const struct fa_backward_params *params;
-    struct fa_geometry geometry;
+    struct fa_geometry geometry; /* whose engine computes the scores again */
+    const struct fa_gradient_engine *engine; /* of the products that follow, with panels as wide */
     int64_t padded_k, padded_v; /* head_dim and head_dim_v in whole panels */
     /* Key blocks of a head are dealt out to this many groups; each has its own sum of grad_q, and these are
      * added in order.  How many depends on a head's seqlen_k alone, so the bits depend on no thread; this is
@@ -120,7 +121,8 @@ struct fa_key_range fa_backward_tile(const struct fa_backward *backward, const s
 /* Scores of rows [first, first + rows), at most tile_q, against that key block, into ws->weights
  * at row `offset`, and gradients of weights, dropout included, into ws->gradients.  `part`: where
  * they are, as a workspace of the forward pass.  False: no key takes part. */
-bool fa_backward_scores(struct fa_tile *tile, struct fa_workspace *part, const struct fa_head *head,
+bool fa_backward_scores(const struct fa_backward *backward, struct fa_tile *tile,
+                        struct fa_workspace *part, const struct fa_head *head,
                         struct fa_backward_workspace *ws, int64_t first, int64_t rows,
                         int64_t offset, int64_t block_key, bool weights_only);
 
@@ -129,8 +131,8 @@ void fa_backward_load_grad(const struct fa_backward *backward, int64_t head_inde
                            struct fa_backward_workspace *ws, int64_t first, int64_t rows);
 
 /* Pack the keys and values of a block for fa_backward_tile. */
-void fa_backward_pack(const struct fa_head *head, struct fa_backward_workspace *ws,
-                      int64_t block_key, int64_t keys);
+void fa_backward_pack(const struct fa_backward *backward, const struct fa_head *head,
+                      struct fa_backward_workspace *ws, int64_t block_key, int64_t keys);
 
 /* Statistics (backward_statistics.c).  Whether a softmax over `scores` scores, one of `softmaxes`,
  * needs its own, because lse is not exact enough for its weights. */

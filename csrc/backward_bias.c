@@ -149,7 +149,7 @@ static bool visit_block(struct fa_job *job, int thread, const struct fa_head *he
     if (keys <= 0) {
         return true;
     }
-    fa_backward_pack(head, &ws, key, keys);
+    fa_backward_pack(b, head, &ws, key, keys);
     for (int64_t first = lo; first < hi; first += FA_BACKWARD_ROWS) {
         const int64_t rows = fa_min(FA_BACKWARD_ROWS, hi - first);
         const struct fa_key_range reach = fa_rows_keys(head, first, first + rows - 1);

@@ -67,7 +67,7 @@ static double tolerance(enum fa_dtype dtype)
     case FA_F32:
         return 0x1p-16;
     default:
-        return 0x1p-11; /* the products of forward_bf16, and its exp2 */
+        return 0x1p-11; /* where the forward pass multiplies bfloat16, and its exp2 */
     }
 }
 
@@ -229,8 +229,9 @@ static void fold(const struct fa_geometry *g, const struct fa_backward_workspace
 }
 
 /* One key block against the tiles that hold a wanted row. */
-static void sum_block(const struct fa_head *head, struct fa_backward_workspace *ws, int64_t first,
-                      int64_t rows, const bool *wanted, int64_t block_key)
+static void sum_block(const struct fa_backward *b, const struct fa_head *head,
+                      struct fa_backward_workspace *ws, int64_t first, int64_t rows,
+                      const bool *wanted, int64_t block_key)
 {
     const struct fa_geometry *g = head->geometry;
     const int64_t size = (int64_t)g->ops->size, vl = (int64_t)g->ops->vl;
@@ -249,10 +250,11 @@ static void sum_block(const struct fa_head *head, struct fa_backward_workspace *
             continue;
         }
         if (!packed) {
-            fa_backward_pack(head, ws, block_key, fa_min(g->block_k, head->kv_length - block_key));
+            fa_backward_pack(b, head, ws, block_key,
+                             fa_min(g->block_k, head->kv_length - block_key));
             packed = true;
         }
-        if (!fa_backward_scores(&tile, &part, head, ws, first + r, count, r, block_key, false)) {
+        if (!fa_backward_scores(b, &tile, &part, head, ws, first + r, count, r, block_key, false)) {
             continue;
         }
         /* To a row, its products are what acc is in the forward pass: one vector wide. */
@@ -288,9 +290,9 @@ bool fa_backward_row_statistics(struct fa_job *job, int thread, const struct fa_
             if (fa_job_checkpoint(job, thread)) {
                 return false;
             }
-            fa_begin_task(g->score_ops);
-            sum_block(head, ws, first, rows, wanted, key);
-            fa_end_task(g->score_ops);
+            g->engine->enter();
+            sum_block(b, head, ws, first, rows, wanted, key);
+            g->engine->leave();
         }
         fold(g, ws, rows, of);
     }
@@ -314,14 +316,15 @@ bool fa_backward_column_statistics(struct fa_job *job, int thread, const struct 
         if (keys.lo >= block_key + g->block_k || keys.hi <= block_key) {
             continue;
         }
-        fa_begin_task(g->score_ops);
+        g->engine->enter();
         fa_load_rows(head, &ws->tile, first, rows);
-        if (fa_backward_scores(&tile, &part, head, ws, first, rows, 0, block_key, true)) {
+        if (fa_backward_scores(job->context, &tile, &part, head, ws, first, rows, 0, block_key,
+                               true)) {
             g->ops->column_update(fa_tile_score_data(&tile, &part), (size_t)g->score_stride,
                                   (size_t)rows, (size_t)tile.columns,
                                   ws->col_max + tile.begin * size, ws->col_sum + tile.begin * size);
         }
-        fa_end_task(g->score_ops);
+        g->engine->leave();
     }
     return true;
 }

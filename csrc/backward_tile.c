@@ -27,11 +27,12 @@ static bool lay_out(const struct fa_backward *b, struct fa_backward_workspace *w
         {&ws->head_grad_v, fa_over_queries(g) ? g->block_k : 0, b->padded_v},
         {&ws->grad_k, g->block_k, b->padded_k},
         {&ws->grad_v, g->block_k, b->padded_v},
-        /* Last: between the others they cost 4 % of the pass at head_dim 64 with avx2. */
+        /* Last: between the others they cost 4 % of the pass at head_dim 64 with vectors of 8. */
         {&ws->row_products, rows, (int64_t)g->ops->vl},
         {&ws->col_max, fa_over_queries(g) ? g->block_k : 0, 1},
         {&ws->col_sum, fa_over_queries(g) ? g->block_k : 0, 1},
-        {&ws->value_products, fa_over_queries(g) ? (int64_t)g->ops->nr : 0, (int64_t)g->ops->nr},
+        {&ws->value_products, fa_over_queries(g) ? (int64_t)g->engine->nr : 0,
+         (int64_t)g->engine->nr},
     };
     if (!fa_workspace_bytes(g, bytes)) {
         return false;
@@ -67,24 +68,24 @@ struct fa_backward_workspace fa_backward_workspace_of(const struct fa_backward *
     return ws;
 }
 
-void fa_backward_pack(const struct fa_head *head, struct fa_backward_workspace *ws,
-                      int64_t block_key, int64_t keys)
+void fa_backward_pack(const struct fa_backward *backward, const struct fa_head *head,
+                      struct fa_backward_workspace *ws, int64_t block_key, int64_t keys)
 {
     const struct fa_geometry *g = head->geometry;
     fa_locate_keys(head, &ws->tile, block_key, keys, 0);
     fa_pack_keys(head, &ws->tile, keys);
     /* V as K is: its product with grad_out is one of rows with rows. */
-    g->ops->pack_keys(ws->tile.v, (size_t)keys, (size_t)g->params->head_dim_v, &ws->tile.values);
+    backward->engine->pack_transposed(ws->tile.v, (size_t)keys, (size_t)g->params->head_dim_v,
+                                      &ws->tile.values);
 }
 
 /* gradients = grad_out v^T on the columns of a tile. */
-static void multiply_values(const struct fa_tile *tile, struct fa_backward_workspace *ws,
-                            int64_t offset)
+static void multiply_values(const struct fa_backward *b, const struct fa_tile *tile,
+                            struct fa_backward_workspace *ws, int64_t offset)
 {
     const struct fa_geometry *g = tile->head->geometry;
-    const int64_t size = (int64_t)g->ops->size, nr = (int64_t)g->ops->nr;
+    const int64_t size = (int64_t)g->ops->size, nr = (int64_t)g->engine->nr;
     const int64_t dim = g->params->head_dim_v;
-    struct fa_wanted nothing = {0};
     const struct fa_product product = {
         .rows = (size_t)tile->rows,
         .depth = (size_t)dim,
@@ -96,7 +97,7 @@ static void multiply_values(const struct fa_tile *tile, struct fa_backward_works
         .c = ws->gradients + (offset * g->score_stride + tile->begin) * size,
         .c_row = (size_t)g->score_stride,
     };
-    g->ops->matmul(&product, &nothing);
+    b->engine->multiply(&product);
 }
 
 /* Clear columns [lo, hi) of some rows of weights and gradients. */
@@ -203,10 +204,11 @@ static void finish_tile(const struct fa_backward *b, const struct fa_tile *tile,
                                     b->shift + at, b->factor + at, b->delta + at);
         refine_rows(b, tile, part, head_index, scores, gradients, dominated);
     }
-    fa_apply_dropout(tile, part, scores);
+    fa_apply_dropout(tile, part, scores, g->ops->apply_dropout);
 }
 
-bool fa_backward_scores(struct fa_tile *tile, struct fa_workspace *part, const struct fa_head *head,
+bool fa_backward_scores(const struct fa_backward *backward, struct fa_tile *tile,
+                        struct fa_workspace *part, const struct fa_head *head,
                         struct fa_backward_workspace *ws, int64_t first, int64_t rows,
                         int64_t offset, int64_t block_key, bool weights_only)
 {
@@ -223,8 +225,9 @@ bool fa_backward_scores(struct fa_tile *tile, struct fa_workspace *part, const s
     fa_tile_scores(tile, part, false);
     fa_draw_dropout(tile, part);
     if (!weights_only) {
-        multiply_values(tile, ws, offset);
-        fa_apply_dropout(tile, part, ws->gradients + at + tile->begin * size);
+        multiply_values(backward, tile, ws, offset);
+        fa_apply_dropout(tile, part, ws->gradients + at + tile->begin * size,
+                         g->ops->apply_dropout);
     }
     return true;
 }
@@ -236,11 +239,12 @@ void fa_backward_load_grad(const struct fa_backward *backward, int64_t head_inde
     const struct fa_attention_params *p = g->params;
     const struct fa_input *grad = &backward->params->grad_out;
     const char *grad_out = fa_input_of(g, grad, head_index);
+    const struct fa_rows from = {.row = ws->row, .col_stride = grad->col, .dtype = p->dtype};
     for (int64_t r = 0; r < rows; r++) {
         ws->row[r] = fa_row_at(g, grad_out, first + r, grad->head, grad->row);
     }
-    g->ops->load_rows(ws->grad_out, (size_t)rows, ws->row, grad->col, (size_t)p->head_dim_v,
-                      p->dtype, ldexp(1, -g->value_exponent));
+    backward->engine->load_rows(ws->grad_out, (size_t)rows, (size_t)p->head_dim_v, &from,
+                                ldexp(1, -g->value_exponent));
 }
 
 struct fa_key_range fa_backward_tile(const struct fa_backward *backward, const struct fa_head *head,
@@ -249,17 +253,16 @@ struct fa_key_range fa_backward_tile(const struct fa_backward *backward, const s
                                      bool weights_only)
 {
     const struct fa_geometry *g = head->geometry;
-    struct fa_key_range of[FA_BACKWARD_ROWS / FA_TILE_Q], all = {g->block_k, 0};
+    struct fa_key_range of[FA_BACKWARD_ROWS / FA_MIN_TILE_Q], all = {g->block_k, 0};
 
-    FA_ASSERT(g->tile_q >= FA_TILE_Q);
-    fa_begin_task(g->score_ops);
+    g->engine->enter();
     for (int64_t r = 0; r < rows; r += g->tile_q) {
         const int64_t count = fa_min(g->tile_q, rows - r);
         struct fa_key_range *range = &of[r / g->tile_q];
         struct fa_workspace part;
         struct fa_tile tile;
         *range = (struct fa_key_range){0, 0};
-        if (!fa_backward_scores(&tile, &part, head, ws, first + r, count, r, block_key,
+        if (!fa_backward_scores(backward, &tile, &part, head, ws, first + r, count, r, block_key,
                                 weights_only)) {
             continue;
         }
@@ -268,7 +271,7 @@ struct fa_key_range fa_backward_tile(const struct fa_backward *backward, const s
         all.hi = fa_max(all.hi, range->hi);
         finish_tile(backward, &tile, &part, ws, head_index, r, weights_only);
     }
-    fa_end_task(g->score_ops);
+    g->engine->leave();
     if (all.hi <= all.lo) {
         return (struct fa_key_range){0, 0};
     }

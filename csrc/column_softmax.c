@@ -118,7 +118,7 @@ static void run_column_task(struct fa_job *job, int64_t index, int thread)
 {
     struct fa_forward *forward = job->context;
     const struct fa_geometry *g = forward->geometry;
-    const struct fa_ops *ops = g->ops;
+    const struct fa_tile_ops *ops = g->ops;
     const int64_t size = (int64_t)ops->size;
     const int64_t key_block = index % g->key_blocks, head_index = index / g->key_blocks;
     const int64_t block_key = key_block * g->block_k;
@@ -133,12 +133,12 @@ static void run_column_task(struct fa_job *job, int64_t index, int thread)
         return;
     }
     fa_head_init(&head, g, head_index);
-    fa_begin_task(ops);
+    g->engine->enter();
     ops->column_begin(col_max, col_sum, (size_t)g->block_k);
     for (int64_t row = 0; row < g->rows; row += g->tile_q) {
         struct fa_tile tile;
         if (fa_job_checkpoint(job, thread)) {
-            fa_end_task(ops);
+            g->engine->leave();
             return;
         }
         int64_t rows = fa_min(g->tile_q, g->rows - row);
@@ -158,7 +158,7 @@ static void run_column_task(struct fa_job *job, int64_t index, int thread)
                            (size_t)tile.columns, col_max + tile.begin * size,
                            col_sum + tile.begin * size);
     }
-    fa_end_task(ops);
+    g->engine->leave();
     const struct fa_output *lse = &g->params->lse;
     const bool stores = head.lse != NULL && forward->first == NULL;
     ops->column_finish(col_max, col_sum, (size_t)keys, (size_t)g->block_k,

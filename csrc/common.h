@@ -1,5 +1,5 @@
-/* Small things every C file needs: assertions, checked sizes, alignment.  The only file outside
- * kernels/ that uses compiler extensions. */
+/* Small things every C file needs: assertions, checked sizes, alignment, and most of what the compiler must extend C
+ * by outside kernels/. */
 #ifndef FA_COMMON_H
 #define FA_COMMON_H
 
@@ -15,7 +15,7 @@
 #define FA_ASSERT(condition) ((void)0)
 #endif
 
-/* Bytes.  One cache line, and the widest vector of any kernel set (AVX-512). */
+/* Bytes.  One cache line, and the widest vector of any kernel set. */
 #define FA_ALIGNMENT 64
 
 static inline int64_t fa_min(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -118,11 +118,12 @@ static enum fa_status count_all(const struct fa_geometry *g, int64_t per_thread,
 static struct fa_attention_plan plan_of(const struct fa_geometry *g, int64_t num_tasks)
 {
     return (struct fa_attention_plan){
+        .engine = g->engine->name,
         .block_q = g->block_q,
         .block_k = g->block_k,
         .tile_q = g->tile_q,
-        .mr = (int64_t)g->ops->mr,
-        .nr = (int64_t)g->ops->nr,
+        .mr = (int64_t)g->engine->mr,
+        .nr = (int64_t)g->engine->nr,
         .vl = (int64_t)g->ops->vl,
         .num_tasks = num_tasks,
         .num_threads = fa_min(g->num_threads, fa_max(num_tasks, 1)),
@@ -144,8 +145,8 @@ static enum fa_status describe_nothing(const struct fa_attention_params *params,
         .num_threads = params->num_threads,
     };
     struct fa_geometry g;
-    const struct fa_ops *ops = fa_attention_ops(&empty, kernels);
-    const enum fa_status status = fa_geometry_init(&g, &empty, ops, ops);
+    const struct fa_engine *engine = fa_attention_engine(&empty, kernels);
+    const enum fa_status status = fa_geometry_init(&g, &empty, engine);
     if (status == FA_OK) {
         *plan = plan_of(&g, 0);
     }
@@ -158,11 +159,11 @@ static enum fa_status describe(const struct fa_attention_params *params,
     struct fa_geometry g;
     struct fa_plan tasks;
     int64_t per_thread, total, part = 0;
-    const struct fa_ops *ops = fa_attention_ops(params, kernels);
+    const struct fa_engine *engine = fa_attention_engine(params, kernels);
     if (!fa_has_results(params)) {
         return describe_nothing(params, kernels, plan);
     }
-    enum fa_status status = fa_geometry_init(&g, params, ops, ops);
+    enum fa_status status = fa_geometry_init(&g, params, engine);
     if (status == FA_OK) {
         status = fa_plan_init(&tasks, &g);
     }

@@ -4,7 +4,7 @@
 #include <stddef.h>
 
 #include "cpu_features.h"
-#include "kernels.h"
+#include "kernels/kernel_sets.h"
 
 static bool always(void) { return true; }
 
@@ -66,3 +66,12 @@ const char *fa_kernels_known_name(int index)
 }
 
 const char *fa_kernels_name(const struct fa_kernels *kernels) { return kernels->name; }
+
+const char *fa_engine_name(const struct fa_kernels *kernels, int index)
+{
+    int count = 0;
+    while (kernels->engines[count] != NULL) {
+        count++;
+    }
+    return index >= 0 && index < count ? kernels->engines[index]->name : NULL;
+}

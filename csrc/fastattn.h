@@ -199,6 +199,7 @@ struct fa_weights_params {
 
 /* What a call would do. */
 struct fa_attention_plan {
+    const char *engine; /* name of what multiplies; static */
     int64_t block_q, block_k, tile_q; /* rows per task, keys per block, rows per score tile */
     int64_t mr, nr, vl; /* register tile rows and columns, lanes, in elements */
     int64_t num_tasks;
@@ -208,7 +209,7 @@ struct fa_attention_plan {
     int64_t tiles_computed; /* of these, the ones that no mask rules out */
 };
 
-struct fa_kernels; /* kernels.h */
+struct fa_kernels; /* engine.h */
 
 /* The kernel sets that this build holds and this CPU and OS run, best first; NULL past the end. */
 const struct fa_kernels *fa_kernels_available(int index);
@@ -218,6 +219,8 @@ bool fa_kernels_request(const struct fa_kernels *kernels);
 /* Every name this library knows, built in or not, in dispatch order; NULL past the end. */
 const char *fa_kernels_known_name(int index);
 const char *fa_kernels_name(const struct fa_kernels *kernels);
+/* Names of the engines of a set, best first; NULL past the end. */
+const char *fa_engine_name(const struct fa_kernels *kernels, int index);
 
 /* All entry points compute in the default floating-point mode and leave the thread's own as they found it,
  * exception flags included. */

@@ -19,7 +19,7 @@
  * numbers is finite.  Only what a row attends to decides that.
  *
  * K and V of a block are packed when the first tile needs them: once per block_q rows, which costs
- * 2.5 / block_q + 0.5 / block_q of the products, or three times that by tiles.  Every row's result depends on
+ * 2.5 / block_q + 0.5 / block_q of the products, or three times that where an engine splits operands.  Every row's result depends on
  * its own scores and on boundaries of blocks and splits only, so threads, batch and neighbours leave no trace in
  * its bits.
  */
@@ -45,8 +45,8 @@ static void add_weighted_values(const struct fa_tile *tile, struct fa_workspace 
                                 const struct block *block)
 {
     const struct fa_geometry *g = tile->head->geometry;
-    const struct fa_ops *ops = g->ops;
-    const int64_t size = (int64_t)ops->size, nr = (int64_t)ops->nr;
+    const struct fa_engine *engine = g->engine;
+    const int64_t size = (int64_t)g->ops->size, nr = (int64_t)engine->nr;
     const int64_t group = fa_tile_group(tile);
     const char *weights = fa_tile_score_data(tile, ws);
 
@@ -58,8 +58,9 @@ static void add_weighted_values(const struct fa_tile *tile, struct fa_workspace 
             .panels = (size_t)fa_ceil_div(cols, nr),
             .a = weights + (r * g->score_stride + keys.lo) * size,
             .a_stride = (size_t)g->score_stride,
-            .b = ws->v + fa_packed(ops, tile->begin + keys.lo) * nr * size,
-            .b_panel = (size_t)(fa_packed(ops, g->block_k) * nr),
+            .b = ws->v +
+                 (int64_t)engine->value_elements((size_t)(tile->begin + keys.lo)) * nr * size,
+            .b_panel = (size_t)(g->value_depth * nr),
             .c = fa_state_from(g, &ws->part, tile->row_offset + r).acc,
             .c_row = (size_t)g->block_dv,
             .accumulate = true,
@@ -67,17 +68,16 @@ static void add_weighted_values(const struct fa_tile *tile, struct fa_workspace 
         };
         ws->look_at_acc |= block->few || !block->finite;
         if (block->few) {
-            const struct fa_keys from = fa_keys_from(&ws->values, tile->begin + keys.lo);
-            if (ops->few_values(product.rows, product.depth, (size_t)cols, product.a,
-                                product.a_stride, &from, ws->v, product.c, product.c_row)) {
+            const struct fa_rows from = fa_rows_from(&ws->values, tile->begin + keys.lo);
+            if (engine->few_values(&product, (size_t)cols, &from, ws->v)) {
                 continue;
             }
             fa_pack_values(tile->head, ws, block->keys, cols);
         }
         if (block->finite) {
-            ops->matmul_values(&product, &ws->wanted);
+            engine->values(&product, &ws->wanted);
         } else {
-            ops->matmul_skip_zeros(&product, false);
+            engine->values_careful(&product);
         }
     }
 }
@@ -87,34 +87,35 @@ static void weigh_tile(const struct fa_forward *forward, const struct fa_tile *t
                        struct fa_workspace *ws, int64_t head_index, const struct fa_product *beside)
 {
     const struct fa_geometry *g = forward->geometry;
-    const struct fa_ops *ops = g->ops;
+    const struct fa_engine *engine = g->engine;
+    const int64_t size = (int64_t)g->ops->size;
     char *scores = fa_tile_score_data(tile, ws);
     if (forward->col_max != NULL) {
-        int64_t at = fa_column_offset(g, head_index, tile->block_key / g->block_k) +
-                     tile->begin * (int64_t)ops->size;
-        ops->column_weights(scores, (size_t)g->score_stride, (size_t)tile->rows,
-                            (size_t)tile->columns, forward->col_max + at,
-                            forward->col_inverse + at);
+        int64_t at =
+            fa_column_offset(g, head_index, tile->block_key / g->block_k) + tile->begin * size;
+        engine->weigh_columns(scores, (size_t)g->score_stride, (size_t)tile->rows,
+                              (size_t)tile->columns, forward->col_max + at,
+                              forward->col_inverse + at);
         return;
     }
     /* In a cut tile only what some row of the group may see has been computed, and the rest weighs 0. */
-    const int64_t group = fa_tile_group(tile), size = (int64_t)ops->size;
-    const size_t ld = (size_t)g->score_stride, ldacc = (size_t)g->block_dv;
+    const int64_t group = fa_tile_group(tile);
     const float factor = fa_softmax_factor(tile->head);
     FA_ASSERT(beside == NULL || group >= tile->rows); /* once, not once per group */
     for (int64_t r = 0; r < tile->rows; r += group) {
         const struct fa_key_range keys = fa_group_keys(tile, r);
         const struct fa_state state = fa_state_from(g, &ws->part, tile->row_offset + r);
-        const size_t rows = (size_t)fa_min(group, tile->rows - r);
-        const size_t columns = (size_t)fa_round_up(keys.hi - keys.lo, (int64_t)ops->nr);
-        char *s = scores + (r * g->score_stride + keys.lo) * size;
-        if (beside != NULL) {
-            ops->softmax_update_beside(s, ld, rows, columns, &state, ldacc, beside, &ws->wanted);
-        } else if (factor != 0) {
-            ops->softmax_update_scaled(s, ld, rows, columns, factor, &state, ldacc);
-        } else {
-            ops->softmax_update(s, ld, rows, columns, &state, ldacc);
-        }
+        engine->softmax(&(struct fa_softmax){
+            .scores = scores + (r * g->score_stride + keys.lo) * size,
+            .ld = (size_t)g->score_stride,
+            .rows = (size_t)fa_min(group, tile->rows - r),
+            .cols = (size_t)fa_round_up(keys.hi - keys.lo, (int64_t)engine->nr),
+            .factor = factor,
+            .state = &state,
+            .ldacc = (size_t)g->block_dv,
+            .beside = beside,
+            .wanted = &ws->wanted,
+        });
     }
 }
 
@@ -124,9 +125,9 @@ static void scale_weights(const struct fa_tile *tile, struct fa_workspace *ws)
     const struct fa_geometry *g = tile->head->geometry;
     if (ws->values.scale != NULL) {
         ws->look_at_acc = true;
-        g->ops->scale_weights(fa_tile_score_data(tile, ws), (size_t)g->score_stride,
-                              (size_t)tile->rows, (size_t)tile->columns,
-                              ws->values.scale + tile->begin);
+        g->engine->scale_weights(fa_tile_score_data(tile, ws), (size_t)g->score_stride,
+                                 (size_t)tile->rows, (size_t)tile->columns,
+                                 ws->values.scale + tile->begin);
     }
 }
 
@@ -178,23 +179,21 @@ static void swap_scores(struct fa_workspace *ws)
     ws->scores_ahead = scores;
 }
 
-/* One key block against all rows of the task.  Where a set computes products beside the softmax, each tile
- * leaves behind the product of the next: `ready`. */
+/* One key block against all rows of the task.  Where the softmax multiplies beside, each tile leaves behind the
+ * product of the next: `ready`. */
 static void attend_block(const struct fa_forward *forward, const struct fa_task *task,
                          struct fa_workspace *ws, int64_t block_key, int64_t keys)
 {
-    const struct fa_ops *ops = forward->geometry->ops;
-    const int64_t tile_q = forward->geometry->tile_q;
-    const bool beside = ops->softmax_update_beside != NULL && forward->col_max == NULL;
+    const struct fa_geometry *g = forward->geometry;
+    const bool beside = g->engine->multiplies_beside && forward->col_max == NULL;
     struct block block = {.key = block_key, .keys = keys};
     struct fa_tile tile, next;
     int64_t r = 0;
     bool ready = false, more = find_tile(&tile, task, ws, block_key, &r);
 
-    block.few = task->rows <= (int64_t)ops->few_rows && !forward->geometry->widened &&
-                (size_t)forward->geometry->params->head_dim <= ops->few_cols;
+    block.few = fa_are_few(g, task->rows);
     while (more) {
-        int64_t next_r = r + tile_q;
+        int64_t next_r = r + g->tile_q;
         struct fa_product product;
         tile.few = block.few;
         prepare_block(&block, task, ws);
@@ -209,7 +208,7 @@ static void attend_block(const struct fa_forward *forward, const struct fa_task 
         weigh_tile(forward, &tile, ws, task->head_index, ready ? &product : NULL);
         /* After row_sum: what is dropped stays in the denominator. */
         fa_draw_dropout(&tile, ws);
-        fa_apply_dropout(&tile, ws, fa_tile_score_data(&tile, ws));
+        fa_apply_dropout(&tile, ws, fa_tile_score_data(&tile, ws), g->engine->drop_weights);
         scale_weights(&tile, ws);
         add_weighted_values(&tile, ws, task->cols, &block);
         if (ready) {
@@ -491,14 +490,14 @@ static void run_task(struct fa_job *job, int64_t index, int thread)
         return;
     }
     ws.look_at_acc = forward->col_max != NULL || forward->geometry->params->dropout_p > 0;
-    fa_begin_task(forward->geometry->ops);
+    forward->geometry->engine->enter();
     fa_load_rows(&task.head, &ws, task.first_row, task.rows);
     if (forward->plan.by_splits) {
         run_split(job, index, &task, &ws, thread);
     } else {
         run_whole(job, &task, &ws, thread);
     }
-    fa_end_task(forward->geometry->ops);
+    forward->geometry->engine->leave();
 }
 
 /* The states of all tasks, where each has one split. */
@@ -606,7 +605,8 @@ static enum fa_status run_again(struct fa_forward *first, const struct fa_kernel
 {
     const struct fa_geometry *g = first->geometry;
     struct fa_geometry geometry;
-    enum fa_status status = fa_geometry_init(&geometry, g->params, kernels->f64, kernels->f64);
+    const struct fa_engine *engine = fa_engine_for(kernels, kernels->f64, g->params, FA_FORWARD);
+    enum fa_status status = fa_geometry_init(&geometry, g->params, engine);
     if (status != FA_OK) {
         return status;
     }
@@ -622,29 +622,29 @@ static enum fa_status run_again(struct fa_forward *first, const struct fa_kernel
     return status;
 }
 
-const struct fa_ops *fa_attention_ops(const struct fa_attention_params *params,
-                                      const struct fa_kernels *kernels)
+const struct fa_engine *fa_attention_engine(const struct fa_attention_params *params,
+                                            const struct fa_kernels *kernels)
 {
-    return fa_has_narrow_options(params) ? fa_forward_ops(kernels, params) : kernels->f64;
+    return fa_engine_for(kernels, fa_ops_of_call(kernels, params), params, FA_FORWARD);
 }
 
 static enum fa_status attend(const struct fa_attention_params *params,
                              const struct fa_kernels *kernels)
 {
     struct fa_geometry geometry;
-    const struct fa_ops *ops = fa_attention_ops(params, kernels);
+    const struct fa_engine *engine = fa_attention_engine(params, kernels);
     if (!fa_has_results(params)) {
         return FA_OK;
     }
-    enum fa_status status = fa_geometry_init(&geometry, params, ops, ops);
+    enum fa_status status = fa_geometry_init(&geometry, params, engine);
     if (status != FA_OK) {
         return status;
     }
     geometry.scales_scores = fa_scales_scores(params, false);
     struct fa_forward forward = {
         .geometry = &geometry,
-        .keeps_weighing = ops->size == (size_t)fa_dtype_size(fa_lse_dtype(params)) &&
-                          ops != kernels->forward_bf16,
+        .keeps_weighing = engine->ops->size == (size_t)fa_dtype_size(fa_lse_dtype(params)) &&
+                          engine == fa_engine_for(kernels, engine->ops, params, FA_AGAIN),
     };
     status = fa_plan_init(&forward.plan, &geometry);
     if (status == FA_OK) {

@@ -60,8 +60,8 @@ static inline int64_t fa_column_offset(const struct fa_geometry *g, int64_t head
     return (head_index * g->key_blocks + key_block) * g->block_k * (int64_t)g->ops->size;
 }
 
-/* The operations of a call's first run: of float64 where its options leave no choice. */
-const struct fa_ops *fa_attention_ops(const struct fa_attention_params *params,
-                                      const struct fa_kernels *kernels);
+/* The engine of a call's first run: of float64 where its options leave no choice. */
+const struct fa_engine *fa_attention_engine(const struct fa_attention_params *params,
+                                            const struct fa_kernels *kernels);
 
 #endif

@@ -3,8 +3,8 @@
 #include <string.h>
 
 /* Bytes of K per block, as they are or packed, whichever is less: with V's equal share half of a 256 KiB L2, the
- * smallest in use; in three parts they are half as much again, where L2 has 2 MiB.  Long heads halve the block, down
- * to what a register tile of any set divides. */
+ * smallest in use.  Where an engine packs keys into half as many bytes again, L2 has 2 MiB.  Long heads halve the
+ * block, down to what a register tile of any engine divides. */
 #define KEY_BLOCK_BYTES (64 * 1024)
 #define MIN_BLOCK_K 32
 
@@ -112,17 +112,17 @@ static int64_t longest(const struct fa_geometry *g, const int64_t *starts, int64
 }
 
 enum fa_status fa_geometry_init(struct fa_geometry *geometry,
-                                const struct fa_attention_params *params, const struct fa_ops *ops,
-                                const struct fa_ops *score_ops)
+                                const struct fa_attention_params *params,
+                                const struct fa_engine *engine)
 {
-    struct fa_geometry g = {.params = params, .ops = ops, .score_ops = score_ops, .batch = 1};
+    struct fa_geometry g = {.params = params, .engine = engine, .ops = engine->ops, .batch = 1};
     bool over_keys = params->softmax_axis == FA_SOFTMAX_KEYS;
 
     FA_ASSERT(params->num_heads >= 0 && params->num_kv_heads >= 0);
     FA_ASSERT(params->num_heads == 0 || params->num_heads % params->num_kv_heads == 0);
     FA_ASSERT(params->batch_ndim >= 0 && params->batch_ndim <= FA_MAX_BATCH_DIMS);
     FA_ASSERT(params->num_threads >= 1);
-    FA_ASSERT(score_ops->nr == ops->nr && score_ops->size == ops->size);
+    FA_ASSERT(engine->tile_q >= FA_MIN_TILE_Q && engine->tile_q <= FA_MAX_TILE_Q);
 
     g.stacked =
         over_keys && params->num_kv_heads > 0 ? params->num_heads / params->num_kv_heads : 1;
@@ -144,12 +144,13 @@ enum fa_status fa_geometry_init(struct fa_geometry *geometry,
         return FA_OVERFLOW;
     }
     g.rows = longest(&g, params->q_starts, params->seqlen_q) * g.stacked;
-    g.widened = ops->size > (size_t)fa_dtype_size(FA_F32) && params->dtype != FA_F64;
-    g.depth = fa_packed(score_ops, fa_round_up(params->head_dim, (int64_t)score_ops->depth_step));
-    g.tile_q = (int64_t)score_ops->tile_q;
+    g.widened = g.ops->size > (size_t)fa_dtype_size(FA_F32) && params->dtype != FA_F64;
+    g.depth = (int64_t)engine->row_elements((size_t)params->head_dim);
+    g.tile_q = (int64_t)engine->tile_q;
     g.block_k = choose_block_k(&g);
+    g.value_depth = (int64_t)engine->value_elements((size_t)g.block_k);
     g.score_stride = g.block_k;
-    g.block_dv = fa_min(BLOCK_DV, fa_round_up(params->head_dim_v, (int64_t)ops->nr));
+    g.block_dv = fa_min(BLOCK_DV, fa_round_up(params->head_dim_v, (int64_t)engine->nr));
     /* head_dim_v 0 still has an lse to compute. */
     g.dv_blocks = g.block_dv == 0 ? 1 : fa_ceil_div(params->head_dim_v, g.block_dv);
     g.split_k = SPLIT_K;

@@ -7,7 +7,7 @@
 
 #include "common.h"
 #include "fastattn.h"
-#include "kernels.h"
+#include "engine.h"
 
 /* Tasks per thread that a call is cut into, rows permitting, for balance at its end: a thread that waits
  * for another's last task loses half a task on average, 4 % of the call at 12.  More tasks pack K and V more
@@ -25,15 +25,15 @@
  * causal bounds).  Softmax over queries keeps heads apart, since each has column sums of its own. */
 struct fa_geometry {
     const struct fa_attention_params *params;
-    const struct fa_ops *ops;
-    const struct fa_ops
-        *score_ops; /* of q, packed keys and their product: panels as wide as those of ops */
+    const struct fa_engine *engine; /* of scores, and in the forward pass of results */
+    const struct fa_tile_ops *ops; /* the engine's */
     int64_t heads;       /* key heads, or query heads for softmax over queries */
     bool of_key_heads;
     int64_t stacked;     /* query heads stacked in a block of rows */
     int64_t rows; /* of a head: seqlen_q * stacked; the longest's with packed sequences */
     int64_t batch;       /* product of batch_shape */
     int64_t depth; /* elements of the workspace in a row of q and in a packed key */
+    int64_t value_depth; /* and in a packed column of a block of values */
     int64_t tile_q; /* rows of a score tile */
     int64_t block_k; /* keys per block: fixed by head_dim and dtype alone */
     int64_t split_k; /* keys per split, a whole number of blocks: likewise */
@@ -60,10 +60,10 @@ struct fa_geometry {
  * counted, allocated or visited. */
 bool fa_has_results(const struct fa_attention_params *params);
 
-/* FA_OVERFLOW if the problem cannot be counted in 64 bits.  `ops` may be of float64 whatever the arrays are. */
+/* FA_OVERFLOW if the problem cannot be counted in 64 bits.  The engine may compute in float64 whatever the arrays are. */
 enum fa_status fa_geometry_init(struct fa_geometry *geometry,
-                                const struct fa_attention_params *params, const struct fa_ops *ops,
-                                const struct fa_ops *score_ops);
+                                const struct fa_attention_params *params,
+                                const struct fa_engine *engine);
 
 /* Keep chosen query heads and queries only, NULL for all of them; nothing is stacked.  Queries ascend. */
 void fa_geometry_choose(struct fa_geometry *geometry, const int64_t *heads, int64_t num_heads,
@@ -151,12 +151,6 @@ static inline double fa_read_lse(const struct fa_geometry *g, const char *p)
 static inline void fa_write_lse(const struct fa_geometry *g, char *p, double x)
 {
     fa_write_number(p, x, (size_t)fa_dtype_size(fa_lse_dtype(g->params)));
-}
-
-/* Elements of the workspace that `n` elements take where products want them; n: a multiple of depth_step. */
-static inline int64_t fa_packed(const struct fa_ops *ops, int64_t n)
-{
-    return n * (int64_t)ops->packed_halves / 2;
 }
 
 /* Keys [lo, hi) that causal, window and kv_lengths leave to a token.  Empty: lo == hi.  Both ends grow

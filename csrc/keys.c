@@ -39,7 +39,7 @@ static const float *read_scales(const struct fa_head *head, const char *data,
     if (data == NULL) {
         return NULL;
     }
-    const int64_t padded = fa_round_up(keys, (int64_t)head->geometry->ops->nr);
+    const int64_t padded = fa_round_up(keys, (int64_t)head->geometry->engine->nr);
     memset(scale + keys, 0, (size_t)(padded - keys) * sizeof *scale);
     if (head->page_table == NULL && in->row == (int64_t)sizeof *scale) {
         memcpy(scale, data + first * in->row, (size_t)keys * sizeof *scale);
@@ -59,7 +59,7 @@ static const float *read_scales(const struct fa_head *head, const char *data,
 }
 
 /* Whether keys that are ordinary integers stay so under their scales, which multiply whole scores. */
-static bool are_scales_ordinary(const struct fa_keys *keys, int64_t count)
+static bool are_scales_ordinary(const struct fa_rows *keys, int64_t count)
 {
     bool ordinary = true;
     for (int64_t j = 0; keys->scale != NULL && j < count; j++) {
@@ -71,7 +71,7 @@ static bool are_scales_ordinary(const struct fa_keys *keys, int64_t count)
 /* The factor of every value of a call that is computed again with smaller ones. */
 static const float *scale_values(const struct fa_geometry *g, int64_t keys, float *scale)
 {
-    const int64_t padded = fa_round_up(keys, (int64_t)g->ops->nr);
+    const int64_t padded = fa_round_up(keys, (int64_t)g->engine->nr);
     for (int64_t j = 0; j < padded; j++) {
         scale[j] = ldexpf(1, -g->value_exponent);
     }
@@ -83,7 +83,7 @@ void fa_locate_keys(const struct fa_head *head, struct fa_workspace *ws, int64_t
 {
     const struct fa_attention_params *p = head->geometry->params;
     const int64_t located = fa_min(keys + fa_keys_ahead(p->kv_dtype), head->kv_length - block_key);
-    ws->keys = (struct fa_keys){
+    ws->keys = (struct fa_rows){
         .row = ws->k_row,
         .located = (size_t)located,
         .col_stride = p->k.col,
@@ -91,7 +91,7 @@ void fa_locate_keys(const struct fa_head *head, struct fa_workspace *ws, int64_t
         .scale =
             read_scales(head, head->k_scale, &p->k_scale, block_key, keys, ws->k_row, ws->k_scale),
     };
-    ws->values = (struct fa_keys){
+    ws->values = (struct fa_rows){
         .row = ws->v_row,
         .located = (size_t)located,
         .col_stride = p->v.col,
@@ -113,13 +113,13 @@ void fa_pack_keys(const struct fa_head *head, struct fa_workspace *ws, int64_t k
 {
     const struct fa_geometry *g = head->geometry;
     const bool ordinary =
-        g->score_ops->pack_keys(ws->k, (size_t)keys, (size_t)g->params->head_dim, &ws->keys);
+        g->engine->pack_keys(ws->k, (size_t)keys, (size_t)g->params->head_dim, &ws->keys);
     ws->keys_ordinary = ordinary && are_scales_ordinary(&ws->keys, keys);
 }
 
 bool fa_pack_values(const struct fa_head *head, struct fa_workspace *ws, int64_t keys, int64_t cols)
 {
     const struct fa_geometry *g = head->geometry;
-    return g->ops->pack_values(ws->v, (size_t)(fa_packed(g->ops, g->block_k) * (int64_t)g->ops->nr),
-                               (size_t)keys, (size_t)cols, &ws->values);
+    return g->engine->pack_values(ws->v, (size_t)g->value_depth * g->engine->nr, (size_t)keys,
+                                  (size_t)cols, &ws->values);
 }

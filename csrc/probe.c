@@ -2,7 +2,7 @@
 #include "common.h"
 #include "fastattn.h"
 #include "float_mode.h"
-#include "kernels.h"
+#include "engine.h"
 #include "schedule.h"
 
 /* Tasks per thread: a thread that wakes late, or shares its core, leaves its part to the others. */
@@ -11,7 +11,7 @@
 #define READ_TASK_BYTES (1 << 20)
 
 struct fma_probe {
-    const struct fa_ops *ops;
+    double (*multiply_add)(int64_t rounds, double factor);
     int64_t rounds; /* per task */
 };
 
@@ -22,7 +22,7 @@ static void run_fma(struct fa_job *job, int64_t task, int thread)
     (void)thread;
     /* x - 2 x: only the sign changes, so that nothing becomes infinite or subnormal, which is slow
      * on some CPUs. */
-    probe->ops->probe_fma(probe->rounds, -2.0);
+    probe->multiply_add(probe->rounds, -2.0);
 }
 
 struct read_probe {
@@ -62,11 +62,12 @@ enum fa_status fa_probe_fma(const struct fa_kernels *kernels, enum fa_dtype dtyp
 {
     FA_ASSERT(rounds >= 1 && num_threads >= 1);
     const int64_t num_tasks = (int64_t)FMA_TASKS_PER_THREAD * num_threads;
-    struct fma_probe probe = {.ops = fa_ops_for(kernels, dtype),
+    struct fma_probe probe = {.multiply_add =
+                                  dtype == FA_F64 ? kernels->probe_fma_f64 : kernels->probe_fma_f32,
                               .rounds = fa_ceil_div(rounds, FMA_TASKS_PER_THREAD)};
     struct fa_job job = {
         .num_tasks = num_tasks, .num_threads = num_threads, .run = run_fma, .context = &probe};
-    *flops = probe.ops->probe_fma(1, -2.0) * (double)probe.rounds * (double)num_tasks;
+    *flops = probe.multiply_add(1, -2.0) * (double)probe.rounds * (double)num_tasks;
     return time_job(&job, seconds);
 }
 

@@ -125,7 +125,7 @@ bool fa_tile_init(struct fa_tile *tile, const struct fa_head *head, struct fa_wo
     const int64_t last_row = first_row + rows - 1;
     const struct fa_key_range keys = fa_rows_keys(head, first_row, last_row);
     const int64_t lo = fa_max(keys.lo, block_key), hi = fa_min(keys.hi, block_key + g->block_k);
-    const int64_t panel = (int64_t)g->ops->nr;
+    const int64_t panel = (int64_t)g->engine->nr;
 
     FA_ASSERT(rows >= 1 && rows <= g->tile_q);
     if (lo >= hi) {
@@ -157,13 +157,13 @@ bool fa_tile_init(struct fa_tile *tile, const struct fa_head *head, struct fa_wo
 
 int64_t fa_tile_group(const struct fa_tile *tile)
 {
-    return tile->use_range ? (int64_t)tile->head->geometry->score_ops->mr : tile->rows;
+    return tile->use_range ? (int64_t)tile->head->geometry->engine->mr : tile->rows;
 }
 
 struct fa_key_range fa_group_keys(const struct fa_tile *tile, int64_t r)
 {
     const struct fa_geometry *g = tile->head->geometry;
-    const int64_t panel = (int64_t)g->ops->nr, first_key = tile->block_key + tile->begin;
+    const int64_t panel = (int64_t)g->engine->nr, first_key = tile->block_key + tile->begin;
     if (!tile->use_range) {
         return (struct fa_key_range){.lo = 0, .hi = tile->keys};
     }
@@ -209,6 +209,18 @@ bool fa_has_narrow_options(const struct fa_attention_params *params)
             is_narrow(params->softcap) && params->softcap <= NARROW_SOFTCAP);
 }
 
+const struct fa_tile_ops *fa_ops_of_call(const struct fa_kernels *kernels,
+                                         const struct fa_attention_params *params)
+{
+    return fa_has_narrow_options(params) ? fa_ops_for(kernels, params->dtype) : kernels->f64;
+}
+
+bool fa_are_few(const struct fa_geometry *geometry, int64_t rows)
+{
+    const size_t most = geometry->engine->few_rows((size_t)geometry->params->head_dim);
+    return !geometry->widened && (size_t)rows <= most;
+}
+
 bool fa_scales_scores(const struct fa_attention_params *params, bool again)
 {
     return !fa_has_narrow_options(params) || (again && params->dtype == FA_F64);
@@ -244,10 +256,10 @@ float fa_softmax_factor(const struct fa_head *head)
     const struct fa_attention_params *p = head->geometry->params;
     const float factor = (float)score_factor(p);
     const bool edited = p->softcap > 0 || head->bias != NULL || head->alibi_slopes != NULL;
-    return head->geometry->ops->softmax_update_scaled != NULL && !edited && factor > 0 &&
+    return head->geometry->engine->scale_at == FA_SCALE_LATE && !edited && factor > 0 &&
                    factor <= FLT_MAX && p->softmax_axis == FA_SOFTMAX_KEYS
                ? factor
-               : 0;
+               : 1;
 }
 
 void fa_load_rows(const struct fa_head *head, struct fa_workspace *ws, int64_t first_row,
@@ -256,7 +268,9 @@ void fa_load_rows(const struct fa_head *head, struct fa_workspace *ws, int64_t f
     const struct fa_geometry *g = head->geometry;
     const struct fa_attention_params *p = g->params;
     const double scale = g->scales_scores ? row_factor(p) : score_factor(p);
+    const double factor = g->engine->scale_at == FA_SCALE_ROWS ? scale : 1;
     const char *src[FA_MAX_TILE_Q];
+    const struct fa_rows from = {.row = src, .col_stride = p->q.col, .dtype = p->dtype};
 
     ws->rows_ordinary = fabs(scale) <= FA_ORDINARY_FACTOR && p->head_dim <= FA_ORDINARY_DIM;
     for (int64_t r = 0; r < rows; r += FA_MAX_TILE_Q) {
@@ -266,8 +280,8 @@ void fa_load_rows(const struct fa_head *head, struct fa_workspace *ws, int64_t f
             src[i] = head->q + fa_row_member(g, row) * p->q.head + fa_row_token(g, row) * p->q.row;
         }
         ws->rows_ordinary &=
-            g->score_ops->load_rows(ws->q + r * g->depth * (int64_t)g->ops->size, (size_t)count,
-                                    src, p->q.col, (size_t)p->head_dim, p->dtype, scale);
+            g->engine->load_rows(ws->q + r * g->depth * (int64_t)g->ops->size, (size_t)count,
+                                 (size_t)p->head_dim, &from, factor);
     }
 }
 
@@ -326,14 +340,21 @@ void fa_want_bias(const struct fa_head *head, struct fa_workspace *ws, int64_t f
     }
 }
 
+/* The factor that the product of scores is to have: what neither rows nor softmax multiply by. */
+static float product_factor(const struct fa_head *head)
+{
+    const struct fa_geometry *g = head->geometry;
+    const bool elsewhere = g->engine->scale_at == FA_SCALE_ROWS || fa_softmax_factor(head) != 1;
+    return elsewhere ? 1 : (float)score_factor(g->params);
+}
+
 /* q k^T of the tile's rows [r, r + rows), `scores` being its first score of row 0. */
 static struct fa_product group_product(const struct fa_tile *tile, const struct fa_workspace *ws,
                                        char *scores, int64_t r, int64_t rows)
 {
     const struct fa_geometry *g = tile->head->geometry;
     const struct fa_key_range keys = fa_group_keys(tile, r);
-    const int64_t size = (int64_t)g->ops->size, nr = (int64_t)g->ops->nr, depth = g->depth;
-    const float factor = fa_softmax_factor(tile->head) != 0 ? 1 : (float)score_factor(g->params);
+    const int64_t size = (int64_t)g->ops->size, nr = (int64_t)g->engine->nr, depth = g->depth;
     return (struct fa_product){
         .rows = (size_t)rows,
         .depth = (size_t)depth,
@@ -344,7 +365,6 @@ static struct fa_product group_product(const struct fa_tile *tile, const struct 
         .b_panel = (size_t)(depth * nr),
         .c = scores + (r * g->score_stride + keys.lo) * size,
         .c_row = (size_t)g->score_stride,
-        .factor = factor,
     };
 }
 
@@ -373,10 +393,10 @@ static void group_scores(const struct fa_tile *tile, struct fa_workspace *ws, in
 {
     const struct fa_head *head = tile->head;
     const struct fa_geometry *g = head->geometry;
-    const struct fa_ops *ops = g->ops;
+    const struct fa_tile_ops *ops = g->ops;
     const struct fa_key_range keys = fa_group_keys(tile, r);
     const int64_t size = (int64_t)ops->size;
-    const int64_t columns = fa_round_up(keys.hi - keys.lo, (int64_t)ops->nr);
+    const int64_t columns = fa_round_up(keys.hi - keys.lo, (int64_t)g->engine->nr);
     char *row = (char *)fa_tile_score_data(tile, ws) + r * g->score_stride * size;
     char *scores = row + keys.lo * size;
 
@@ -384,12 +404,11 @@ static void group_scores(const struct fa_tile *tile, struct fa_workspace *ws, in
         const struct fa_product product =
             group_product(tile, ws, fa_tile_score_data(tile, ws), r, rows);
         if (tile->few) {
-            const struct fa_keys from = fa_keys_from(&ws->keys, tile->begin + keys.lo);
-            g->score_ops->few_scores(product.rows, (size_t)g->params->head_dim,
-                                     (size_t)(keys.hi - keys.lo), (size_t)columns, product.a, &from,
-                                     product.c, product.c_row, product.factor);
+            const struct fa_rows from = fa_rows_from(&ws->keys, tile->begin + keys.lo);
+            g->engine->few_scores(&product, (size_t)g->params->head_dim,
+                                  (size_t)(keys.hi - keys.lo), &from, product_factor(head));
         } else {
-            g->score_ops->matmul(&product, &ws->wanted);
+            g->engine->scores(&product, product_factor(head), &ws->wanted);
         }
     }
     if (ws->keys.scale != NULL) {
@@ -453,12 +472,13 @@ void fa_draw_dropout(const struct fa_tile *tile, struct fa_workspace *ws)
     }
 }
 
-void fa_apply_dropout(const struct fa_tile *tile, const struct fa_workspace *ws, char *rows)
+void fa_apply_dropout(const struct fa_tile *tile, const struct fa_workspace *ws, char *rows,
+                      void (*multiply)(void *row, const void *factors, size_t n))
 {
     const struct fa_geometry *g = tile->head->geometry;
     const int64_t size = (int64_t)g->ops->size;
     for (int64_t r = 0; g->params->dropout_p > 0 && r < tile->rows; r++) {
-        g->ops->apply_dropout(rows + r * g->score_stride * size,
-                              ws->factors + r * g->block_k * size, (size_t)tile->columns);
+        multiply(rows + r * g->score_stride * size, ws->factors + r * g->block_k * size,
+                 (size_t)tile->columns);
     }
 }

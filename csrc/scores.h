@@ -32,7 +32,7 @@ int64_t fa_tile_group(const struct fa_tile *tile);
 /* Keys of the tile, from its first on, that its rows [r, r + group) may see; lo is a whole panel. */
 struct fa_key_range fa_group_keys(const struct fa_tile *tile, int64_t r);
 
-/* Scale rows [first_row, first_row + rows) of q into ws->q, and see whether they are ordinary (kernels.h). */
+/* Scale rows [first_row, first_row + rows) of q into ws->q, and see whether they are ordinary (engine.h). */
 void fa_load_rows(const struct fa_head *head, struct fa_workspace *ws, int64_t first_row,
                   int64_t rows);
 
@@ -50,12 +50,19 @@ void fa_tile_scores(const struct fa_tile *tile, struct fa_workspace *ws, bool re
  * the weights of the tile before, whose ws->scores are in use. */
 struct fa_product fa_tile_product_ahead(const struct fa_tile *tile, const struct fa_workspace *ws);
 
-/* What ops->softmax_update_scaled is to multiply a head's scores by, because nothing before it needs them
- * multiplied; 0: they are. */
+/* The factor that engine->softmax is to multiply a head's scores by, because nothing before it needs them
+ * multiplied; 1 where they are. */
 float fa_softmax_factor(const struct fa_head *head);
 
 /* Whether a call's scale and softcap, as the scores take them, are numbers of float32 with room on both sides. */
 bool fa_has_narrow_options(const struct fa_attention_params *params);
+
+/* The operations of a call's first run: of float64 where its options leave no choice. */
+const struct fa_tile_ops *fa_ops_of_call(const struct fa_kernels *kernels,
+                                         const struct fa_attention_params *params);
+
+/* Whether so many rows are too few for packing keys: the engine's few-row products then read them where they lie. */
+bool fa_are_few(const struct fa_geometry *geometry, int64_t rows);
 
 /* The scales_scores of a run (geometry.h).  again: it is a second run. */
 bool fa_scales_scores(const struct fa_attention_params *params, bool again);
@@ -64,14 +71,16 @@ bool fa_scales_scores(const struct fa_attention_params *params, bool again);
 struct fa_doubt fa_head_doubt(const struct fa_head *head, int64_t member);
 
 /* Draw the factors of dropout for the tile, into ws->factors; multiply the tile's part of `rows`, which are
- * score_stride elements apart, by them.  Neither does anything without dropout. */
+ * score_stride elements apart, by them.  Neither does anything without dropout.  multiply: of n elements of a row, in
+ * the form that they have. */
 void fa_draw_dropout(const struct fa_tile *tile, struct fa_workspace *ws);
-void fa_apply_dropout(const struct fa_tile *tile, const struct fa_workspace *ws, char *rows);
+void fa_apply_dropout(const struct fa_tile *tile, const struct fa_workspace *ws, char *rows,
+                      void (*multiply)(void *row, const void *factors, size_t n));
 
 /* The keys of a block from `key` on. */
-static inline struct fa_keys fa_keys_from(const struct fa_keys *keys, int64_t key)
+static inline struct fa_rows fa_rows_from(const struct fa_rows *keys, int64_t key)
 {
-    struct fa_keys rest = *keys;
+    struct fa_rows rest = *keys;
     rest.row += key;
     rest.located -= (size_t)key;
     rest.scale = keys->scale == NULL ? NULL : keys->scale + key;

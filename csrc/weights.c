@@ -156,8 +156,8 @@ static void weigh_rows(const struct fa_tile *tile, struct fa_workspace *ws)
         const struct fa_state state = fa_state_from(g, &ws->part, tile->row_offset + r);
         g->ops->softmax_update(scores + (r * g->score_stride + keys.lo) * size,
                                (size_t)g->score_stride, (size_t)fa_min(group, tile->rows - r),
-                               (size_t)fa_round_up(keys.hi - keys.lo, (int64_t)g->ops->nr), &state,
-                               (size_t)g->block_dv);
+                               (size_t)fa_round_up(keys.hi - keys.lo, (int64_t)g->engine->nr),
+                               &state, (size_t)g->block_dv);
     }
 }
 
@@ -212,7 +212,7 @@ static void sum_group(const struct weights *w, const struct task *task, const st
     const struct fa_geometry *g = &w->geometry;
     const struct fa_key_range keys = fa_group_keys(tile, r);
     const int64_t size = (int64_t)g->ops->size, n = g->rows, m = w->result_rows;
-    const int64_t columns = fa_round_up(keys.hi - keys.lo, (int64_t)g->ops->nr);
+    const int64_t columns = fa_round_up(keys.hi - keys.lo, (int64_t)g->engine->nr);
     const char *weights = fa_tile_score_data(tile, &of->tile);
     const int64_t end = r + rows;
     while (keys.lo < keys.hi && r < end) {
@@ -327,8 +327,7 @@ static bool visit_keys(struct fa_job *job, int thread, const struct task *task, 
     const struct fa_geometry *g = &w->geometry;
     const struct fa_head *head = &task->head;
     struct fa_workspace *ws = &of->tile;
-    const bool few = rows <= (int64_t)g->score_ops->few_rows && !g->widened &&
-                     (size_t)g->params->head_dim <= g->score_ops->few_cols;
+    const bool few = fa_are_few(g, rows);
     for (int64_t key = lo / g->block_k * g->block_k; key < hi; key += g->block_k) {
         bool ready = false;
         if (fa_job_checkpoint(job, thread)) {
@@ -522,11 +521,11 @@ static void run_task(struct fa_job *job, int64_t index, int thread)
     if (task.cells != NULL) {
         memset(task.cells, 0, (size_t)(task.result_rows * w->result_cols) * sizeof *task.cells);
     }
-    fa_begin_task(g->score_ops);
+    g->engine->enter();
     for (int64_t row = task.begin; whole && row < task.end; row += g->block_q) {
         whole = run_rows(job, thread, &task, &of, row, fa_min(g->block_q, task.end - row));
     }
-    fa_end_task(g->score_ops);
+    g->engine->leave();
     for (int64_t i = 0; whole && sums(w) && w->shares == 1 && i < task.result_rows; i++) {
         store_cells(w, task.head_index, task.first_result_row + i, task.cells + i * w->result_cols);
     }
@@ -662,12 +661,11 @@ static void release(struct weights *w)
     fa_columns_release(&w->columns);
 }
 
-static enum fa_status init_geometry(struct weights *w, const struct fa_ops *ops,
-                                    const struct fa_ops *score_ops)
+static enum fa_status init_geometry(struct weights *w, const struct fa_engine *engine)
 {
     const struct fa_weights_params *p = w->params;
     struct fa_geometry *g = &w->geometry;
-    enum fa_status status = fa_geometry_init(g, &p->attention, ops, score_ops);
+    enum fa_status status = fa_geometry_init(g, &p->attention, engine);
     if (status == FA_OK) {
         const int num_threads = g->num_threads;
         fa_geometry_choose(g, p->heads, p->num_heads, p->rows, p->num_rows);
@@ -691,7 +689,8 @@ static enum fa_status run_again(struct weights *first, const struct fa_kernels *
         .parts = first->parts,
         .first = first,
     };
-    enum fa_status status = init_geometry(&again, kernels->f64, kernels->f64);
+    enum fa_status status = init_geometry(
+        &again, fa_engine_for(kernels, kernels->f64, &first->params->attention, FA_AGAIN));
     if (status == FA_OK) {
         again.geometry.block_q = first->geometry.block_q;
         again.geometry.num_threads = first->geometry.num_threads;
@@ -716,11 +715,8 @@ static enum fa_status compute(const struct fa_weights_params *params,
                               const struct fa_kernels *kernels)
 {
     const struct fa_attention_params *a = &params->attention;
-    const struct fa_ops *ops =
-        fa_has_narrow_options(a) ? fa_ops_for(kernels, a->dtype) : kernels->f64;
-    /* Products of float32 by tiles, where the set has them; those of bfloat16 are less exact than its weights here. */
-    const struct fa_ops *score_ops =
-        a->dtype == FA_F32 && ops == kernels->f32 ? fa_forward_ops(kernels, a) : ops;
+    const struct fa_engine *engine =
+        fa_engine_for(kernels, fa_ops_of_call(kernels, a), a, FA_AGAIN);
     struct weights w = {
         .params = params, .result_rows = params->num_rows, .result_cols = a->seqlen_k};
     FA_ASSERT(a->head_dim_v == 0 && a->page_table.data == NULL && a->q_starts == NULL);
@@ -736,7 +732,7 @@ static enum fa_status compute(const struct fa_weights_params *params,
     } else if (params->form == FA_WEIGHTS_SUMS) {
         w.result_rows = 1;
     }
-    enum fa_status status = init_geometry(&w, ops, score_ops);
+    enum fa_status status = init_geometry(&w, engine);
     w.geometry.scales_scores = fa_scales_scores(a, false);
     if (status == FA_OK && !choose_tasks(&w)) {
         status = FA_OVERFLOW;

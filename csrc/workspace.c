@@ -18,7 +18,7 @@ static bool lay_out_state(const struct fa_geometry *g, int64_t rows, int64_t *to
                           struct state_layout *at)
 {
     const int64_t size = (int64_t)g->ops->size;
-    rows = fa_round_up(rows, (int64_t)g->ops->row_step);
+    rows = fa_round_up(rows, (int64_t)g->engine->row_step);
     return reserve(total, &at->row_max, rows, 1, size) &&
            reserve(total, &at->row_sum, rows, (int64_t)g->ops->vl, size) &&
            reserve(total, &at->acc, rows, g->block_dv, size);
@@ -63,16 +63,16 @@ static bool lay_out(const struct fa_geometry *g, struct layout *at)
     const int64_t folded_rows = g->params->seqlen_k > g->split_k ? g->block_q : 0;
     *at = (struct layout){0};
     bool ok =
-        reserve(&total, &at->q, fa_round_up(g->block_q, (int64_t)g->score_ops->row_step), g->depth,
+        reserve(&total, &at->q, fa_round_up(g->block_q, (int64_t)g->engine->row_step), g->depth,
                 size) &&
         lay_out_state(g, g->block_q, &total, &at->part) &&
         lay_out_state(g, folded_rows, &total, &at->total) &&
         lay_out_state(g, folded_rows, &total, &at->rest) &&
         reserve(&total, &at->k, g->block_k, g->depth, size) &&
-        reserve(&total, &at->v, fa_packed(g->ops, g->block_k), g->block_dv, size) &&
+        reserve(&total, &at->v, g->value_depth, g->block_dv, size) &&
         reserve(&total, &at->scores, g->tile_q, g->block_k, size) &&
-        reserve(&total, &at->scores_ahead, g->ops->softmax_update_beside != NULL ? g->tile_q : 0,
-                g->block_k, size) &&
+        reserve(&total, &at->scores_ahead, g->engine->multiplies_beside ? g->tile_q : 0, g->block_k,
+                size) &&
         reserve(&total, &at->mask, g->tile_q, g->block_k, 1) &&
         reserve(&total, &at->segments, g->block_k, 1, (int64_t)sizeof(int64_t)) &&
         reserve(&total, &at->k_row, g->block_k + fa_keys_ahead(g->params->kv_dtype), 1,

@@ -22,10 +22,9 @@ struct fa_workspace {
     struct fa_state total; /* of all splits so far */
     struct fa_state rest;  /* what rounding left of its sums */
     char *k;            /* real [block_k / nr][depth][nr]: packed keys */
-    char *v;            /* real [block_dv / nr][fa_packed(block_k)][nr]: packed values */
+    char *v;            /* real [block_dv / nr][value_depth][nr]: packed values */
     char *scores;       /* real [tile_q][block_k] */
-    char *
-        scores_ahead; /* the same, for sets that compute the next tile's product beside the softmax */
+    char *scores_ahead; /* the same, of the next tile, where the softmax multiplies beside */
     char *slope; /* NULL, or for softcap's slopes, like scores: the backward pass sets it */
     uint8_t *mask; /* [tile_q][block_k]: 1 where a key takes part */
     int64_t *segments; /* [block_k]: segment ids of the keys of a block */
@@ -35,7 +34,7 @@ struct fa_workspace {
     const char **k_row, **v_row;
     float *k_scale, *v_scale;
     char *factors; /* real [tile_q][block_k]: of dropout */
-    struct fa_keys keys, values; /* of a block, in caller memory */
+    struct fa_rows keys, values; /* of a block, in caller memory */
     struct fa_wanted wanted; /* what the products fetch meanwhile */
     bool rows_ordinary,
         keys_ordinary; /* no score of these rows, or keys, passes the range of float32 */

@@ -506,6 +506,7 @@ def describe(
         release(&held)
     check(status, raised)
     return {
+        "engine": plan.engine.decode(),
         "block_q": plan.block_q,
         "block_k": plan.block_k,
         "tile_q": plan.tile_q,
@@ -549,6 +550,19 @@ def probe_read(array, int num_threads):
 
 def available_isas():
     return tuple(_index_of_isa)
+
+
+def engines(str isa):
+    """Names of the engines of a kernel set, best first."""
+    if isa not in _index_of_isa:
+        raise ValueError(f"kernel set {isa!r} cannot run here")
+    cdef const fa_kernels *kernels = kernel_sets[<int>_index_of_isa[isa]]
+    names = []
+    cdef int i = 0
+    while fa_engine_name(kernels, i) is not NULL:
+        names.append((<bytes>fa_engine_name(kernels, i)).decode())
+        i += 1
+    return tuple(names)
 
 
 def known_isas():

@@ -92,6 +92,7 @@ cdef extern from "fastattn.h" nogil:
         void *weights
 
     struct fa_attention_plan:
+        const char *engine
         int64_t block_q, block_k, tile_q
         int64_t mr, nr, vl
         int64_t num_tasks, num_threads
@@ -105,6 +106,7 @@ cdef extern from "fastattn.h" nogil:
     bint fa_kernels_request(const fa_kernels *kernels) noexcept
     const char *fa_kernels_known_name(int index) noexcept
     const char *fa_kernels_name(const fa_kernels *kernels) noexcept
+    const char *fa_engine_name(const fa_kernels *kernels, int index) noexcept
 
     fa_status fa_attention(const fa_attention_params *params, const fa_kernels *kernels) noexcept
     fa_status fa_attention_backward(

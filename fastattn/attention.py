@@ -584,6 +584,7 @@ class Explanation:
     """
 
     isa: str  #: name of the kernel set
+    engine: str  #: name of its engine, which multiplies
     dtype: str
     softmax: str  #: the algorithm
     batch_shape: tuple[int, ...]
@@ -625,7 +626,8 @@ class Explanation:
             "problem": f"{self.dtype}, batch {self.batch_shape}, num_heads {self.num_heads}, "
             f"num_kv_heads {self.num_kv_heads}, seqlen_q {self.seqlen_q:,}, "
             f"seqlen_k {self.seqlen_k:,}, head_dim {self.head_dim}, head_dim_v {self.head_dim_v}",
-            "kernel set": f"{self.isa}, vectors of {self.vl}, register tile {self.mr} x {self.nr}",
+            "kernel set": f"{self.isa}, engine {self.engine}, vectors of {self.vl}, "
+            f"register tile {self.mr} x {self.nr}",
             "softmax": self.softmax,
             "blocks": f"{self.num_tasks:,} tasks of up to {self.block_q} rows, score tiles of "
             f"{self.tile_q} rows x {self.block_k} keys",
@@ -665,8 +667,9 @@ def explain(
     Returns
     -------
     Explanation
-        Fields for programs, and text for ``print``: the kernel set, the algorithm, block sizes,
-        threads and why that many, workspace, and the score tiles that are skipped and why.
+        Fields for programs, and text for ``print``: the kernel set and its engine, the algorithm,
+        block sizes, threads and why that many, workspace, and the score tiles that are skipped
+        and why.
 
     Raises
     ------

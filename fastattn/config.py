@@ -192,6 +192,7 @@ def _config() -> dict[str, dict[str, Any]]:
         "build": dict(_core.build_info()),
         "kernels": {
             "selected": ISA,
+            "engines": list(_core.engines(ISA)),
             "available": list(_core.available_isas()),
             "known": list(_core.known_isas()),
             "FASTATTN_ISA": os.environ.get("FASTATTN_ISA"),
@@ -229,7 +230,7 @@ def show_config(mode: str = "stdout") -> dict[str, dict[str, Any]] | None:
     -------
     dict or None
         Keys ``"fastattn"``, ``"build"`` (compiler, flags, switches), ``"kernels"`` (selected,
-        available on this CPU, known), ``"threads"`` (the default and what sets it) and
+        its engines, available on this CPU, known), ``"threads"`` (the default and what sets it) and
         ``"runtime"``.
 
     Raises

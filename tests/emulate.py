@@ -131,7 +131,8 @@ def build(
         emulated = [f"fa_cpu_has_{name}" for name in SIMDE_SETS] + ["fa_request_amx"]
         own_flags["dispatch"] = [f"-D{question}=fa_cpu_has_avx2" for question in emulated]
     sources = [*(ROOT / "csrc").glob("*.c"), ROOT / "tests" / "c" / "kernel_sets.c"]
-    sources += [ROOT / "csrc" / "kernels" / f"kernels_{name}.c" for name in sets]
+    kernels = [*(ROOT / "csrc" / "kernels").glob("*/kernels_*.c")]
+    sources += [path for path in kernels if path.stem in own_flags]
 
     def compile_one(source: Path) -> Path:
         own = own_flags.get(source.stem, [])
@@ -171,7 +172,7 @@ def run_function(
         *code_flags(),
         *flags,
         f"-I{ROOT / 'csrc'}",
-        f"-I{ROOT / 'csrc' / 'kernels'}",
+        f"-I{ROOT / 'csrc' / 'kernels' / 'vector'}",
         f'-DVEC_HEADER="vec_{name}.h"',
         ROOT / "tests" / "c" / f"{function}_exhaustive.c",
         "-lm",

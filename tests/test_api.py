@@ -1137,6 +1137,23 @@ def test_explain_describes_the_call(kernel_set):
     assert fa.explain(*operands(np.float64)).dtype == "float64"
 
 
+@pytest.mark.parametrize(
+    ("dtype", "options", "engine", "engine_of_amx"),
+    [
+        (np.float32, {}, "vector_f32", "amx_f32x3"),
+        (np.float32, {"softmax_axis": "queries"}, "vector_f32", "vector_f32"),
+        (np.float32, {"scale": 1e-200}, "vector_f64", "vector_f64"),
+        (np.float16, {}, "vector_f32", "vector_f32"),
+        (ml_dtypes.bfloat16, {}, "vector_f32", "amx_bf16"),
+        (np.float64, {}, "vector_f64", "vector_f64"),
+    ],
+)
+def test_explain_names_the_engine(kernel_set, dtype, options, engine, engine_of_amx):
+    plan = fa.explain(*operands(dtype), **options)
+    assert plan.engine == (engine_of_amx if kernel_set == "amx" else engine)
+    assert f"{kernel_set}, engine {plan.engine}, " in str(plan)
+
+
 def test_explain_counts_skipped_tiles():
     seqlen = 4096
     x = np.broadcast_to(np.float32(0), (1, 1, seqlen, 8))

@@ -184,6 +184,7 @@ def test_show_config_dicts() -> None:
     assert {"compiler", "flags", "openmp", "switches"} <= set(shown["build"])
     assert shown["kernels"]["selected"] in shown["kernels"]["available"]
     assert set(shown["kernels"]["available"]) <= set(shown["kernels"]["known"])
+    assert shown["kernels"]["engines"][-2:] == ["vector_f32", "vector_f64"]
     assert shown["threads"]["default"] == config.default_num_threads()
     assert shown["runtime"]["numpy"] == np.__version__
     assert json.loads(json.dumps(shown)) == shown
@@ -193,6 +194,7 @@ def test_show_config_prints(capsys: pytest.CaptureFixture[str]) -> None:
     assert fa.show_config() is None
     printed = capsys.readouterr().out
     assert f"\nkernels:\n  selected: {_core.selected_isa()}\n" in printed
+    assert f"\n  engines: {', '.join(_core.engines(_core.selected_isa()))}\n" in printed
     assert f"\n  available: {', '.join(_core.available_isas())}\n" in printed
 
 

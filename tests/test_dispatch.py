@@ -17,7 +17,7 @@ SELECTED = "from fastattn import _core, config; print(_core.selected_isa(), conf
 
 # Kept by setup.py for these tests; the build without switches, whatever build is being tested.
 OBJECTS = Path(__file__).parents[1] / "build" / "objects" / "csrc"
-KERNEL_OBJECTS = sorted(OBJECTS.glob("kernels/*.o"))
+KERNEL_OBJECTS = sorted(OBJECTS.glob("kernels/*/*.o"))
 OTHER_OBJECTS = sorted(OBJECTS.glob("*.o"))
 
 needs_objects = pytest.mark.skipif(not KERNEL_OBJECTS, reason="no objects: not a source tree")
@@ -30,6 +30,25 @@ needs_objdump = pytest.mark.skipif(
 # An instruction in VEX or EVEX encoding, as objdump prints it: its name starts with v.  The
 # baseline's only names that do are verr and verw, which compilers do not use.
 VEX = re.compile(r"^\s+[0-9a-f]+:\s+(v[a-z]+\w*)\s", re.MULTILINE)
+
+
+# Names of intrinsics, which only vec_<isa>.h may say; of instruction sets and engines, which only
+# kernels/, dispatch.c and cpu_features.c may.
+INTRINSIC = re.compile(
+    r"\b(_mm\w*|__m\d+\w*|_tile_\w+|v(ld|st|add|mul|fma)\w*_f(32|64)x?\d*q?|float(32x4|64x2)_t"
+    r"|immintrin\.h|arm_neon\.h)\b"
+)
+SET_OR_ENGINE = re.compile(r"\b(amx|avx\w*|neon|sse\w*|f32x3|vector_f\d+|amx_\w+)\b", re.IGNORECASE)
+CSRC = Path(__file__).parents[1] / "csrc"
+
+
+@pytest.mark.parametrize("path", sorted(CSRC.rglob("*.[ch]")), ids=lambda path: path.name)
+def test_instruction_sets_stay_where_they_belong(path: Path) -> None:
+    text = path.read_text()
+    if not re.match("vec_.*[.]h$|cpu_features[.]c$", path.name):
+        assert INTRINSIC.findall(text) == []
+    if path.parent == CSRC and path.name not in ("dispatch.c", "cpu_features.c", "cpu_features.h"):
+        assert SET_OR_ENGINE.findall(text) == []
 
 
 # ---- choice of the kernel set -------------------------------------------------------------------

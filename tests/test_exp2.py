@@ -34,7 +34,7 @@ def test_every_float32(kernel_set: str, function: str, tmp_path: Path) -> None:
         tmp_path / f"{function}_exhaustive",
         *kernel_set_flags(kernel_set),
         f"-I{ROOT / 'csrc'}",
-        f"-I{ROOT / 'csrc' / 'kernels'}",
+        *(f"-I{ROOT / 'csrc' / 'kernels' / folder}" for folder in ("vector", "amx")),
         f'-DVEC_HEADER="vec_{kernel_set}.h"',
     )
     processes = [

@@ -26,6 +26,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "engine.h"
 #include "fastattn.h"
 
 #define MAX_GAUGE 8.0
@@ -1722,6 +1723,48 @@ static void check_storage(struct tally *t)
     }
 }
 
+/* Pointers of a table, from byte `first` to its end, that are NULL. */
+static int count_null(const void *table, size_t first, size_t bytes)
+{
+    const char *at = (const char *)table + first, *end = (const char *)table + bytes;
+    int count = 0;
+    for (; at < end; at += sizeof(void *)) {
+        static const char null[sizeof(void *)];
+        count += memcmp(at, null, sizeof null) == 0;
+    }
+    return count;
+}
+
+/* No slot is empty, and sizes are what engine.h says of them. */
+static void check_tables(struct tally *t)
+{
+    const struct fa_kernels *kernels = t->kernels;
+    const struct fa_tile_ops *const ops[] = {kernels->f32, kernels->f64};
+    const struct fa_gradient_engine *const gradients[] = {kernels->gradients_f32,
+                                                          kernels->gradients_f64};
+    int wrong = count_null(kernels, 0, sizeof *kernels), engines = 0;
+    for (; kernels->engines[engines] != NULL; engines++) {
+        const struct fa_engine *e = kernels->engines[engines];
+        wrong += count_null(e, offsetof(struct fa_engine, takes), sizeof *e);
+        wrong += e->name == NULL || (e->ops != kernels->f32 && e->ops != kernels->f64);
+        wrong += e->tile_q < FA_MIN_TILE_Q || e->tile_q > FA_MAX_TILE_Q || e->tile_q % e->mr != 0;
+        wrong += e->nr % e->ops->vl != 0 || e->row_step == 0;
+        wrong += e->multiplies_beside && e->scale_at != FA_SCALE_ROWS;
+    }
+    for (int i = 0; i < 2; i++) {
+        const struct fa_engine *last = kernels->engines[engines - 2 + i];
+        wrong += count_null(ops[i], offsetof(struct fa_tile_ops, scale_scores), sizeof *ops[i]);
+        wrong += count_null(gradients[i], offsetof(struct fa_gradient_engine, load_rows),
+                            sizeof *gradients[i]);
+        wrong += last->ops != ops[i] || gradients[i]->ops != ops[i] || gradients[i]->nr != last->nr;
+    }
+    if (wrong > 0) {
+        printf("FAILED %s: %d slots of its tables\n", fa_kernels_name(kernels), wrong);
+    }
+    t->passed += wrong == 0;
+    t->failed += wrong > 0;
+}
+
 int main(int argc, char **argv)
 {
     struct tally tallies[MAX_SETS];
@@ -1766,6 +1809,7 @@ int main(int argc, char **argv)
         }
     }
     for (int i = 0; i < num_sets; i++) {
+        check_tables(&tallies[i]);
         check_storage(&tallies[i]);
     }
     for (int i = 0; i < num_sets; i++) {

@@ -13,7 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "kernels.h"
+#include "engine.h"
 #include VEC_HEADER
 #define DT f32
 #include "names.h"

@@ -59,7 +59,7 @@ static void FN(raise_row_max)(VEC block_max, REAL *row_max, REAL *row_sum, REAL 
 /* What is to be done meanwhile, a little for every vector of some rows: nothing. */
 static inline void FN(idle)(void *work) { (void)work; }
 
-/* `rows` rows, a constant up to SOFTMAX_ROWS; see softmax_update in kernels.h.  `meanwhile` is a constant, too. */
+/* `rows` rows, a constant up to SOFTMAX_ROWS; see softmax_update in tile_ops.h.  `meanwhile` is a constant, too. */
 FA_INLINE void FN(softmax_update_rows)(const size_t rows, REAL *s, size_t ld, size_t n,
                                        REAL *row_max, REAL *row_sum, REAL *acc, size_t ldacc,
                                        void (*meanwhile)(void *), void *work)

@@ -1,14 +1,14 @@
 /* Both products of float32 for one row or two, as in decoding, without tiles: what a product of tiles computes are
  * chains of 16 multiply-adds, two of them for each of the six products of parts (vec_amx.h), and in registers they
  * take few rows no longer than memory takes to deliver their keys.  The order of sums is that of
- * amx_parts_matmul.h, and subnormal numbers count as 0, so the bits are the same.
+ * f32x3_matmul.h, and subnormal numbers count as 0, so the bits are the same.
  *
  * Cost of 16 elements of keys or values: 4 operations to split them, 6 multiply-adds per row, and 4 shuffles for
  * keys or 1 to look for small values.  At two operations a cycle 2 rows take 9 to 10 cycles, where memory takes 14
- * to deliver 64 bytes to a core; 3 rows take as long as amx_parts_few.h does, 4 longer.
+ * to deliver 64 bytes to a core; 3 rows take as long as f32x3_few.h does, 4 longer.
  */
-#ifndef FA_AMX_PARTS_CHAINS_H
-#define FA_AMX_PARTS_CHAINS_H
+#ifndef FA_F32X3_CHAINS_H
+#define FA_F32X3_CHAINS_H
 
 #define CHAIN_ROWS 2 /* 12 chains and 3 parts of 32 registers */
 #define FEW_CHUNKS 8 /* of head_dim: 256 */
@@ -75,7 +75,7 @@ static void widen_chunk(const float *words, float *factors)
     }
 }
 
-/* 16 weights, split as in amx_parts_matmul.h. */
+/* 16 weights, split as in f32x3_matmul.h. */
 static void split_weights_apart(const float *weights, float *factors)
 {
     vec_f32 part[PARTS];
@@ -87,7 +87,7 @@ static void split_weights_apart(const float *weights, float *factors)
 }
 
 /* Keys asked for while those from `key` on, `count` of them, are at work. */
-static inline struct fa_stretch chain_ahead(const struct fa_keys *from, size_t key, size_t count,
+static inline struct fa_stretch chain_ahead(const struct fa_rows *from, size_t key, size_t count,
                                             size_t cols)
 {
     const size_t near = key + keys_ahead_f32(FA_F32), far = key + keys_far_f32(FA_F32);
@@ -102,7 +102,7 @@ static inline struct fa_stretch chain_ahead(const struct fa_keys *from, size_t k
 
 /* Scores of 16 keys, `keys` of them real. */
 FA_INLINE void chain_scores_tile(const size_t rows, const bool whole, size_t cols,
-                                 const float *factors, const struct fa_keys *from, size_t key,
+                                 const float *factors, const struct fa_rows *from, size_t key,
                                  size_t keys, float *s, size_t ld)
 {
     _Alignas(64) float squares[VL_f32 * VL_f32], firsts[CHAIN_ROWS * STEPS * VL_f32];
@@ -142,7 +142,7 @@ FA_INLINE void chain_scores_tile(const size_t rows, const bool whole, size_t col
 }
 
 FA_INLINE void chain_scores_rows(const size_t rows, size_t cols, size_t keys, size_t columns,
-                                 const float *factors, const struct fa_keys *from, float *s,
+                                 const float *factors, const struct fa_rows *from, float *s,
                                  size_t ld)
 {
     const bool whole = cols % TILE_KEYS == 0 && from->col_stride == (int64_t)sizeof(float);
@@ -158,7 +158,7 @@ FA_INLINE void chain_scores_rows(const size_t rows, size_t cols, size_t keys, si
 
 /* No arithmetic of its own, nor that of its caller, may be moved into the other's mode: hence a call. */
 FA_NOINLINE void chain_scores(size_t rows, size_t cols, size_t keys, size_t columns,
-                              const float *factors, const struct fa_keys *from, float *s, size_t ld)
+                              const float *factors, const struct fa_rows *from, float *s, size_t ld)
 {
     if (rows == 1) {
         chain_scores_rows(1, cols, keys, columns, factors, from, s, ld);
@@ -169,7 +169,7 @@ FA_NOINLINE void chain_scores(size_t rows, size_t cols, size_t keys, size_t colu
 
 /* Scores of keys for up to CHAIN_ROWS rows of q, which are split. */
 static void few_scores_chains(size_t rows, size_t cols, size_t keys, size_t columns, const float *q,
-                              const struct fa_keys *from, float *s, size_t ld)
+                              const struct fa_rows *from, float *s, size_t ld)
 {
     _Alignas(64) float factors[FEW_CHUNKS * CHAIN_ROWS * CHAIN_FACTORS];
     const size_t chunks = (cols + TILE_KEYS - 1) / TILE_KEYS;
@@ -187,7 +187,7 @@ static void few_scores_chains(size_t rows, size_t cols, size_t keys, size_t colu
 /* sums[row] of 16 columns += weights values of 32 keys, or a chunk's first sums; `whole`: all are there. */
 FA_INLINE vec_u32 chain_values_tile(const size_t rows, const bool whole, size_t key, size_t keys,
                                     size_t col, size_t cols, const float *factors,
-                                    const struct fa_keys *from, struct fa_stretch *wanted,
+                                    const struct fa_rows *from, struct fa_stretch *wanted,
                                     float *sums, size_t ld, vec_u32 least)
 {
     _Alignas(64) float firsts[CHAIN_ROWS * STEPS * VL_f32];
@@ -216,7 +216,7 @@ FA_INLINE vec_u32 chain_values_tile(const size_t rows, const bool whole, size_t 
 }
 
 FA_INLINE vec_u32 chain_values_rows(const size_t rows, size_t keys, size_t cols,
-                                    const float *factors, const struct fa_keys *from, float *sums,
+                                    const float *factors, const struct fa_rows *from, float *sums,
                                     size_t ld)
 {
     const bool contiguous = from->col_stride == (int64_t)sizeof(float);
@@ -238,7 +238,7 @@ FA_INLINE vec_u32 chain_values_rows(const size_t rows, size_t keys, size_t cols,
 
 /* The least size of values. */
 FA_NOINLINE vec_u32 chain_values(size_t rows, size_t keys, size_t cols, const float *factors,
-                                 const struct fa_keys *from, float *sums, size_t ld)
+                                 const struct fa_rows *from, float *sums, size_t ld)
 {
     return rows == 1 ? chain_values_rows(1, keys, cols, factors, from, sums, ld)
                      : chain_values_rows(2, keys, cols, factors, from, sums, ld);
@@ -246,7 +246,7 @@ FA_NOINLINE vec_u32 chain_values(size_t rows, size_t keys, size_t cols, const fl
 
 /* sums[rows][cols] = weights values, for up to CHAIN_ROWS rows.  Returns the least size of values. */
 static vec_u32 few_values_chains(size_t rows, size_t keys, size_t cols, const float *weights,
-                                 size_t ldw, const struct fa_keys *from, float *sums, size_t ld)
+                                 size_t ldw, const struct fa_rows *from, float *sums, size_t ld)
 {
     _Alignas(64) float factors[WEIGHT_KEYS / TILE_KEYS * CHAIN_ROWS * CHAIN_FACTORS];
     float *to = factors;

@@ -1,7 +1,7 @@
-/* Both products of float32 by tiles of bfloat16: six products of parts for one of numbers (amx_parts.h), over the
- * tiles of amx_matmul.h.
+/* Both products of float32 by tiles of bfloat16: six products of parts for one of numbers (f32x3_parts.h), over the
+ * tiles of bf16_matmul.h.
  *
- * The order of sums is that of amx_matmul.h, with six products for each chunk of 32: a row's
+ * The order of sums is that of bf16_matmul.h, with six products for each chunk of 32: a row's
  * bits depend on no neighbour.  Infinities and NaN of q and keys spoil only scores of their own rows and columns,
  * which are computed again; special values are cleared, and added one by one where they weigh anything.
  *
@@ -9,8 +9,8 @@
  * take 1024; 256 rows of a and b are loaded, two a cycle, in the shadow of them.  Weights are split on the
  * way: 18 operations for 32.
  */
-#ifndef FA_AMX_PARTS_MATMUL_H
-#define FA_AMX_PARTS_MATMUL_H
+#ifndef FA_F32X3_MATMUL_H
+#define FA_F32X3_MATMUL_H
 
 #define WEIGHT_KEYS                                                                                \
     FA_MAX_BLOCK_K_F32 /* weights of a block are split at a time: 24 KiB for 32 rows */
@@ -205,7 +205,7 @@ static void repair_scores(const struct fa_product *p, size_t chunks)
 
 static inline size_t fewer(size_t x, size_t y) { return x < y ? x : y; }
 
-static void matmul_scores_parts(const struct fa_product *p, struct fa_wanted *wanted)
+static void multiply_scores_f32x3(const struct fa_product *p, struct fa_wanted *wanted)
 {
     _Alignas(64) float sums[TILES_Q * PANEL];
     const size_t chunks = p->depth / PART_WORDS;
@@ -226,15 +226,23 @@ static void matmul_scores_parts(const struct fa_product *p, struct fa_wanted *wa
     repair_scores(p, chunks);
 }
 
+static void scores_f32x3(const struct fa_product *p, float factor, struct fa_wanted *wanted)
+{
+    FA_ASSERT(factor == 1); /* rows have it */
+    (void)factor;
+    multiply_scores_f32x3(p, wanted);
+}
+
 static void advance_both(void *work) { advance_tiles(true, work); }
 static void advance_upper(void *work) { advance_tiles(false, work); }
 
-/* softmax_update of one tile, and matmul_scores_parts of the next, in turns. */
-FA_INLINE void softmax_rows_beside(float *s, size_t ld, size_t rows, size_t n,
-                                   const struct fa_state *state, size_t ldacc,
-                                   void (*advance)(void *), struct tile_work *work)
+/* softmax_update of one tile, and multiply_scores_f32x3 of the next, in turns. */
+FA_INLINE void softmax_rows_beside(const struct fa_softmax *x, void (*advance)(void *),
+                                   struct tile_work *work)
 {
-    float *row_max = state->row_max, *row_sum = state->row_sum, *acc = state->acc;
+    const size_t ld = x->ld, rows = x->rows, n = x->cols, ldacc = x->ldacc;
+    float *row_max = x->state->row_max, *row_sum = x->state->row_sum, *acc = x->state->acc;
+    float *s = x->scores;
     size_t r = 0;
     for (; r + SOFTMAX_ROWS_f32 <= rows; r += SOFTMAX_ROWS_f32) {
         softmax_update_rows_f32(SOFTMAX_ROWS_f32, s + r * ld, ld, n, row_max + r,
@@ -249,23 +257,27 @@ FA_INLINE void softmax_rows_beside(float *s, size_t ld, size_t rows, size_t n,
     }
 }
 
-static void softmax_update_beside_parts(void *s, size_t ld, size_t rows, size_t n,
-                                        const struct fa_state *state, size_t ldacc,
-                                        const struct fa_product *product, struct fa_wanted *wanted)
+static void softmax_f32x3(const struct fa_softmax *x)
 {
+    const struct fa_product *product = x->beside;
+    FA_ASSERT(x->factor == 1); /* rows have it */
+    if (product == NULL) {
+        softmax_update_f32(x->scores, x->ld, x->rows, x->cols, x->state, x->ldacc);
+        return;
+    }
     _Alignas(64) float sums[TILES_Q * PANEL];
     const size_t chunks = product->depth / PART_WORDS;
     struct tile_work work = begin_work(product, chunks, sums);
     if (chunks == 0) {
-        matmul_scores_parts(product, wanted);
+        multiply_scores_f32x3(product, x->wanted);
     }
     for (size_t panel = 0; panel < product->panels; panel++) {
-        fetch_some(wanted);
+        fetch_some(x->wanted);
     }
     if (product->rows > UPPER_ROWS) {
-        softmax_rows_beside(s, ld, rows, n, state, ldacc, advance_both, &work);
+        softmax_rows_beside(x, advance_both, &work);
     } else {
-        softmax_rows_beside(s, ld, rows, n, state, ldacc, advance_upper, &work);
+        softmax_rows_beside(x, advance_upper, &work);
     }
     finish_stores();
     repair_scores(product, chunks);
@@ -313,7 +325,7 @@ FA_INLINE void multiply_first(const bool lower, size_t chunks, const struct weig
 
 /* c += weights values.  The sums start from 0 and are added last, as in matmul_template.h: those of a panel while
  * the products of the next are under way. */
-static void matmul_values_parts(const struct fa_product *p, struct fa_wanted *wanted)
+static void values_f32x3(const struct fa_product *p, struct fa_wanted *wanted)
 {
     _Alignas(64) float parts[TILES_Q * WEIGHT_KEYS / TILE_KEYS * PART_WORDS];
     _Alignas(64) float sums[2][TILES_Q * PANEL];
@@ -380,14 +392,13 @@ static void add_special_parts(const struct fa_product *p, const float *b, float 
     }
 }
 
-/* The same products as matmul_values_parts, of all values but the special ones; these follow one by one.  So the
+/* The same products as values_f32x3, of all values but the special ones; these follow one by one.  So the
  * bits of a row do not depend on special values that weigh 0 in it. */
-static void matmul_skip_zeros_parts(const struct fa_product *p, bool transposed)
+static void values_careful_f32x3(const struct fa_product *p)
 {
     _Alignas(64) float plain[WEIGHT_KEYS / TILE_KEYS * PART_WORDS * PANEL];
     const size_t chunks = (p->depth + TILE_KEYS - 1) / TILE_KEYS;
     struct fa_wanted nothing = {0};
-    (void)transposed;
     for (size_t panel = 0; panel < p->panels; panel++) {
         const float *b = (const float *)p->b + panel * p->b_panel;
         struct fa_product of_panel = *p;
@@ -395,7 +406,7 @@ static void matmul_skip_zeros_parts(const struct fa_product *p, bool transposed)
         of_panel.c = (float *)p->c + panel * PANEL;
         of_panel.panels = 1;
         clear_special_parts(chunks, b, plain);
-        matmul_values_parts(&of_panel, &nothing);
+        values_f32x3(&of_panel, &nothing);
         add_special_parts(p, b, of_panel.c);
     }
 }

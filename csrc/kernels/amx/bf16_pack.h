@@ -1,15 +1,15 @@
 /* bfloat16 rows of q, keys and values into the operands of tiles: bits are moved, never changed.
  *
  * q and the keys pair elements 2 i and 2 i + 1 of head_dim.  Values pair keys r and r + 16 of every 32,
- * because that is how weights are cheapest to split (amx_softmax.h).
+ * because that is how weights are cheapest to split (bf16_softmax.h).
  *
  * Cost of keys: 64 shuffles for 16 keys x 32 elements, 16 bytes a cycle; of values 2 permutations, 4 cycles,
  * for 2 keys x 32 elements.
  */
-#ifndef FA_AMX_PACK_H
-#define FA_AMX_PACK_H
+#ifndef FA_BF16_PACK_H
+#define FA_BF16_PACK_H
 
-/* The upper half of the least float32 that is not ordinary (kernels.h). */
+/* The upper half of the least float32 that is not ordinary (engine.h). */
 #define ORDINARY_BF16 ((127 + FA_ORDINARY_EXPONENT) << 7)
 /* And of the least value that is too large. */
 #define LARGE_BF16 ((127 + FA_VALUE_EXPONENT_F32) << 7)
@@ -27,12 +27,20 @@ static inline vec_u16 load_elements(const char *p, int64_t col_stride, size_t co
     return v_load_u16(lanes);
 }
 
-static bool load_rows_bf16(void *dst, size_t rows, const char *const *src, int64_t col_stride,
-                           size_t cols, enum fa_dtype dtype, double factor)
+/* Elements of float32 that the bfloat16 of a row, padded to whole tiles, take. */
+static size_t row_elements_bf16(size_t head_dim)
 {
-    const size_t depth = (cols + TILE_KEYS - 1) / TILE_KEYS * TILE_WORDS;
+    return (head_dim + TILE_KEYS - 1) / TILE_KEYS * TILE_WORDS;
+}
+
+static bool load_rows_bf16(void *dst, size_t rows, size_t cols, const struct fa_rows *from,
+                           double factor)
+{
+    const size_t depth = row_elements_bf16(cols);
+    const char *const *src = from->row;
+    const int64_t col_stride = from->col_stride;
     uint32_t large = 0;
-    (void)dtype;
+    FA_ASSERT(factor == 1); /* rounding would change them */
     (void)factor;
     for (size_t r = 0; r < rows; r++) {
         float *row = (float *)dst + r * depth;
@@ -48,7 +56,7 @@ static bool load_rows_bf16(void *dst, size_t rows, const char *const *src, int64
 /* 16 keys from `key` on, `keys` of them real, into one half of a panel's columns.  Returns which lanes held an
  * element that is not ordinary. */
 FA_INLINE uint32_t pack_key_half(const bool whole, float *panel, size_t cols,
-                                 const struct fa_keys *from, size_t key, size_t keys)
+                                 const struct fa_rows *from, size_t key, size_t keys)
 {
     uint32_t large = 0;
     const char *const *row = from->row + key;
@@ -80,7 +88,7 @@ FA_INLINE uint32_t pack_key_half(const bool whole, float *panel, size_t cols,
     return large;
 }
 
-static bool pack_keys_bf16(void *dst, size_t keys, size_t cols, const struct fa_keys *from)
+static bool pack_keys_bf16(void *dst, size_t keys, size_t cols, const struct fa_rows *from)
 {
     const size_t depth = (cols + TILE_KEYS - 1) / TILE_KEYS * TILE_WORDS;
     const bool contiguous = from->col_stride == (int64_t)sizeof(uint16_t);
@@ -106,7 +114,7 @@ static bool pack_keys_bf16(void *dst, size_t keys, size_t cols, const struct fa_
 /* Values of keys r and r + 16 of every 32 into one row of pairs, zero beyond `keys` and `cols`.  Returns whether
  * none is special (v_special_u16) or too large. */
 static bool pack_values_bf16(void *dst, size_t panel_stride, size_t keys, size_t cols,
-                             const struct fa_keys *from)
+                             const struct fa_rows *from)
 {
     const int64_t panel_bytes = PANEL * from->col_stride;
     const size_t padded = (keys + TILE_KEYS - 1) / TILE_KEYS * TILE_KEYS;

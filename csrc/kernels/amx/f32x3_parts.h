@@ -12,8 +12,8 @@
  *
  * Cost: 14 operations for 32 numbers by cutting; 18 by rounding, 24 if they may be the largest.
  */
-#ifndef FA_AMX_PARTS_H
-#define FA_AMX_PARTS_H
+#ifndef FA_F32X3_PARTS_H
+#define FA_F32X3_PARTS_H
 
 #define PARTS 3
 #define PART_WORDS (PARTS * TILE_WORDS) /* float32 that the parts of 32 numbers take */

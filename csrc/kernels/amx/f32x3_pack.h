@@ -1,4 +1,4 @@
-/* float32 rows of q, keys and values into the operands of tiles, in three parts (amx_parts.h).
+/* float32 rows of q, keys and values into the operands of tiles, in three parts (f32x3_parts.h).
  *
  * 32 elements of a row of q are three rows of 16 words, part by part; so are 32 elements of head_dim, or 32
  * keys of values, of a panel, where each word stands in a row of PANEL columns.  Pairs are elements, or keys, i
@@ -6,8 +6,8 @@
  *
  * Cost of 16 keys x 32 elements: 128 shuffles, 16 times 14 operations to split and 4 to make NaN plain.
  */
-#ifndef FA_AMX_PARTS_PACK_H
-#define FA_AMX_PARTS_PACK_H
+#ifndef FA_F32X3_PACK_H
+#define FA_F32X3_PACK_H
 
 /* 16 elements, or the first `count` and zeros; a NaN without payload, which no cutting off turns into an infinity. */
 static inline vec_f32 load_floats(const char *p, int64_t col_stride, size_t count)
@@ -24,14 +24,21 @@ static inline vec_f32 load_floats(const char *p, int64_t col_stride, size_t coun
 
 static inline size_t less_or_zero(size_t a, size_t b) { return a > b ? a - b : 0; }
 
-static bool load_rows_parts(void *dst, size_t rows, const char *const *src, int64_t col_stride,
-                            size_t cols, enum fa_dtype dtype, double factor)
+/* Elements of float32 that the three parts of a row, padded to whole tiles, take. */
+static size_t row_elements_f32x3(size_t head_dim)
 {
+    return (head_dim + TILE_KEYS - 1) / TILE_KEYS * PART_WORDS;
+}
+
+static bool load_rows_f32x3(void *dst, size_t rows, size_t cols, const struct fa_rows *rows_of_q,
+                            double factor)
+{
+    const char *const *src = rows_of_q->row;
+    const int64_t col_stride = rows_of_q->col_stride;
     const vec_f32 f = v_set_f32((float)factor);
     const vec_f32 ordinary = v_set_f32(ORDINARY_PROBE_f32);
     vec_f32 probe = v_zero_f32();
     float *to = dst;
-    (void)dtype;
     for (size_t r = 0; r < rows; r++) {
         for (size_t c = 0; c < cols; c += TILE_KEYS, to += PART_WORDS) {
             const char *from = src[r] + (int64_t)c * col_stride;
@@ -50,7 +57,7 @@ static bool load_rows_parts(void *dst, size_t rows, const char *const *src, int6
 }
 
 /* Elements c .. c + 15 of 16 keys, `keys` of them real, transposed: element u of all of them in square[u]. */
-FA_INLINE void load_key_square(const bool whole, vec_f32 square[VL_f32], const struct fa_keys *from,
+FA_INLINE void load_key_square(const bool whole, vec_f32 square[VL_f32], const struct fa_rows *from,
                                size_t key, size_t keys, size_t c, size_t cols)
 {
     const char *const *row = from->row + key;
@@ -71,7 +78,7 @@ FA_INLINE void load_key_square(const bool whole, vec_f32 square[VL_f32], const s
 /* 16 keys from `key` on, `keys` of them real, into one half of a panel's columns.  Returns the sum of probe and
  * their probes. */
 FA_INLINE vec_f32 pack_key_half_parts(const bool contiguous, float *panel, size_t cols,
-                                      const struct fa_keys *from, size_t key, size_t keys,
+                                      const struct fa_rows *from, size_t key, size_t keys,
                                       vec_f32 probe)
 {
     const vec_f32 ordinary = v_set_f32(ORDINARY_PROBE_f32);
@@ -104,7 +111,7 @@ FA_INLINE vec_f32 pack_key_half_parts(const bool contiguous, float *panel, size_
     return probe;
 }
 
-static bool pack_keys_parts(void *dst, size_t keys, size_t cols, const struct fa_keys *from)
+static bool pack_keys_f32x3(void *dst, size_t keys, size_t cols, const struct fa_rows *from)
 {
     const size_t depth = (cols + TILE_KEYS - 1) / TILE_KEYS * PART_WORDS;
     const size_t padded = (keys + PANEL - 1) / PANEL * PANEL;
@@ -123,7 +130,7 @@ static bool pack_keys_parts(void *dst, size_t keys, size_t cols, const struct fa
 }
 
 /* 16 columns of a key, `cols` of them real; zeros for a key that is not there. */
-static inline vec_f32 load_value(const struct fa_keys *from, size_t key, size_t keys, int64_t at,
+static inline vec_f32 load_value(const struct fa_rows *from, size_t key, size_t keys, int64_t at,
                                  size_t cols)
 {
     return key < keys && cols > 0 ? load_floats(from->row[key] + at, from->col_stride, cols)
@@ -133,7 +140,7 @@ static inline vec_f32 load_value(const struct fa_keys *from, size_t key, size_t 
 /* Values of keys r and r + 16 of every 32 into rows of pairs, zero beyond `keys` and `cols`.  `whole`: chunks and
  * panels are whole, and values side by side; NaN are then not made plain.  Returns whether no value is special. */
 FA_INLINE bool pack_values_of(const bool whole, float *dst, size_t panel_stride, size_t keys,
-                              size_t cols, const struct fa_keys *from)
+                              size_t cols, const struct fa_rows *from)
 {
     const size_t ahead = keys_ahead_f32(FA_F32);
     const vec_f32 large = v_set_f32(VALUE_PROBE_f32);
@@ -168,8 +175,8 @@ FA_INLINE bool pack_values_of(const bool whole, float *dst, size_t panel_stride,
     return is_finite_f32(probe) && !is_special_size(least);
 }
 
-static bool pack_values_parts(void *dst, size_t panel_stride, size_t keys, size_t cols,
-                              const struct fa_keys *from)
+static bool pack_values_f32x3(void *dst, size_t panel_stride, size_t keys, size_t cols,
+                              const struct fa_rows *from)
 {
     const bool whole =
         keys % TILE_KEYS == 0 && cols % PANEL == 0 && from->col_stride == (int64_t)sizeof(float);

@@ -18,7 +18,7 @@
  * memory are spread over the multiply-adds: a burst of them waits for a place in the queue of misses, and
  * everything behind it too. */
 FA_INLINE void FN(few_scores_tile)(const size_t rows, const size_t groups, size_t cols,
-                                   const REAL *q, const struct fa_keys *from, size_t key,
+                                   const REAL *q, const struct fa_rows *from, size_t key,
                                    size_t keys, REAL *s, size_t ld, enum fa_dtype dtype)
 {
     const int64_t size = fa_dtype_size(dtype);
@@ -94,7 +94,7 @@ FA_INLINE void FN(few_scores_tile)(const size_t rows, const size_t groups, size_
 }
 
 FA_INLINE void FN(few_scores_rows)(const size_t rows, size_t cols, size_t keys, size_t columns,
-                                   const REAL *q, const struct fa_keys *from, REAL *s, size_t ld,
+                                   const REAL *q, const struct fa_rows *from, REAL *s, size_t ld,
                                    enum fa_dtype dtype)
 {
     /* Not more than the types' share of a lane: keys of all groups together are what memory is asked for
@@ -112,7 +112,7 @@ FA_INLINE void FN(few_scores_rows)(const size_t rows, size_t cols, size_t keys, 
 }
 
 FA_INLINE void FN(few_scores_of)(size_t rows, size_t cols, size_t keys, size_t columns,
-                                 const REAL *q, const struct fa_keys *from, REAL *s, size_t ld,
+                                 const REAL *q, const struct fa_rows *from, REAL *s, size_t ld,
                                  enum fa_dtype dtype)
 {
     while (rows > 0) {
@@ -138,9 +138,13 @@ FA_INLINE void FN(few_scores_of)(size_t rows, size_t cols, size_t keys, size_t c
     }
 }
 
-static void FN(few_scores)(size_t rows, size_t cols, size_t keys, size_t columns, const void *q,
-                           const struct fa_keys *from, void *s, size_t ld, float factor)
+static void FN(few_scores)(const struct fa_product *p, size_t cols, size_t keys,
+                           const struct fa_rows *from, float factor)
 {
+    const size_t rows = p->rows, columns = p->panels * NR, ld = p->c_row;
+    const REAL *q = p->a;
+    REAL *s = p->c;
+    FA_ASSERT(factor == 1);
     (void)factor;
     switch (from->dtype) {
 #if WIDENS
@@ -168,7 +172,7 @@ static void FN(few_scores)(size_t rows, size_t cols, size_t keys, size_t columns
  * `first` is the first of these columns; `fetch`: ask for whole keys ahead. */
 FA_INLINE void FN(few_values_tile)(const size_t rows, const size_t vectors, size_t keys,
                                    size_t first, const REAL *weights, size_t ldw,
-                                   const struct fa_keys *from, REAL *sum, size_t ldsum, bool fetch,
+                                   const struct fa_rows *from, REAL *sum, size_t ldsum, bool fetch,
                                    int64_t row_bytes, enum fa_dtype dtype)
 {
     const int64_t size = fa_dtype_size(dtype);
@@ -214,7 +218,7 @@ FA_INLINE void FN(few_values_tile)(const size_t rows, const size_t vectors, size
 
 /* Columns that do not fill a vector, or do not lie side by side. */
 static void FN(few_values_column)(size_t rows, size_t keys, size_t col, const REAL *weights,
-                                  size_t ldw, const struct fa_keys *from, REAL *sum, size_t ldsum)
+                                  size_t ldw, const struct fa_rows *from, REAL *sum, size_t ldsum)
 {
     for (size_t r = 0; r < rows; r++) {
         VEC acc = V(zero)();
@@ -231,7 +235,7 @@ static void FN(few_values_column)(size_t rows, size_t keys, size_t col, const RE
 /* One size of tile over as many columns as it fits.  Returns the first column that is left. */
 FA_INLINE size_t FN(few_values_tiles)(const size_t rows, const size_t vectors, size_t keys,
                                       size_t first, size_t cols, const REAL *weights, size_t ldw,
-                                      const struct fa_keys *from, REAL *sum, size_t ldsum,
+                                      const struct fa_rows *from, REAL *sum, size_t ldsum,
                                       enum fa_dtype dtype)
 {
     const int64_t row_bytes = (int64_t)cols * fa_dtype_size(dtype);
@@ -243,7 +247,7 @@ FA_INLINE size_t FN(few_values_tiles)(const size_t rows, const size_t vectors, s
 }
 
 FA_INLINE void FN(few_values_of)(size_t rows, size_t keys, size_t cols, const REAL *weights,
-                                 size_t ldw, const struct fa_keys *from, REAL *sum, size_t ldsum,
+                                 size_t ldw, const struct fa_rows *from, REAL *sum, size_t ldsum,
                                  enum fa_dtype dtype)
 {
     while (rows > 0) {
@@ -309,7 +313,7 @@ static bool FN(add_sums)(size_t chains, size_t rows, size_t cols, const REAL *su
 
 /* sum[rows][cols] = weights values, for one chain of keys. */
 static void FN(few_values_chain)(size_t rows, size_t keys, size_t cols, const REAL *weights,
-                                 size_t ldw, const struct fa_keys *from, REAL *sum, size_t ldacc)
+                                 size_t ldw, const struct fa_rows *from, REAL *sum, size_t ldacc)
 {
     switch (from->dtype) {
 #if WIDENS
@@ -333,24 +337,25 @@ static void FN(few_values_chain)(size_t rows, size_t keys, size_t cols, const RE
     }
 }
 
-static bool FN(few_values)(size_t rows, size_t keys, size_t cols, const void *weights, size_t ldw,
-                           const struct fa_keys *from, void *scratch, void *acc, size_t ldacc)
+static bool FN(few_values)(const struct fa_product *p, size_t cols, const struct fa_rows *from,
+                           void *scratch)
 {
+    const size_t rows = p->rows, keys = p->depth, ldacc = p->c_row;
     REAL *sum = scratch;
     const size_t padded = (cols + VL - 1) / VL * VL;
-    struct fa_keys rest = *from;
+    struct fa_rows rest = *from;
     size_t chains = 0, end = FA_CHAIN - from->into_chain;
     for (size_t key = 0; key < keys; chains++, sum += rows * ldacc) {
         end = end < keys ? end : keys;
         for (size_t r = 0; r < rows; r++) {
             memset(sum + r * ldacc + cols, 0, (padded - cols) * sizeof(REAL));
         }
-        FN(few_values_chain)(rows, end - key, cols, (const REAL *)weights + key, ldw, &rest, sum,
-                             ldacc);
+        FN(few_values_chain)(rows, end - key, cols, (const REAL *)p->a + key, p->a_stride, &rest,
+                             sum, ldacc);
         rest.row += end - key;
         rest.located -= end - key;
         key = end;
         end += FA_CHAIN;
     }
-    return FN(add_sums)(chains, rows, padded, scratch, acc, ldacc);
+    return FN(add_sums)(chains, rows, padded, scratch, p->c, ldacc);
 }

@@ -1,6 +1,6 @@
 /* Both products of float32 for 3 to 16 rows, as in decoding: keys and values are split in passing, a chunk of 32
- * at a time, and never packed.  The sums are those of amx_parts_matmul.h, in the same order; so are those of
- * amx_parts_chains.h, for fewer rows.
+ * at a time, and never packed.  The sums are those of f32x3_matmul.h, in the same order; so are those of
+ * f32x3_chains.h, for fewer rows.
  *
  * Scores are computed with keys as the rows of a, in the order in which they lie, and the rows of q, turned, as
  * the columns of b: no key is transposed.  Values are columns of b as they lie.  While the tiles multiply one chunk
@@ -9,8 +9,8 @@
  * Cost of 16 elements, whatever the number of rows: 7 operations to split them, 1 more to look for small values,
  * and 3 to 5 cycles of the tiles' unit, on the side: less than memory takes to deliver them to a core.
  */
-#ifndef FA_AMX_PARTS_FEW_H
-#define FA_AMX_PARTS_FEW_H
+#ifndef FA_F32X3_FEW_H
+#define FA_F32X3_FEW_H
 
 #define FEW_TILE_ROWS 16
 #define FEW_KEYS 32 /* keys of a tile of scores: two tiles of 16, whose sums take turns */
@@ -50,7 +50,7 @@ static void turn_chunk(size_t rows, const float *q, size_t depth, float *b)
 
 /* Keys to be split: parts[part][key of FEW_KEYS][16]. */
 struct few_keys {
-    const struct fa_keys *from;
+    const struct fa_rows *from;
     size_t keys, cols; /* that are there */
 };
 
@@ -74,7 +74,7 @@ static inline bool few_keys_whole(const struct few_keys *k, size_t key, size_t c
 }
 
 /* The keys that are asked for while those from `key` on are split: they themselves, where there are no later ones. */
-static inline const char *const *few_later(const struct fa_keys *from, size_t key)
+static inline const char *const *few_later(const struct fa_rows *from, size_t key)
 {
     return from->row + key + (key + FEW_KEYS + FEW_AHEAD <= from->located ? FEW_AHEAD : 0);
 }
@@ -82,7 +82,7 @@ static inline const char *const *few_later(const struct fa_keys *from, size_t ke
 /* Elements c .. c + 31 of any keys; zeros where there are none. */
 FA_NOINLINE void split_keys(const struct few_keys *k, size_t key, size_t c, float *parts)
 {
-    const struct fa_keys *from = k->from;
+    const struct fa_rows *from = k->from;
     const int64_t at = (int64_t)c * from->col_stride;
     if (few_keys_whole(k, key, c)) {
         split_whole_keys(from->row + key, few_later(from, key), FEW_KEYS, at, parts);
@@ -107,20 +107,20 @@ FA_INLINE void few_scores_step(const size_t i, const float *keys, const float *q
 {
     if (part_step[i].new_b) {
         const float *part = keys + part_step[i].b * FEW_KEYS * TILE_WORDS;
-        _tile_loadd(FEW_A0, part, TILE_WORDS * sizeof *keys);
-        _tile_loadd(FEW_A1, part + FEW_TILE_ROWS * TILE_WORDS, TILE_WORDS * sizeof *keys);
+        v_tile_load(FEW_A0, part, TILE_WORDS * sizeof *keys);
+        v_tile_load(FEW_A1, part + FEW_TILE_ROWS * TILE_WORDS, TILE_WORDS * sizeof *keys);
     }
     if (part_step[i].new_a) {
-        _tile_loadd(FEW_B0, q + part_step[i].a * TILE_SIZE, TILE_WORDS * sizeof *q);
+        v_tile_load(FEW_B0, q + part_step[i].a * TILE_SIZE, TILE_WORDS * sizeof *q);
     }
-    _tile_dpbf16ps(0, FEW_A0, FEW_B0);
-    _tile_dpbf16ps(1, FEW_A1, FEW_B0);
+    v_tile_multiply(0, FEW_A0, FEW_B0);
+    v_tile_multiply(1, FEW_A1, FEW_B0);
 }
 
 /* sums += the product of a chunk of FEW_KEYS keys and one of q, turned.  `beside`: while elements from c on of those from
  * `key` on are split. */
 FA_INLINE void few_scores_chunk(const bool beside, const float *parts, const float *q,
-                                const struct fa_keys *from, size_t key, size_t c, float *next)
+                                const struct fa_rows *from, size_t key, size_t c, float *next)
 {
     const char *const *row = from->row + key, *const *later = few_later(from, key);
     finish_stores();
@@ -190,8 +190,8 @@ static void few_scores_tiles(size_t rows, size_t columns, const float *q, const 
     }
     size_t at = 0;
     for (size_t key = 0; key < columns; key += FEW_KEYS) {
-        _tile_zero(0);
-        _tile_zero(1);
+        v_tile_zero(0);
+        v_tile_zero(1);
         for (size_t chunk = 0; chunk < chunks; chunk++, at = 1 - at) {
             const bool same = chunk + 1 < chunks;
             const size_t next_key = same ? key : key + FEW_KEYS;
@@ -206,18 +206,28 @@ static void few_scores_tiles(size_t rows, size_t columns, const float *q, const 
                 split_keys(k, next_key, next, parts[1 - at]);
             }
         }
-        _tile_stored(0, sums + key * FEW_TILE_ROWS, FEW_TILE_ROWS * sizeof *sums);
-        _tile_stored(1, sums + (key + FEW_TILE_ROWS) * FEW_TILE_ROWS, FEW_TILE_ROWS * sizeof *sums);
+        v_tile_store(0, sums + key * FEW_TILE_ROWS, FEW_TILE_ROWS * sizeof *sums);
+        v_tile_store(1, sums + (key + FEW_TILE_ROWS) * FEW_TILE_ROWS, FEW_TILE_ROWS * sizeof *sums);
     }
     finish_stores();
     turn_scores(rows, columns, sums, s, ld);
 }
 
-static void few_scores_parts(size_t rows, size_t cols, size_t keys, size_t columns, const void *q,
-                             const struct fa_keys *from, void *s, size_t ld, float factor)
+/* As many chunks of head_dim as the stack has room for. */
+static size_t few_rows_f32x3(size_t head_dim)
 {
-    const size_t depth = (cols + TILE_KEYS - 1) / TILE_KEYS * PART_WORDS;
+    return head_dim <= FEW_CHUNKS * TILE_KEYS ? FEW_TILE_ROWS : 0;
+}
+
+static void few_scores_f32x3(const struct fa_product *p, size_t cols, size_t keys,
+                             const struct fa_rows *from, float factor)
+{
+    const size_t rows = p->rows, columns = p->panels * PANEL, ld = p->c_row;
+    const size_t depth = row_elements_f32x3(cols);
     const struct few_keys k = {.from = from, .keys = keys, .cols = cols};
+    const float *q = p->a;
+    float *s = p->c;
+    FA_ASSERT(factor == 1); /* rows have it */
     (void)factor;
     if (rows <= CHAIN_ROWS) {
         few_scores_chains(rows, cols, keys, columns, q, from, s, ld);
@@ -225,16 +235,16 @@ static void few_scores_parts(size_t rows, size_t cols, size_t keys, size_t colum
         few_scores_tiles(rows, columns, q, &k, s, ld);
     }
     for (size_t r = 0; r < rows; r++) {
-        float *row = (float *)s + r * ld;
+        float *row = s + r * ld;
         if (v_any_nan_f32(probe_scores(row, columns))) {
-            few_repair_scores(&k, (const float *)q + r * depth, row);
+            few_repair_scores(&k, q + r * depth, row);
         }
     }
 }
 
 /* Values to be split: parts[tile][part][pair of keys][16]. */
 struct few_values {
-    const struct fa_keys *from;
+    const struct fa_rows *from;
     size_t keys, cols;
     vec_u32 least; /* size so far */
 };
@@ -300,21 +310,21 @@ FA_INLINE void few_values_step(const size_t tiles, const size_t i, const float *
     const size_t apart = PARTS * TILE_SIZE, bytes = TILE_WORDS * sizeof *values;
     const float *b = values + part_step[i].b * TILE_SIZE;
     if (part_step[i].new_a) {
-        _tile_loadd(FEW_A0, weights + part_step[i].a * TILE_WORDS, stride * sizeof *weights);
+        v_tile_load(FEW_A0, weights + part_step[i].a * TILE_WORDS, stride * sizeof *weights);
     }
-    _tile_loadd(FEW_B0, b, bytes);
-    _tile_dpbf16ps(0, FEW_A0, FEW_B0);
+    v_tile_load(FEW_B0, b, bytes);
+    v_tile_multiply(0, FEW_A0, FEW_B0);
     if (tiles > 1) {
-        _tile_loadd(FEW_B1, b + apart, bytes);
-        _tile_dpbf16ps(1, FEW_A0, FEW_B1);
+        v_tile_load(FEW_B1, b + apart, bytes);
+        v_tile_multiply(1, FEW_A0, FEW_B1);
     }
     if (tiles > 2) {
-        _tile_loadd(FEW_B0, b + 2 * apart, bytes);
-        _tile_dpbf16ps(2, FEW_A0, FEW_B0);
+        v_tile_load(FEW_B0, b + 2 * apart, bytes);
+        v_tile_multiply(2, FEW_A0, FEW_B0);
     }
     if (tiles > 3) {
-        _tile_loadd(FEW_B1, b + 3 * apart, bytes);
-        _tile_dpbf16ps(3, FEW_A0, FEW_B1);
+        v_tile_load(FEW_B1, b + 3 * apart, bytes);
+        v_tile_multiply(3, FEW_A0, FEW_B1);
     }
 }
 
@@ -337,15 +347,15 @@ FA_INLINE void few_values_chunk(const bool beside, const size_t tiles, const flo
 
 FA_INLINE void store_few_sums(const size_t tiles, float *sums, size_t ld)
 {
-    _tile_stored(0, sums, ld * sizeof *sums);
+    v_tile_store(0, sums, ld * sizeof *sums);
     if (tiles > 1) {
-        _tile_stored(1, sums + VL_f32, ld * sizeof *sums);
+        v_tile_store(1, sums + VL_f32, ld * sizeof *sums);
     }
     if (tiles > 2) {
-        _tile_stored(2, sums + 2 * VL_f32, ld * sizeof *sums);
+        v_tile_store(2, sums + 2 * VL_f32, ld * sizeof *sums);
     }
     if (tiles > 3) {
-        _tile_stored(3, sums + 3 * VL_f32, ld * sizeof *sums);
+        v_tile_store(3, sums + 3 * VL_f32, ld * sizeof *sums);
     }
 }
 
@@ -363,10 +373,10 @@ FA_INLINE void few_values_tiles(const size_t tiles,
         split(v, 0, first, parts[0]);
     }
     for (size_t col = first; col < end; col += cols) {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
+        v_tile_zero(0);
+        v_tile_zero(1);
+        v_tile_zero(2);
+        v_tile_zero(3);
         for (size_t chunk = 0; chunk < chunks; chunk++, at = 1 - at) {
             const float *weights = w->parts + chunk * PART_WORDS;
             const bool same = chunk + 1 < chunks;
@@ -388,7 +398,7 @@ FA_INLINE void few_values_tiles(const size_t tiles,
 
 /* sums[rows][cols] = weights values, for more rows.  Returns the least size of values. */
 static vec_u32 few_values_wide(size_t rows, size_t keys, size_t cols, const float *weights,
-                               size_t ldw, const struct fa_keys *from, float *sums, size_t ld)
+                               size_t ldw, const struct fa_rows *from, float *sums, size_t ld)
 {
     _Alignas(64) float parts[FEW_TILE_ROWS * WEIGHT_KEYS / TILE_KEYS * PART_WORDS];
     const size_t chunks = (keys + TILE_KEYS - 1) / TILE_KEYS;
@@ -404,10 +414,12 @@ static vec_u32 few_values_wide(size_t rows, size_t keys, size_t cols, const floa
     return v.least;
 }
 
-/* False where some value is special: matmul_skip_zeros does those. */
-static bool few_values_parts(size_t rows, size_t keys, size_t cols, const void *weights, size_t ldw,
-                             const struct fa_keys *from, void *scratch, void *acc, size_t ldacc)
+/* False where some value is special: values_careful_f32x3 does those. */
+static bool few_values_f32x3(const struct fa_product *p, size_t cols, const struct fa_rows *from,
+                             void *scratch)
 {
+    const size_t rows = p->rows, keys = p->depth, ldw = p->a_stride, ldacc = p->c_row;
+    const float *weights = p->a;
     float *sums = scratch;
     const vec_u32 least = rows <= CHAIN_ROWS
                               ? few_values_chains(rows, keys, cols, weights, ldw, from, sums, ldacc)
@@ -421,7 +433,7 @@ static bool few_values_parts(size_t rows, size_t keys, size_t cols, const void *
     }
     for (size_t r = 0; r < rows; r++) {
         for (size_t col = 0; col < cols; col += VL_f32) {
-            float *to = (float *)acc + r * ldacc + col;
+            float *to = (float *)p->c + r * ldacc + col;
             v_store_f32(to, v_add_f32(v_load_f32(to), v_load_f32(sums + r * ldacc + col)));
         }
     }

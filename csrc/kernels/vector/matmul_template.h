@@ -3,7 +3,7 @@
  *
  * Cost of a register tile per step of depth: NR_VECTORS loads + MR broadcasts for NR_VECTORS * MR
  * fused multiply-adds; with 6 x 2 vectors 8 loads per 12, where the ports allow 2 of each per cycle.
- * Each element is a sum of chains of at most FA_CHAIN multiply-adds (kernels.h), each in order of depth from 0 and
+ * Each element is a sum of chains of at most FA_CHAIN multiply-adds (engine.h), each in order of depth from 0 and
  * added to c in order, so its bits depend on no tiling.  Rounding errors of a sum whose terms have one sign then grow
  * with the length of a chain plus the number of chains, not with their product.
  *
@@ -102,8 +102,8 @@ FA_NOINLINE size_t FN(matmul_tile_part)(size_t rows, bool transposed, const stru
     return 1;
 }
 
-/* Panel outer, row group inner: one panel (depth x NR) stays in L1 for all FA_TILE_Q rows, so B
- * crosses from L2 once per tile: NR elements per FA_TILE_Q * NR multiply-adds. */
+/* Panel outer, row group inner: one panel (depth x NR) stays in L1 for all FA_MIN_TILE_Q rows, so B
+ * crosses from L2 once per tile: NR elements per FA_MIN_TILE_Q * NR multiply-adds. */
 static void FN(matmul)(const struct fa_product *p, struct fa_wanted *wanted)
 {
     for (size_t panel = 0; panel < p->panels; panel++) {

@@ -6,8 +6,8 @@
  * parts, the other 16 the lower parts, each as pairs of keys r and r + 16 - what a shift and a blend make of
  * two vectors.
  */
-#ifndef FA_AMX_SOFTMAX_H
-#define FA_AMX_SOFTMAX_H
+#ifndef FA_BF16_SOFTMAX_H
+#define FA_BF16_SOFTMAX_H
 
 /* Scores of a row this far from 0 are weighed by the float32 softmax: see weigh_bf16. */
 #define MAX_SHIFT 0x1p18f
@@ -116,14 +116,15 @@ FA_INLINE bool raise_rows_bf16(const size_t rows, const float *s, size_t ld, siz
     return small;
 }
 
-static void softmax_update_scaled_bf16(void *scores, size_t ld, size_t rows, size_t n,
-                                       float score_factor, const struct fa_state *state,
-                                       size_t ldacc)
+static void softmax_bf16(const struct fa_softmax *x)
 {
-    const vec_f32 factor = v_set_f32(score_factor);
+    const size_t ld = x->ld, rows = x->rows, n = x->cols, ldacc = x->ldacc;
+    const struct fa_state *state = x->state;
+    const vec_f32 factor = v_set_f32(x->factor);
+    FA_ASSERT(x->beside == NULL);
     size_t r = 0;
     while (r < rows) {
-        float *s = (float *)scores + r * ld, *row_max = (float *)state->row_max + r;
+        float *s = (float *)x->scores + r * ld, *row_max = (float *)state->row_max + r;
         float *row_sum = (float *)state->row_sum + r * VL_f32;
         float *acc = (float *)state->acc + r * ldacc;
         size_t done = 1;
@@ -142,14 +143,8 @@ static void softmax_update_scaled_bf16(void *scores, size_t ld, size_t rows, siz
     }
 }
 
-static void softmax_update_bf16(void *scores, size_t ld, size_t rows, size_t n,
-                                const struct fa_state *state, size_t ldacc)
-{
-    softmax_update_scaled_bf16(scores, ld, rows, n, 1, state, ldacc);
-}
-
-static void column_weights_bf16(void *s, size_t ld, size_t rows, size_t n, const void *col_max,
-                                const void *col_inverse)
+static void weigh_columns_bf16(void *s, size_t ld, size_t rows, size_t n, const void *col_max,
+                               const void *col_inverse)
 {
     column_weights_f32(s, ld, rows, n, col_max, col_inverse);
     for (size_t r = 0; r < rows; r++) {
@@ -157,17 +152,39 @@ static void column_weights_bf16(void *s, size_t ld, size_t rows, size_t n, const
     }
 }
 
-static void apply_dropout_bf16(void *weights, const void *factors, size_t n)
+/* Split weights of 32 keys, together again: of the first 16 and of the others. */
+static inline void join_weights(const float *s, vec_f32 *p0, vec_f32 *p1)
+{
+    const vec_u16 upper = v_load_u16(s), rest = v_load_u16(s + TILE_WORDS);
+    *p0 = v_add_f32(v_pair_first(upper), v_pair_first(rest));
+    *p1 = v_add_f32(v_pair_second(upper), v_pair_second(rest));
+}
+
+static void drop_weights_bf16(void *weights, const void *factors, size_t n)
 {
     for (size_t l = 0; l < n; l += TILE_KEYS) {
         float *s = (float *)weights + l;
         const float *f = (const float *)factors + l;
-        const vec_u16 upper = v_load_u16(s), rest = v_load_u16(s + TILE_WORDS);
-        const vec_f32 p0 = v_add_f32(v_pair_first(upper), v_pair_first(rest));
-        const vec_f32 p1 = v_add_f32(v_pair_second(upper), v_pair_second(rest));
         const vec_f32 f0 = v_load_f32(f), f1 = v_load_f32(f + VL_f32), zero = v_zero_f32();
+        vec_f32 p0, p1;
+        join_weights(s, &p0, &p1);
         store_split(s, v_select_lt_f32(zero, f0, v_mul_f32(p0, f0), zero),
                     v_select_lt_f32(zero, f1, v_mul_f32(p1, f1), zero));
+    }
+}
+
+static void scale_weights_bf16(void *w, size_t ld, size_t rows, size_t n, const float *scale)
+{
+    for (size_t r = 0; r < rows; r++) {
+        for (size_t l = 0; l < n; l += TILE_KEYS) {
+            float *s = (float *)w + r * ld + l, joined[TILE_KEYS];
+            vec_f32 p0, p1;
+            join_weights(s, &p0, &p1);
+            v_store_f32(joined, p0);
+            v_store_f32(joined + VL_f32, p1);
+            scale_weights_f32(joined, TILE_KEYS, 1, TILE_KEYS, scale + l);
+            store_split(s, v_load_f32(joined), v_load_f32(joined + VL_f32));
+        }
     }
 }
 

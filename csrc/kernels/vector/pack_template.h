@@ -16,9 +16,12 @@ static inline bool FN(is_finite)(VEC probe)
     return sum - sum == 0;
 }
 
-static bool FN(load_rows)(void *dst, size_t rows, const char *const *src, int64_t col_stride,
-                          size_t cols, enum fa_dtype dtype, double factor)
+static bool FN(load_rows)(void *dst, size_t rows, size_t cols, const struct fa_rows *from,
+                          double factor)
 {
+    const char *const *src = from->row;
+    const int64_t col_stride = from->col_stride;
+    const enum fa_dtype dtype = from->dtype;
     const REAL f = (REAL)factor;
     const int64_t size = fa_dtype_size(dtype);
     const size_t whole = col_stride == size && FN(knows)(dtype) ? cols - cols % VL : 0;
@@ -45,7 +48,7 @@ static bool FN(load_rows)(void *dst, size_t rows, const char *const *src, int64_
 
 /* VL keys from `key` on, `keys` of them real, into one column of vectors of a panel.  Whole squares go
  * through registers, the edges element by element.  Returns the sum of probe and their probes. */
-FA_INLINE VEC FN(pack_key_vector)(REAL *panel, size_t cols, const struct fa_keys *from, size_t key,
+FA_INLINE VEC FN(pack_key_vector)(REAL *panel, size_t cols, const struct fa_rows *from, size_t key,
                                   size_t keys, enum fa_dtype dtype, VEC probe)
 {
     const int64_t size = fa_dtype_size(dtype);
@@ -80,7 +83,7 @@ FA_INLINE VEC FN(pack_key_vector)(REAL *panel, size_t cols, const struct fa_keys
     return probe;
 }
 
-FA_INLINE bool FN(pack_keys_of)(REAL *dst, size_t keys, size_t cols, const struct fa_keys *from,
+FA_INLINE bool FN(pack_keys_of)(REAL *dst, size_t keys, size_t cols, const struct fa_rows *from,
                                 enum fa_dtype dtype)
 {
     VEC probe = V(zero)();
@@ -94,7 +97,7 @@ FA_INLINE bool FN(pack_keys_of)(REAL *dst, size_t keys, size_t cols, const struc
     return FN(is_finite)(probe);
 }
 
-static bool FN(pack_keys)(void *dst, size_t keys, size_t cols, const struct fa_keys *from)
+static bool FN(pack_keys)(void *dst, size_t keys, size_t cols, const struct fa_rows *from)
 {
     switch (from->dtype) {
 #if WIDENS
@@ -141,7 +144,7 @@ static inline VEC FN(pack_value_row)(REAL *dst, size_t cols, const char *src, in
 }
 
 static bool FN(pack_values)(void *dst, size_t panel_stride, size_t keys, size_t cols,
-                            const struct fa_keys *from)
+                            const struct fa_rows *from)
 {
     const int64_t panel_bytes = (int64_t)NR * from->col_stride;
     VEC probe = V(zero)();

@@ -9,63 +9,63 @@
  * Cost of 32 rows and a panel per chunk: 64 cycles of products; 32 rows of b and 32 of a are loaded, two a
  * cycle, in the shadow of them.
  */
-#ifndef FA_AMX_MATMUL_H
-#define FA_AMX_MATMUL_H
+#ifndef FA_BF16_MATMUL_H
+#define FA_BF16_MATMUL_H
 
 /* c += a b for the tiles of c: the upper two, or all. */
 FA_INLINE void multiply(const bool lower)
 {
-    _tile_dpbf16ps(UPPER_C0, UPPER_A, B0);
+    v_tile_multiply(UPPER_C0, UPPER_A, B0);
     if (lower) {
-        _tile_dpbf16ps(LOWER_C0, LOWER_A, B0);
+        v_tile_multiply(LOWER_C0, LOWER_A, B0);
     }
-    _tile_dpbf16ps(UPPER_C1, UPPER_A, B1);
+    v_tile_multiply(UPPER_C1, UPPER_A, B1);
     if (lower) {
-        _tile_dpbf16ps(LOWER_C1, LOWER_A, B1);
+        v_tile_multiply(LOWER_C1, LOWER_A, B1);
     }
 }
 
 FA_INLINE void load_b(const float *b)
 {
-    _tile_loadd(B0, b, PANEL * sizeof *b);
-    _tile_loadd(B1, b + TILE_WORDS, PANEL * sizeof *b);
+    v_tile_load(B0, b, PANEL * sizeof *b);
+    v_tile_load(B1, b + TILE_WORDS, PANEL * sizeof *b);
 }
 
 FA_INLINE void load_a(const bool lower, const float *a, size_t a_stride)
 {
-    _tile_loadd(UPPER_A, a, a_stride * sizeof *a);
+    v_tile_load(UPPER_A, a, a_stride * sizeof *a);
     if (lower) {
-        _tile_loadd(LOWER_A, a + UPPER_ROWS * a_stride, a_stride * sizeof *a);
+        v_tile_load(LOWER_A, a + UPPER_ROWS * a_stride, a_stride * sizeof *a);
     }
 }
 
 FA_INLINE void clear_sums(const bool lower)
 {
-    _tile_zero(UPPER_C0);
-    _tile_zero(UPPER_C1);
+    v_tile_zero(UPPER_C0);
+    v_tile_zero(UPPER_C1);
     if (lower) {
-        _tile_zero(LOWER_C0);
-        _tile_zero(LOWER_C1);
+        v_tile_zero(LOWER_C0);
+        v_tile_zero(LOWER_C1);
     }
 }
 
 FA_INLINE void load_sums(const bool lower, const float *c, size_t c_row)
 {
-    _tile_loadd(UPPER_C0, c, c_row * sizeof *c);
-    _tile_loadd(UPPER_C1, c + TILE_WORDS, c_row * sizeof *c);
+    v_tile_load(UPPER_C0, c, c_row * sizeof *c);
+    v_tile_load(UPPER_C1, c + TILE_WORDS, c_row * sizeof *c);
     if (lower) {
-        _tile_loadd(LOWER_C0, c + UPPER_ROWS * c_row, c_row * sizeof *c);
-        _tile_loadd(LOWER_C1, c + UPPER_ROWS * c_row + TILE_WORDS, c_row * sizeof *c);
+        v_tile_load(LOWER_C0, c + UPPER_ROWS * c_row, c_row * sizeof *c);
+        v_tile_load(LOWER_C1, c + UPPER_ROWS * c_row + TILE_WORDS, c_row * sizeof *c);
     }
 }
 
 FA_INLINE void store_sums(const bool lower, float *c, size_t c_row)
 {
-    _tile_stored(UPPER_C0, c, c_row * sizeof *c);
-    _tile_stored(UPPER_C1, c + TILE_WORDS, c_row * sizeof *c);
+    v_tile_store(UPPER_C0, c, c_row * sizeof *c);
+    v_tile_store(UPPER_C1, c + TILE_WORDS, c_row * sizeof *c);
     if (lower) {
-        _tile_stored(LOWER_C0, c + UPPER_ROWS * c_row, c_row * sizeof *c);
-        _tile_stored(LOWER_C1, c + UPPER_ROWS * c_row + TILE_WORDS, c_row * sizeof *c);
+        v_tile_store(LOWER_C0, c + UPPER_ROWS * c_row, c_row * sizeof *c);
+        v_tile_store(LOWER_C1, c + UPPER_ROWS * c_row + TILE_WORDS, c_row * sizeof *c);
     }
 }
 
@@ -82,7 +82,7 @@ FA_INLINE void score_panel(const bool lower, const struct fa_product *p, const f
     store_sums(lower, c, p->c_row);
 }
 
-static void matmul_scores_bf16(const struct fa_product *p, struct fa_wanted *wanted)
+static void scores_bf16(const struct fa_product *p, float factor, struct fa_wanted *wanted)
 {
     finish_stores();
     for (size_t panel = 0; panel < p->panels; panel++) {
@@ -95,8 +95,8 @@ static void matmul_scores_bf16(const struct fa_product *p, struct fa_wanted *wan
             score_panel(false, p, b, c);
         }
     }
-    if (p->factor != 1) {
-        multiply_scores(p->c, p->c_row, p->rows, p->panels * PANEL, v_set_f32(p->factor));
+    if (factor != 1) {
+        multiply_scores(p->c, p->c_row, p->rows, p->panels * PANEL, v_set_f32(factor));
     }
 }
 
@@ -126,7 +126,7 @@ static void add_panel(const struct fa_product *p, const float *b, float *c)
     }
 }
 
-static void matmul_values_bf16(const struct fa_product *p, struct fa_wanted *wanted)
+static void values_bf16(const struct fa_product *p, struct fa_wanted *wanted)
 {
     for (size_t panel = 0; panel < p->panels; panel++) {
         fetch_some(wanted);
@@ -173,11 +173,10 @@ static void add_special(const struct fa_product *p, size_t key, const float *b, 
     }
 }
 
-/* The same products as matmul_values_bf16, of all values but the special ones; these follow one by one.  So the
+/* The same products as values_bf16, of all values but the special ones; these follow one by one.  So the
  * bits of a row do not depend on special values that weigh 0 in it. */
-static void matmul_skip_zeros_bf16(const struct fa_product *p, bool transposed)
+static void values_careful_bf16(const struct fa_product *p)
 {
-    (void)transposed;
     for (size_t panel = 0; panel < p->panels; panel++) {
         const float *b = (const float *)p->b + panel * p->b_panel;
         float *c = (float *)p->c + panel * PANEL;

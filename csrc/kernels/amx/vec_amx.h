@@ -10,7 +10,7 @@
 #ifndef FA_VEC_AMX_H
 #define FA_VEC_AMX_H
 
-#include "vec_avx512.h"
+#include "kernels/vector/vec_avx512.h"
 
 #define TILE_KEYS 32 /* bfloat16 in a row of a tile: keys, or elements of head_dim */
 #define TILE_WORDS 16 /* pairs of them, or float32 */
@@ -41,6 +41,13 @@ static const struct tile_config tile_config = {
     .row_bytes = {64, 64, 64, 64, 64, 64, 64, 64},
     .rows = {16, 16, 16, 16, 16, 16, 16, 16},
 };
+
+/* Names, not functions: the number of a register is part of the instruction.  c += a b; a register to or from rows
+ * `stride` bytes apart; 0. */
+#define v_tile_multiply(c, a, b) _tile_dpbf16ps(c, a, b)
+#define v_tile_load(tile, from, stride) _tile_loadd(tile, from, stride)
+#define v_tile_store(tile, to, stride) _tile_stored(tile, to, stride)
+#define v_tile_zero(tile) _tile_zero(tile)
 
 static inline void begin_tiles(void) { _tile_loadconfig(&tile_config); }
 

@@ -4,7 +4,7 @@
 
 #include <string.h>
 
-#include "kernels.h"
+#include "engine.h"
 
 static inline float read_f32(const void *p)
 {

@@ -5,7 +5,7 @@
 #include <string.h>
 
 #include "constants.h"
-#include "kernels.h"
+#include "engine.h"
 #include "memory.h"
 #include "names.h"
 #include "philox.h"
@@ -34,28 +34,10 @@
 
 #include "probe_template.h"
 
-static const struct fa_ops FN(ops) = {
+static const struct fa_tile_ops FN(ops) = {
     .size = sizeof(REAL),
-    .tile_q = FA_TILE_Q,
-    .mr = MR,
-    .nr = NR,
     .vl = VL,
-    .packed_halves = 2,
-    .depth_step = 1,
-    .row_step = 1,
-    .load_rows = FN(load_rows),
-    .pack_keys = FN(pack_keys),
-    .pack_values = FN(pack_values),
-    .few_rows = FEW_ROWS,
-    .few_cols = SIZE_MAX,
-    .few_scores = FN(few_scores),
-    .few_values = FN(few_values),
-    .matmul = FN(matmul),
-    .matmul_values = FN(matmul),
-    .matmul_transposed = FN(matmul_transposed),
-    .matmul_skip_zeros = FN(matmul_skip_zeros),
     .scale_scores = FN(scale_scores),
-    .scale_weights = FN(scale_weights),
     .softcap = FN(softcap),
     .add_bias = FN(add_bias),
     .add_alibi = FN(add_alibi),
@@ -82,5 +64,6 @@ static const struct fa_ops FN(ops) = {
     .column_weights = FN(column_weights),
     .sum_rows = FN(sum_rows),
     .store = FN(store),
-    .probe_fma = FN(probe_fma),
 };
+
+#include "engine_template.h"

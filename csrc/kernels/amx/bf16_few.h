@@ -6,14 +6,14 @@
  * to look for special ones, 8 to widen and 16 multiply-adds, since weights are split in two.  With two rows or
  * more packing for the tiles is the quicker way.
  */
-#ifndef FA_AMX_FEW_H
-#define FA_AMX_FEW_H
+#ifndef FA_BF16_FEW_H
+#define FA_BF16_FEW_H
 
 #define FEW_GROUPS 2 /* vectors of keys whose chains take turns */
 #define FEW_VECTORS 4 /* vectors of columns whose sums are in registers: 8 chains, 16 sums */
 
 /* The words of 16 keys, transposed: word u of all of them in square[u]; zeros beyond `keys` and `cols`. */
-FA_INLINE void load_words(vec_f32 square[VL_f32], const struct fa_keys *from, size_t key,
+FA_INLINE void load_words(vec_f32 square[VL_f32], const struct fa_rows *from, size_t key,
                           size_t keys, size_t c, size_t cols)
 {
     const char *const *row = from->row + key;
@@ -33,7 +33,7 @@ FA_INLINE void load_words(vec_f32 square[VL_f32], const struct fa_keys *from, si
 
 /* Scores of `groups` times 16 keys, a constant; of the last 16, `keys` are real. */
 FA_INLINE void few_scores_tile_bf16(const size_t groups, size_t cols, const float *q,
-                                    const struct fa_keys *from, size_t key, size_t keys, float *s)
+                                    const struct fa_rows *from, size_t key, size_t keys, float *s)
 {
     const size_t ahead = keys_ahead_f32(FA_BF16), far = keys_far_f32(FA_BF16);
     const size_t end = key + groups * VL_f32, row_bytes = cols * sizeof(uint16_t);
@@ -77,11 +77,18 @@ FA_INLINE void few_scores_tile_bf16(const size_t groups, size_t cols, const floa
     }
 }
 
-static void few_scores_bf16(size_t rows, size_t cols, size_t keys, size_t columns, const void *q,
-                            const struct fa_keys *from, void *s, size_t ld, float factor)
+static size_t few_rows_bf16(size_t head_dim)
 {
-    const size_t step = FEW_GROUPS * VL_f32;
-    float *to = s;
+    (void)head_dim;
+    return 1;
+}
+
+static void few_scores_bf16(const struct fa_product *p, size_t cols, size_t keys,
+                            const struct fa_rows *from, float factor)
+{
+    const size_t step = FEW_GROUPS * VL_f32, columns = p->panels * PANEL;
+    const float *q = p->a;
+    float *to = p->c;
     size_t key = 0;
     for (; key + step <= keys; key += step) {
         few_scores_tile_bf16(FEW_GROUPS, cols, q, from, key, VL_f32, to + key);
@@ -91,7 +98,7 @@ static void few_scores_bf16(size_t rows, size_t cols, size_t keys, size_t column
         few_scores_tile_bf16(1, cols, q, from, key, live, to + key);
     }
     if (factor != 1) {
-        multiply_scores(s, ld, rows, columns, v_set_f32(factor));
+        multiply_scores(to, p->c_row, p->rows, columns, v_set_f32(factor));
     }
 }
 
@@ -121,7 +128,7 @@ FA_INLINE void few_values_half(const size_t vectors, const bool second, size_t k
 }
 
 /* sum[vectors * VL] += weights values over `keys` keys, chunk by chunk. */
-FA_INLINE void few_values_tile_bf16(const size_t vectors, size_t keys, const struct fa_keys *from,
+FA_INLINE void few_values_tile_bf16(const size_t vectors, size_t keys, const struct fa_rows *from,
                                     size_t col, const float *weights, float *sum)
 {
     vec_f32 total[FEW_VECTORS];
@@ -152,7 +159,7 @@ FA_INLINE void few_values_tile_bf16(const size_t vectors, size_t keys, const str
 }
 
 /* Whether any value is special, asking for later ones on the way. */
-static bool any_special(size_t keys, size_t cols, const struct fa_keys *from)
+static bool any_special(size_t keys, size_t cols, const struct fa_rows *from)
 {
     const size_t ahead = keys_ahead_f32(FA_BF16), far = keys_far_f32(FA_BF16);
     const int64_t row_bytes = (int64_t)(cols * sizeof(uint16_t));
@@ -172,16 +179,18 @@ static bool any_special(size_t keys, size_t cols, const struct fa_keys *from)
 }
 
 /* Values whose columns lie side by side and fill chunks of 32, none of them special; the tiles do others. */
-static bool few_values_bf16(size_t rows, size_t keys, size_t cols, const void *weights, size_t ldw,
-                            const struct fa_keys *from, void *scratch, void *acc, size_t ldacc)
+static bool few_values_bf16(const struct fa_product *p, size_t cols, const struct fa_rows *from,
+                            void *scratch)
 {
+    const size_t keys = p->depth;
+    const float *weights = p->a;
     const size_t wide = FEW_VECTORS * VL_f32;
     if (cols % TILE_KEYS != 0 || from->col_stride != (int64_t)sizeof(uint16_t) ||
         any_special(keys, cols, from)) {
         return false;
     }
-    (void)rows, (void)scratch, (void)ldw, (void)ldacc;
-    float *sum = acc;
+    (void)scratch;
+    float *sum = p->c;
     size_t col = 0;
     for (; col + wide <= cols; col += wide) {
         few_values_tile_bf16(FEW_VECTORS, keys, from, col, weights, sum + col);

@@ -4,10 +4,12 @@
 #ifndef FA_NAMES_H
 #define FA_NAMES_H
 
-#include "kernels.h"
+#include "engine.h"
 
 #define FA_PASTE_(a, b) a##b
 #define FA_PASTE(a, b) FA_PASTE_(a, b)
+#define FA_STRING_(x) #x
+#define FA_STRING(x) FA_STRING_(x)
 
 typedef float real_f32;
 typedef double real_f64;
@@ -39,7 +41,7 @@ typedef double real_f64;
 #define MAX_f64 1.7976931348623157e+308
 #define REAL_MAX FN(MAX)
 
-/* What makes an element that is not ordinary infinite, and a value that is too large (kernels.h). */
+/* What makes an element that is not ordinary infinite, and a value that is too large (engine.h). */
 #define ORDINARY_PROBE_f32 0x1p75f
 #define ORDINARY_PROBE_f64 0x1p524
 #define ORDINARY_PROBE FN(ORDINARY_PROBE)

@@ -1,0 +1,203 @@
+/* Tile operations: the elementwise work on score tiles, their sums and their gradients, for one element type ("real") and
+ * one instruction set.  No slot is NULL.
+ *
+ * Buffers named here are workspace: contiguous, FA_ALIGNMENT-aligned, zero-padded, and never shared
+ * between threads.  Only functions that store touch caller memory; there strides are in
+ * bytes and arbitrary, and no byte outside the named elements is read or written.
+ *
+ * Scores are kept in base-2 logarithms: s2 = log2(e) * s, so that a weight is exp2(s2 - row_max).
+ */
+#ifndef FA_TILE_OPS_H
+#define FA_TILE_OPS_H
+
+#include <math.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "fastattn.h"
+
+/* log2(e) and ln(2): between natural and base-2 logarithms. */
+#define FA_LOG2_E 1.4426950408889634074
+#define FA_LN_2 0.69314718055994530942
+
+/* Biases beyond this size are not multiplied by log2(e), but moved by what that makes of it (scores_template.h): so they
+ * keep their order up to the end of the range. */
+#define FA_BIAS_LIMIT_F32 0x1p100
+#define FA_BIAS_LIMIT_F64 0x1p960
+#define FA_BIAS_MOVE (FA_LOG2_E - 1)
+
+/* Natural sizes of lse from which on it is such a bias.  Rows of float32 between the limit and this are computed by
+ * float64 (fa_head_doubt). */
+#define FA_BIAS_FROM_F32 0x1p127
+#define FA_BIAS_FROM_F64 FA_BIAS_LIMIT_F64
+
+/* What a base-2 score of that size is moved by, of a real type of `size` bytes. */
+static inline double fa_bias_move(double bias, size_t size)
+{
+    const double limit = size == sizeof(double) ? FA_BIAS_LIMIT_F64 : FA_BIAS_LIMIT_F32;
+    return copysign(FA_BIAS_MOVE * limit, bias);
+}
+
+static inline bool fa_is_bias(double lse, size_t size)
+{
+    return fabs(lse) >= (size == sizeof(double) ? FA_BIAS_FROM_F64 : FA_BIAS_FROM_F32);
+}
+
+/* The natural logarithm of 2^top times a sum, `biased` if there are biases at all: without, no score is one. */
+static inline double fa_natural(double top, double log2_sum, bool biased, size_t size)
+{
+    const double bias = top - fa_bias_move(top, size);
+    return biased && fa_is_bias(bias, size) ? bias : (top + log2_sum) * FA_LN_2;
+}
+
+/* Rows of online softmax over the keys seen so far. */
+struct fa_state {
+    void *row_max; /* real [rows] */
+    void *row_sum; /* real [rows][vl] */
+    void *acc; /* real [rows][ldacc]: unnormalised output */
+};
+
+/* Base-2 maxima of softmaxes that float64 had better compute: above `from`, or below -from but not as low as -to.  from
+ * < 0: all, those too that seem to have no key, because every score may have become -inf. */
+struct fa_doubt {
+    double from, to;
+};
+
+static inline bool fa_is_doubtful(struct fa_doubt doubt, double top, bool empty)
+{
+    return empty ? doubt.from < 0 : top > doubt.from || (-top > doubt.from && -top < doubt.to);
+}
+
+/* One finished row of the online softmax, on its way to caller memory. */
+struct fa_row_result {
+    size_t row; /* index into row_max, row_sum and acc */
+    size_t cols; /* elements to store */
+    enum fa_dtype dtype; /* of out and residual */
+    double sink; /* base-2 logit that joins the denominator; -inf: none */
+    void *out; /* cols elements, out_stride bytes apart */
+    int64_t out_stride;
+    const void *residual; /* nullable; may be `out` */
+    int64_t residual_stride;
+    void *lse; /* nullable; one element, natural logarithm, of lse_dtype */
+    enum fa_dtype lse_dtype; /* FA_F32 or FA_F64 */
+    bool biased; /* the scores have biases in them: see fa_natural */
+    /* Nullable, of lse_dtype: cols elements as in `out`, but without residual; shift and factor of the weights. */
+    void *exact, *weighing;
+    int64_t exact_stride, weighing_stride;
+    int exponent; /* of 2, that values were divided by: the result is multiplied, residual aside */
+    bool averages; /* of values: finite where acc is */
+    bool mends; /* with an exponent: elements of out that are finite stay as they are */
+    /* What is not stored, see enum fa_stored: `final` stores everything. */
+    bool final, look_at_acc;
+    struct fa_doubt doubt;
+    /* Nullable: a bit for each element.  With `choose` the finite ones of acc are stored, and the bits of the others
+     * are set; else elements are stored whose bit is set. */
+    uint8_t *columns;
+    bool choose;
+};
+
+/* A row that left the range of its element type is given back instead of stored. */
+enum fa_stored {
+    FA_STORED,
+    FA_ROW_LEFT, /* its sum is not finite, or its row_max is doubtful (fa_is_doubtful) */
+    FA_SUMS_LEFT, /* with look_at_acc and without columns: elements of acc are not finite */
+};
+
+/* Where a row of weights stands, and what is drawn against its random words. */
+struct fa_dropout {
+    uint64_t seed;
+    uint32_t threshold; /* words below it drop */
+    double kept; /* factor of the others; 0 if these drop, too */
+    uint32_t query, head, entry;
+};
+
+/* Rows of caller memory that meet in a sum. */
+struct fa_row_terms {
+    const char *grad, *out, *residual; /* residual nullable */
+    int64_t grad_stride, out_stride, residual_stride;
+    size_t cols;
+    enum fa_dtype dtype, out_dtype; /* of out and residual: out_dtype */
+};
+
+struct fa_tile_ops {
+    size_t size; /* bytes of an element */
+    size_t vl; /* lanes of a vector */
+
+    /* Score tile edits, n elements of one row, or rows x n with leading dimension ld. */
+    void (*scale_scores)(void *s, size_t ld, size_t rows, size_t n, const float *scale);
+    /* s = cap2 * tanh(s) */
+    void (*softcap)(void *s, size_t ld, size_t rows, size_t n, double cap2);
+    void (*add_bias)(void *s, size_t n, const void *bias, int64_t stride, enum fa_dtype bias_dtype);
+    /* s[l] -= slope2 * |distance - l| */
+    void (*add_alibi)(void *s, size_t n, double slope2, int64_t distance);
+    /* zero byte: s = -inf */
+    void (*mask_bytes)(void *s, size_t n, const uint8_t *mask);
+    /* Infinite scores become NaN: a sum of products may have passed the range of `real` on its way to anywhere. */
+    void (*mark_overflow)(void *s, size_t ld, size_t rows, size_t n);
+    /* s = -inf outside [lo, hi); 0 <= lo <= hi <= n */
+    void (*mask_range)(void *s, size_t n, size_t lo, size_t hi);
+
+    /* Start rows of online softmax: row_max is the lowest finite number, row_sum = 0, acc = 0. */
+    void (*softmax_begin)(size_t rows, const struct fa_state *state, size_t ldacc);
+    /* Replace scores by weights relative to row_max, raising row_max and rescaling row_sum and acc
+     * where a row needs it.  n: multiple of vl. */
+    void (*softmax_update)(void *s, size_t ld, size_t rows, size_t n, const struct fa_state *state,
+                           size_t ldacc);
+    /* total = total and part together: the same rows over other keys.  rest: what rounding has left of the sums of
+     * total so far, 0 at first; its row_max is not used. */
+    void (*softmax_fold)(size_t rows, const struct fa_state *total, const struct fa_state *rest,
+                         const struct fa_state *part, size_t ldacc);
+    /* out = acc / sum (+ residual), and lse.  A row that saw no key stores 0 (+ residual), and its sink as lse.
+     * Stores nothing that it gives back. */
+    enum fa_stored (*softmax_store)(const struct fa_state *state, size_t ldacc,
+                                    const struct fa_row_result *result);
+
+    /* Dropout: n factors for the keys from `key` on, 0 or kept; and n weights times theirs, n a multiple of
+     * vl. */
+    void (*dropout_factors)(void *factors, size_t n, const struct fa_dropout *dropout, int64_t key);
+    void (*apply_dropout)(void *x, const void *factors, size_t n);
+
+    /* Backward.  Sum of grad * (out - residual) over one row; residual nullable. */
+    double (*row_delta)(const struct fa_row_terms *terms);
+    /* slope = 1 - tanh(s)^2: of softcap, for the scores s that it is about to take. */
+    void (*softcap_slope)(void *slope, const void *s, size_t ld, size_t rows, size_t n);
+    /* sums[row][vl] += weights w times their gradients d, the row's vectors added up; nothing
+     * where the weight is 0. */
+    void (*add_row_products)(void *sums, const void *w, const void *d, size_t ld, size_t rows,
+                             size_t n);
+    /* From scores s and gradients of weights d, weights and gradients of scores in their place:
+     * s = exp2(s - shift[row]) * factor[row], d = s * (d - delta[row]), both 0 where the weight
+     * is.  Returns a bit for each row, FA_MAX_TILE_Q at most, with a weight above 1/2. */
+    uint32_t (*score_gradients)(void *s, void *d, size_t ld, size_t rows, size_t n,
+                                const void *shift, const void *factor, const void *delta);
+    /* The same with a shift, a factor and a delta for each column; d nullable: weights only. */
+    void (*column_gradients)(void *s, void *d, size_t ld, size_t rows, size_t n, const void *shift,
+                             const void *factor, const void *delta);
+    /* d *= slope */
+    void (*scale_gradients)(void *d, const void *slope, size_t ld, size_t rows, size_t n);
+    /* sum += x; n: multiple of vl. */
+    void (*add)(void *sum, const void *x, size_t n);
+    /* out = acc * factor: one row of gradients.  Returns whether the sums are finite. */
+    bool (*store_scaled)(const void *acc, double factor, const struct fa_row_result *result);
+
+    /* Softmax over queries: running column maxima and sums of one key block. */
+    void (*column_begin)(void *col_max, void *col_sum, size_t n);
+    void (*column_update)(const void *s, size_t ld, size_t rows, size_t n, void *col_max,
+                          void *col_sum);
+    /* Turn col_sum into reciprocals, and store n natural-log sums.  Where no query takes part, and in
+     * columns [n, padded), maximum and reciprocal become 0. */
+    void (*column_finish)(void *col_max, void *col_sum, size_t n, size_t padded, void *lse,
+                          int64_t lse_stride, enum fa_dtype lse_dtype, bool biased);
+    /* s = exp2(s - col_max) * col_inverse */
+    void (*column_weights)(void *s, size_t ld, size_t rows, size_t n, const void *col_max,
+                           const void *col_inverse);
+    /* sums[l] = sum of factor[r] * w[r][l]: rows of weights together, at most FA_MAX_TILE_Q of them.  n: multiple
+     * of vl. */
+    void (*sum_rows)(void *sums, const void *w, size_t ld, size_t rows, size_t n,
+                     const void *factor);
+    /* out = acc (+ residual): softmax over queries has nothing left to divide by. */
+    enum fa_stored (*store)(const void *acc, const struct fa_row_result *result);
+};
+
+#endif
