@@ -78,7 +78,7 @@ static void load_tile_rows(const struct fa_backward *b, const struct key_block *
     *grad_finite = b->engine->pack(ws->grad_out_panels, panel_stride, (size_t)rows,
                                    (size_t)p->head_dim_v, &from);
     for (int64_t r = 0; r < rows; r++) {
-        ws->row[r] = fa_row_at(g, block->head->q, first + r, p->q.head, p->q.row);
+        ws->row[r] = block->head->q + fa_row_offset(g, &p->q, first + r);
     }
     if (g->value_exponent != 0) {
         scale_panels(g, ws->grad_out_panels, b->padded_v, rows);
@@ -155,14 +155,14 @@ static void add_products(const struct fa_backward *b, const struct key_block *bl
 
 /* Rows of accumulated gradients of keys or values to caller memory. */
 static void store_keys(struct fa_backward *b, const struct key_block *block,
-                       const struct fa_output *to, const char *acc, int64_t padded, int64_t cols,
+                       const struct fa_array *to, const char *acc, int64_t padded, int64_t cols,
                        double factor)
 {
     const struct fa_geometry *g = &b->geometry;
     if (to->data == NULL || fa_backward_is_stored(b, block->head_index)) {
         return;
     }
-    char *out = fa_output_of(g, to, block->head_index, true) + block->key * to->row;
+    char *out = fa_array_of(g, to, block->head_index, true) + block->key * to->row;
     for (int64_t j = 0; j < block->keys; j++) {
         const struct fa_row_result result = {
             .cols = (size_t)cols,
@@ -260,10 +260,10 @@ static struct column column_at(const struct fa_backward *b, const struct key_blo
                                int64_t key)
 {
     const struct fa_geometry *g = &b->geometry;
-    const struct fa_input *lse = &b->params->lse, *kept = &b->params->weighing;
-    const char *from = fa_input_of(g, kept, block->head_index);
+    const struct fa_array *lse = &b->params->lse, *kept = &b->params->weighing;
+    const char *from = fa_array_of(g, kept, block->head_index, false);
     struct column column = {
-        .lse = fa_read_lse(g, fa_input_of(g, lse, block->head_index) + key * lse->row),
+        .lse = fa_read_lse(g, fa_array_of(g, lse, block->head_index, false) + key * lse->row),
     };
     column.is_kept = from != NULL && fa_weighing_kept(b, from + key * kept->row, &column.kept);
     column.wants_statistics =
@@ -324,11 +324,11 @@ static void find_column_deltas(const struct fa_backward *b, const struct key_blo
                                struct fa_backward_workspace *ws)
 {
     const struct fa_geometry *g = &b->geometry;
-    const struct fa_input *grad_lse = &b->params->grad_lse;
+    const struct fa_array *grad_lse = &b->params->grad_lse;
     const int64_t size = (int64_t)g->ops->size, nr = (int64_t)g->engine->nr;
     const int64_t dim = g->params->head_dim_v;
     const int64_t at = fa_column_at(g, block->head_index, block->key);
-    const char *from = fa_input_of(g, grad_lse, block->head_index);
+    const char *from = fa_array_of(g, grad_lse, block->head_index, false);
 
     for (int64_t first = 0; first < block->live; first += nr) {
         const int64_t keys = fa_min(nr, block->live - first);

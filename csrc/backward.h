@@ -231,35 +231,4 @@ static inline int64_t fa_backward_row_blocks(const struct fa_geometry *g)
     return fa_ceil_div(g->rows, FA_BACKWARD_ROWS);
 }
 
-/* Element (token, member) of an array of rows, for a row of a head that begins at `data`. */
-static inline const char *fa_row_at(const struct fa_geometry *g, const char *data, int64_t row,
-                                    int64_t head_stride, int64_t row_stride)
-{
-    return data + fa_row_member(g, row) * head_stride + fa_row_token(g, row) * row_stride;
-}
-
-/* Where an array's part for a head begins: its first query head's, NULL stays NULL. */
-static inline const char *fa_input_of(const struct fa_geometry *g, const struct fa_input *in,
-                                      int64_t head_index)
-{
-    const struct fa_head_place place = fa_head_place(g, head_index);
-    const int64_t *starts = g->params->q_starts;
-    const char *data = in->data;
-    return data == NULL
-               ? NULL
-               : data + fa_entry_offset(g, place.entry, in->batch) + place.first_head * in->head +
-                     (starts == NULL ? 0 : starts[place.entry] * in->row);
-}
-
-/* The same of an output, at the key head where `of_keys`, else at the first query head. */
-static inline char *fa_output_of(const struct fa_geometry *g, const struct fa_output *to,
-                                 int64_t head_index, bool of_keys)
-{
-    const struct fa_head_place place = fa_head_place(g, head_index);
-    const int64_t *starts = of_keys ? g->params->k_starts : g->params->q_starts;
-    return (char *)to->data + fa_entry_offset(g, place.entry, to->batch) +
-           (of_keys ? place.kv_head : place.first_head) * to->head +
-           (starts == NULL ? 0 : starts[place.entry] * to->row);
-}
-
 #endif

@@ -13,14 +13,14 @@
 #define PART_ROWS (4 * FA_BACKWARD_ROWS)
 
 /* A plane is split by key blocks, or, where all keys read the same column, by tokens. */
-static bool by_keys(const struct fa_output *bias) { return bias->col != 0; }
+static bool by_keys(const struct fa_array *bias) { return bias->col != 0; }
 
 static int64_t tokens_per_part(const struct fa_geometry *g)
 {
     return fa_max(1, PART_ROWS / g->stacked);
 }
 
-static int64_t count_parts(const struct fa_geometry *g, const struct fa_output *bias)
+static int64_t count_parts(const struct fa_geometry *g, const struct fa_array *bias)
 {
     if (by_keys(bias)) {
         return fa_max(1, g->key_blocks);
@@ -34,8 +34,7 @@ struct part {
     int64_t members, first_token, tokens, first_key, keys;
 };
 
-static struct part part_of(const struct fa_geometry *g, const struct fa_output *bias,
-                           int64_t number)
+static struct part part_of(const struct fa_geometry *g, const struct fa_array *bias, int64_t number)
 {
     struct part part = {.members = bias->head == 0 ? 1 : g->stacked, .tokens = 1, .keys = 1};
     if (by_keys(bias)) {
@@ -56,7 +55,7 @@ struct sums {
     bool wide; /* double, else float */
 };
 
-static char *plane_of(const struct fa_geometry *g, const struct fa_output *bias, int64_t index)
+static char *plane_of(const struct fa_geometry *g, const struct fa_array *bias, int64_t index)
 {
     const struct fa_head_place place = fa_head_place(g, index);
     return (char *)bias->data + fa_entry_offset(g, place.entry, bias->batch) +
@@ -64,7 +63,7 @@ static char *plane_of(const struct fa_geometry *g, const struct fa_output *bias,
 }
 
 /* Whether a head is the first of those that share its plane. */
-static bool owns_plane(const struct fa_geometry *g, const struct fa_output *bias, int64_t index)
+static bool owns_plane(const struct fa_geometry *g, const struct fa_array *bias, int64_t index)
 {
     const struct fa_attention_params *p = g->params;
     int64_t entry = index / g->heads;
@@ -175,7 +174,7 @@ static bool visit_head(struct fa_job *job, int thread, int64_t head_index, const
 {
     const struct fa_backward *b = job->context;
     const struct fa_geometry *g = &b->geometry;
-    const struct fa_output *bias = &b->params->grad_bias;
+    const struct fa_array *bias = &b->params->grad_bias;
     struct fa_head head;
     fa_head_init(&head, g, head_index);
     if (by_keys(bias)) {
@@ -197,7 +196,7 @@ static bool visit_head(struct fa_job *job, int thread, int64_t head_index, const
 static struct sums sums_of(const struct fa_backward *b, const struct part *part, char *plane,
                            int thread)
 {
-    const struct fa_output *bias = &b->params->grad_bias;
+    const struct fa_array *bias = &b->params->grad_bias;
     const int64_t size = (int64_t)sizeof(double);
     if (b->bias_sums == NULL) {
         return (struct sums){
@@ -241,7 +240,7 @@ enum fa_status fa_backward_allocate_bias(struct fa_backward *backward)
 static void store_part(const struct fa_backward *b, const struct part *part,
                        const struct sums *sums, char *plane)
 {
-    const struct fa_output *bias = &b->params->grad_bias;
+    const struct fa_array *bias = &b->params->grad_bias;
     const size_t size = (size_t)fa_dtype_size(b->params->grad_bias_dtype);
     const int exponent = b->geometry.value_exponent;
     for (int64_t m = 0; m < part->members; m++) {
@@ -298,7 +297,7 @@ void fa_backward_bias(struct fa_job *job, int64_t index, int thread)
 {
     struct fa_backward *b = job->context;
     const struct fa_geometry *g = &b->geometry;
-    const struct fa_output *bias = &b->params->grad_bias;
+    const struct fa_array *bias = &b->params->grad_bias;
     const int64_t parts = count_parts(g, bias), owner = index / parts;
     if (!owns_plane(g, bias, owner)) {
         return;

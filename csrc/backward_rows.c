@@ -6,20 +6,19 @@
 static double row_lse(const struct fa_backward *b, int64_t head_index, int64_t row)
 {
     const struct fa_geometry *g = &b->geometry;
-    const struct fa_input *lse = &b->params->lse;
-    return fa_read_lse(g, fa_row_at(g, fa_input_of(g, lse, head_index), row, lse->head, lse->row));
+    const struct fa_array *lse = &b->params->lse;
+    return fa_read_lse(g, fa_row_of(g, lse, head_index, row));
 }
 
 /* The base-2 score of a row's sink; -inf: none. */
 static double row_sink(const struct fa_head *head, int64_t row)
 {
     const struct fa_geometry *g = head->geometry;
-    double sink;
+    const struct fa_array *sinks = &g->params->sinks;
     if (head->sinks == NULL) {
         return -INFINITY;
     }
-    memcpy(&sink, head->sinks + fa_row_member(g, row) * g->params->sinks.head, sizeof sink);
-    return sink * FA_LOG2_E;
+    return fa_read_number(head->sinks + fa_row_offset(g, sinks, row), sizeof(double)) * FA_LOG2_E;
 }
 
 /* Whether a row's result is there as the sums left it. */
@@ -37,12 +36,11 @@ static double delta_of_out(const struct fa_backward *b, int64_t head_index, int6
     const struct fa_backward_params *p = b->params;
     const struct fa_attention_params *forward = &p->attention;
     const bool exact = p->exact.data != NULL;
-    const struct fa_input *out = exact ? &p->exact : &p->out;
-    const char *residual = exact ? NULL : fa_input_of(g, &forward->residual, head_index);
-    struct fa_row_terms terms = {
-        .grad = fa_row_at(g, fa_input_of(g, &p->grad_out, head_index), row, p->grad_out.head,
-                          p->grad_out.row),
-        .out = fa_row_at(g, fa_input_of(g, out, head_index), row, out->head, out->row),
+    const struct fa_array *out = exact ? &p->exact : &p->out;
+    const struct fa_row_terms terms = {
+        .grad = fa_row_of(g, &p->grad_out, head_index, row),
+        .out = fa_row_of(g, out, head_index, row),
+        .residual = exact ? NULL : fa_row_of(g, &forward->residual, head_index, row),
         .grad_stride = p->grad_out.col,
         .out_stride = out->col,
         .residual_stride = forward->residual.col,
@@ -50,9 +48,6 @@ static double delta_of_out(const struct fa_backward *b, int64_t head_index, int6
         .dtype = forward->dtype,
         .out_dtype = exact ? fa_lse_dtype(forward) : forward->dtype,
     };
-    if (residual != NULL) {
-        terms.residual = fa_row_at(g, residual, row, forward->residual.head, forward->residual.row);
-    }
     return ldexp(g->ops->row_delta(&terms), -g->value_exponent);
 }
 
@@ -69,10 +64,9 @@ static bool is_row_kept(const struct fa_backward *b, int64_t head_index, int64_t
                         struct fa_weighing *kept)
 {
     const struct fa_geometry *g = &b->geometry;
-    const struct fa_input *from = &b->params->weighing;
-    const char *data = fa_input_of(g, from, head_index);
-    return data != NULL && is_out_exact(b->params) &&
-           fa_weighing_kept(b, fa_row_at(g, data, row, from->head, from->row), kept);
+    const struct fa_array *from = &b->params->weighing;
+    return from->data != NULL && is_out_exact(b->params) &&
+           fa_weighing_kept(b, fa_row_of(g, from, head_index, row), kept);
 }
 
 /* shift, factor and delta of a row, and what it adds to the gradient of its sink.  of: its
@@ -86,8 +80,7 @@ static void store_row(struct fa_backward *b, const struct fa_head *head, int64_t
     const int64_t index = fa_rows_before(g, head_index) + row;
     const int64_t at = index * (int64_t)g->ops->size;
     char *excess = first->excess + index * (int64_t)first->geometry.ops->size;
-    const struct fa_output *to = &p->sink_terms;
-    const char *grad_lse = fa_input_of(g, &p->grad_lse, head_index);
+    const struct fa_array *to = &p->sink_terms;
     const double lse = row_lse(b, head_index, row), sink = row_sink(head, row);
     struct fa_weighing kept;
     const bool is_kept = of == NULL && is_row_kept(b, head_index, row, &kept);
@@ -111,9 +104,8 @@ static void store_row(struct fa_backward *b, const struct fa_head *head, int64_t
     } else {
         delta = weighing.own ? of->products / of->total : delta_of_out(b, head_index, row);
     }
-    if (grad_lse != NULL && !empty) {
-        const double grad =
-            fa_read_lse(g, fa_row_at(g, grad_lse, row, p->grad_lse.head, p->grad_lse.row));
+    if (p->grad_lse.data != NULL && !empty) {
+        const double grad = fa_read_lse(g, fa_row_of(g, &p->grad_lse, head_index, row));
         delta -= ldexp(grad, -g->value_exponent);
     }
     fa_write_real(g, b->shift + at, weighing.shift);
@@ -124,8 +116,7 @@ static void store_row(struct fa_backward *b, const struct fa_head *head, int64_t
         fa_backward_leave(b, head_index);
     }
     if (to->data != NULL && !fa_backward_is_stored(b, head_index)) {
-        char *term = fa_output_of(g, to, head_index, false) + fa_row_member(g, row) * to->head +
-                     fa_row_token(g, row) * to->row;
+        char *term = fa_row_of(g, to, head_index, row);
         double weight = 0;
         if (is_kept && !empty) {
             weight = fa_kept_sink_weight(&kept, sink);
@@ -188,10 +179,10 @@ void fa_backward_store_rows(struct fa_backward *backward, int64_t head_index, co
                             char *scratch)
 {
     const struct fa_geometry *g = &backward->geometry;
-    const struct fa_output *to = &backward->params->grad_q;
+    const struct fa_array *to = &backward->params->grad_q;
     const int64_t bytes = backward->padded_k * (int64_t)g->ops->size, group_bytes = g->rows * bytes;
     const int64_t groups = fa_backward_groups(g, head_index);
-    char *out = fa_output_of(g, to, head_index, false);
+    char *out = fa_array_of(g, to, head_index, false);
     struct fa_head head;
     fa_head_init(&head, g, head_index);
     for (int64_t row = 0; row < head.rows; row++) {
@@ -199,7 +190,7 @@ void fa_backward_store_rows(struct fa_backward *backward, int64_t head_index, co
         const struct fa_row_result result = {
             .cols = (size_t)g->params->head_dim,
             .dtype = backward->params->grad_dtype,
-            .out = out + fa_row_member(g, row) * to->head + fa_row_token(g, row) * to->row,
+            .out = out + fa_row_offset(g, to, row),
             .out_stride = to->col,
             .exponent = g->value_exponent,
             .mends = g->value_exponent != 0,

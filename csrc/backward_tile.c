@@ -124,11 +124,10 @@ static void refine_gradient(const struct fa_backward *b, const struct fa_tile *t
 {
     const struct fa_geometry *g = tile->head->geometry;
     const struct fa_attention_params *p = g->params;
-    const struct fa_input *grad_out = &b->params->grad_out;
+    const struct fa_array *grad_out = &b->params->grad_out;
     const int64_t size = (int64_t)g->ops->size, row = tile->first_row + r;
     const struct fa_row_terms terms = {
-        .grad =
-            fa_row_at(g, fa_input_of(g, grad_out, head_index), row, grad_out->head, grad_out->row),
+        .grad = fa_row_of(g, grad_out, head_index, row),
         .out = part->v_row[tile->begin + column],
         .grad_stride = grad_out->col,
         .out_stride = p->v.col,
@@ -237,11 +236,11 @@ void fa_backward_load_grad(const struct fa_backward *backward, int64_t head_inde
 {
     const struct fa_geometry *g = &backward->geometry;
     const struct fa_attention_params *p = g->params;
-    const struct fa_input *grad = &backward->params->grad_out;
-    const char *grad_out = fa_input_of(g, grad, head_index);
+    const struct fa_array *grad = &backward->params->grad_out;
+    const char *grad_out = fa_array_of(g, grad, head_index, false);
     const struct fa_rows from = {.row = ws->row, .col_stride = grad->col, .dtype = p->dtype};
     for (int64_t r = 0; r < rows; r++) {
-        ws->row[r] = fa_row_at(g, grad_out, first + r, grad->head, grad->row);
+        ws->row[r] = grad_out + fa_row_offset(g, grad, first + r);
     }
     backward->engine->load_rows(ws->grad_out, (size_t)rows, (size_t)p->head_dim_v, &from,
                                 ldexp(1, -g->value_exponent));

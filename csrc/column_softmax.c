@@ -101,7 +101,7 @@ static void store_weighing(const struct fa_forward *forward, const struct fa_hea
                            int64_t head_index, int64_t block_key, int64_t keys)
 {
     const struct fa_geometry *g = forward->geometry;
-    const struct fa_output *to = &g->params->weighing;
+    const struct fa_array *to = &g->params->weighing;
     int64_t at = fa_column_offset(g, head_index, block_key / g->block_k);
     for (int64_t j = 0; j < keys; j++, at += (int64_t)g->ops->size) {
         char *weighing = head->weighing + (block_key + j) * to->row;
@@ -159,7 +159,7 @@ static void run_column_task(struct fa_job *job, int64_t index, int thread)
                            col_sum + tile.begin * size);
     }
     g->engine->leave();
-    const struct fa_output *lse = &g->params->lse;
+    const struct fa_array *lse = &g->params->lse;
     const bool stores = head.lse != NULL && forward->first == NULL;
     ops->column_finish(col_max, col_sum, (size_t)keys, (size_t)g->block_k,
                        stores ? head.lse + block_key * lse->row : NULL, lse->row,

@@ -15,7 +15,7 @@ struct count {
 /* Whether the batch entries differ in what rules keys out. */
 static bool entries_differ(const struct fa_attention_params *p)
 {
-    const struct fa_input *ruling_out[] = {&p->mask, &p->kv_lengths, &p->q_offset,
+    const struct fa_array *ruling_out[] = {&p->mask, &p->kv_lengths, &p->q_offset,
                                            &p->q_segment_ids, &p->k_segment_ids};
     bool differ = p->q_starts != NULL || p->k_starts != NULL;
     for (size_t i = 0; i < sizeof ruling_out / sizeof *ruling_out; i++) {

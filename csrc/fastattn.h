@@ -55,17 +55,10 @@ enum fa_softmax_axis {
     FA_SOFTMAX_QUERIES = 1, /* weights of each key sum to one over the queries */
 };
 
-/* An input array.  data == NULL: the operand is absent.  Element (b..., h, i, j) lies at
+/* An array.  data == NULL: it is absent.  Element (b..., h, i, j) lies at
  *   data + sum(b[x] * batch[x]) + h * head + i * row + j * col.
- * Operands that lack an axis hold stride 0 there. */
-struct fa_input {
-    const void *data;
-    int64_t batch[FA_MAX_BATCH_DIMS];
-    int64_t head, row, col;
-};
-
-/* An output array, addressed the same way.  No two elements share memory. */
-struct fa_output {
+ * Arrays that lack an axis hold stride 0 there.  Inputs are never written; no two elements of an output share memory. */
+struct fa_array {
     void *data;
     int64_t batch[FA_MAX_BATCH_DIMS];
     int64_t head, row, col;
@@ -85,28 +78,28 @@ struct fa_attention_params {
     int64_t seqlen_q, seqlen_k;
     int64_t head_dim, head_dim_v;
 
-    struct fa_input q; /* (batch..., num_heads, seqlen_q, head_dim) */
-    struct fa_input k; /* (batch..., num_kv_heads, seqlen_k, head_dim) */
-    struct fa_input v; /* (batch..., num_kv_heads, seqlen_k, head_dim_v) */
-    struct fa_input
+    struct fa_array q; /* (batch..., num_heads, seqlen_q, head_dim) */
+    struct fa_array k; /* (batch..., num_kv_heads, seqlen_k, head_dim) */
+    struct fa_array v; /* (batch..., num_kv_heads, seqlen_k, head_dim_v) */
+    struct fa_array
         k_scale; /* with FA_I8, else absent: float32 (batch..., num_kv_heads, seqlen_k), */
-    struct fa_input v_scale; /* one per `row`: k[j] = k_scale[j] * the integers of key j */
-    struct fa_output out; /* (batch..., num_heads, seqlen_q, head_dim_v) */
-    struct fa_output lse; /* nullable; (batch..., num_heads, seqlen_q), one per `row`;
+    struct fa_array v_scale; /* one per `row`: k[j] = k_scale[j] * the integers of key j */
+    struct fa_array out; /* (batch..., num_heads, seqlen_q, head_dim_v) */
+    struct fa_array lse; /* nullable; (batch..., num_heads, seqlen_q), one per `row`;
                                    * softmax over queries: (batch..., num_heads, seqlen_k) */
-    struct fa_input residual; /* nullable; shape of out; added to it */
+    struct fa_array residual; /* nullable; shape of out; added to it */
 
     /* For the backward pass, in lse's dtype.  `weighing` is nullable, not without lse, of lse's shape
      * and 2 more columns, shift and factor: a weight is exp2(base-2 score - shift) * factor, to the
      * bit what this pass multiplied.  A factor of NaN says that this pass cannot tell.  `exact` is
      * nullable, of out's shape: the result without residual, not rounded to a narrower dtype;
      * softmax over keys only. */
-    struct fa_output weighing, exact;
+    struct fa_array weighing, exact;
 
     /* Pages: nullable; int64 (batch..., pages), one per `row`.  Key j of a batch entry is then key
      * j % page_size of page page_table[j / page_size], and k, v, k_scale and v_scale are
      * (pages, num_kv_heads, page_size, ...), their stride from page to page in batch[0]. */
-    struct fa_input page_table;
+    struct fa_array page_table;
     int64_t page_size; /* >= 1 with page_table */
 
     /* Packed sequences: nullable, int64 [batch + 1], contiguous, ascending from 0.  q, out, lse and
@@ -116,17 +109,17 @@ struct fa_attention_params {
 
     double scale; /* finite or not: multiplies <q_i, k_j> */
     double softcap; /* 0: none; else > 0 and finite */
-    struct fa_input bias; /* nullable; (batch..., num_heads, seqlen_q, seqlen_k) */
-    struct fa_input alibi_slopes; /* nullable; float64 (batch..., num_heads) */
-    struct fa_input sinks; /* nullable; float64 (num_heads,); softmax over keys only */
+    struct fa_array bias; /* nullable; (batch..., num_heads, seqlen_q, seqlen_k) */
+    struct fa_array alibi_slopes; /* nullable; float64 (batch..., num_heads) */
+    struct fa_array sinks; /* nullable; float64 (num_heads,); softmax over keys only */
 
-    struct fa_input mask; /* nullable; one byte each, non-zero = takes part;
+    struct fa_array mask; /* nullable; one byte each, non-zero = takes part;
                                    * (batch..., num_heads, seqlen_q, seqlen_k) */
-    struct fa_input kv_lengths; /* nullable; int64 (batch...), each 0 .. seqlen_k */
-    struct fa_input q_offset; /* nullable: bottom-right; int64 (batch...), |x| <= 2^60 */
-    struct fa_input
+    struct fa_array kv_lengths; /* nullable; int64 (batch...), each 0 .. seqlen_k */
+    struct fa_array q_offset; /* nullable: bottom-right; int64 (batch...), |x| <= 2^60 */
+    struct fa_array
         q_segment_ids; /* nullable, with k_segment_ids; int64 (batch..., seqlen_q) in row */
-    struct fa_input k_segment_ids; /* int64 (batch..., seqlen_k), its sequence axis in `row` */
+    struct fa_array k_segment_ids; /* int64 (batch..., seqlen_k), its sequence axis in `row` */
     bool causal; /* j <= i + q_offset */
     int64_t window_left; /* < 0: open; else i + q_offset - window_left <= j; <= 2^60 */
     int64_t window_right; /* < 0: open; else j <= i + q_offset + window_right; <= 2^60 */
@@ -153,20 +146,20 @@ static inline enum fa_dtype fa_lse_dtype(const struct fa_attention_params *param
  * dtype; its `out`, `lse`, `weighing` and `exact` are not used.  Nothing overlaps, but that rows of grad_bias may share memory. */
 struct fa_backward_params {
     struct fa_attention_params attention;
-    struct fa_input out; /* shape and dtype of q's result, `residual` included */
-    struct fa_input lse; /* (batch..., num_heads, seqlen_q), as the forward gave it */
-    struct fa_input grad_out; /* shape and dtype of out */
-    struct fa_input grad_lse; /* nullable; shape and dtype of lse */
-    struct fa_input weighing,
+    struct fa_array out; /* shape and dtype of q's result, `residual` included */
+    struct fa_array lse; /* (batch..., num_heads, seqlen_q), as the forward gave it */
+    struct fa_array grad_out; /* shape and dtype of out */
+    struct fa_array grad_lse; /* nullable; shape and dtype of lse */
+    struct fa_array weighing,
         exact; /* nullable, each by itself: what the forward pass wrote there */
-    struct fa_output grad_q; /* nullable; shape of q */
-    struct fa_output grad_k; /* nullable; shape of k at its full batch shape */
-    struct fa_output grad_v; /* nullable; likewise */
+    struct fa_array grad_q; /* nullable; shape of q */
+    struct fa_array grad_k; /* nullable; shape of k at its full batch shape */
+    struct fa_array grad_v; /* nullable; likewise */
     enum fa_dtype grad_dtype; /* of these three: dtype, or FA_F32 beside 16-bit inputs */
-    struct fa_output
+    struct fa_array
         grad_bias; /* nullable; shape of bias, zero strides where it is broadcast; 0 at first */
     enum fa_dtype grad_bias_dtype; /* FA_F64 for FA_F64, else that or FA_F32 */
-    struct fa_output
+    struct fa_array
         sink_terms; /* nullable; float64 (batch..., num_heads, seqlen_q): the gradient of a
                                 * head's sink is the sum over its rows */
 };

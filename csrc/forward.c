@@ -307,12 +307,11 @@ static enum fa_stored store_row(const struct fa_forward *forward, const struct f
 static char *weighing_of(const struct fa_forward *forward, const struct fa_head *head, int64_t row)
 {
     const struct fa_geometry *g = forward->geometry;
-    const struct fa_output *to = &g->params->weighing;
+    const struct fa_array *to = &g->params->weighing;
     if (head->weighing == NULL) {
         return NULL;
     }
-    char *weighing =
-        head->weighing + fa_row_member(g, row) * to->head + fa_row_token(g, row) * to->row;
+    char *weighing = head->weighing + fa_row_offset(g, to, row);
     if (!forward->keeps_weighing) {
         fa_forget_weighing(g, weighing);
         return NULL;
@@ -328,32 +327,30 @@ static void place_row(const struct fa_forward *forward, const struct fa_task *ta
     const struct fa_attention_params *p = g->params;
     const struct fa_head *head = &task->head;
     const int64_t row = task->first_row + r;
-    const int64_t token = fa_row_token(g, row), member = fa_row_member(g, row);
     result->row = (size_t)r;
     result->columns = NULL;
     result->choose = false;
-    result->out =
-        head->out + member * p->out.head + token * p->out.row + task->first_col * p->out.col;
+    result->out = head->out + fa_row_offset(g, &p->out, row) + task->first_col * p->out.col;
     if (head->residual != NULL) {
-        result->residual = head->residual + member * p->residual.head + token * p->residual.row +
+        result->residual = head->residual + fa_row_offset(g, &p->residual, row) +
                            task->first_col * p->residual.col;
     }
     if (head->sinks != NULL) {
-        memcpy(&result->sink, head->sinks + member * p->sinks.head, sizeof result->sink);
-        result->sink *= FA_LOG2_E;
+        const char *sink = head->sinks + fa_row_offset(g, &p->sinks, row);
+        result->sink = fa_read_number(sink, sizeof(double)) * FA_LOG2_E;
     }
     if (head->exact != NULL) {
-        result->exact = head->exact + member * p->exact.head + token * p->exact.row +
-                        task->first_col * p->exact.col;
+        result->exact =
+            head->exact + fa_row_offset(g, &p->exact, row) + task->first_col * p->exact.col;
     }
     result->lse = NULL;
     result->weighing = NULL;
     if (of_softmax) {
-        result->lse = head->lse + member * p->lse.head + token * p->lse.row;
+        result->lse = head->lse + fa_row_offset(g, &p->lse, row);
         result->weighing = weighing_of(forward, head, row);
     }
     if (head->alibi_slopes != NULL) {
-        result->doubt = fa_head_doubt(head, member);
+        result->doubt = fa_head_doubt(head, fa_row_member(g, row));
     }
 }
 

@@ -174,50 +174,15 @@ void fa_geometry_choose(struct fa_geometry *geometry, const int64_t *heads, int6
     geometry->block_q = choose_block_q(geometry);
 }
 
-static int64_t read_int64(const char *p)
+/* Where head `head`, row `row` of a batch entry begins whose coordinates are in `at`; NULL stays NULL. */
+static char *locate(const struct fa_array *array, const int64_t *at, int64_t ndim, int64_t head,
+                    int64_t row)
 {
-    int64_t x;
-    memcpy(&x, p, sizeof x);
-    return x;
-}
-
-/* data + the offset of a batch entry whose coordinates are in `at`; NULL stays NULL. */
-static const char *locate(const struct fa_input *input, const int64_t *at, int64_t ndim)
-{
-    const char *p = input->data;
+    char *p = array->data;
     for (int64_t i = 0; p != NULL && i < ndim; i++) {
-        p += at[i] * input->batch[i];
+        p += at[i] * array->batch[i];
     }
-    return p;
-}
-
-static char *locate_output(const struct fa_output *output, const int64_t *at, int64_t ndim)
-{
-    char *p = output->data;
-    for (int64_t i = 0; p != NULL && i < ndim; i++) {
-        p += at[i] * output->batch[i];
-    }
-    return p;
-}
-
-static const char *skip_heads(const char *p, int64_t heads, const struct fa_input *input)
-{
-    return p == NULL ? NULL : p + heads * input->head;
-}
-
-static char *skip_output_heads(char *p, int64_t heads, const struct fa_output *output)
-{
-    return p == NULL ? NULL : p + heads * output->head;
-}
-
-static const char *skip_rows(const char *p, int64_t rows, int64_t stride)
-{
-    return p == NULL ? NULL : p + rows * stride;
-}
-
-static char *skip_output_rows(char *p, int64_t rows, int64_t stride)
-{
-    return p == NULL ? NULL : p + rows * stride;
+    return p == NULL ? NULL : p + head * array->head + row * array->row;
 }
 
 struct fa_head_place fa_head_place(const struct fa_geometry *geometry, int64_t index)
@@ -245,6 +210,26 @@ int64_t fa_entry_offset(const struct fa_geometry *geometry, int64_t entry, const
     return offset;
 }
 
+char *fa_array_of(const struct fa_geometry *geometry, const struct fa_array *array,
+                  int64_t head_index, bool of_keys)
+{
+    const struct fa_attention_params *p = geometry->params;
+    const struct fa_head_place place = fa_head_place(geometry, head_index);
+    const int64_t *starts = of_keys ? p->k_starts : p->q_starts;
+    const int64_t head = of_keys ? place.kv_head : place.first_head;
+    return array->data == NULL
+               ? NULL
+               : (char *)array->data + fa_entry_offset(geometry, place.entry, array->batch) +
+                     head * array->head + (starts == NULL ? 0 : starts[place.entry] * array->row);
+}
+
+char *fa_row_of(const struct fa_geometry *geometry, const struct fa_array *array,
+                int64_t head_index, int64_t row)
+{
+    char *data = fa_array_of(geometry, array, head_index, false);
+    return data == NULL ? NULL : data + fa_row_offset(geometry, array, row);
+}
+
 void fa_head_init(struct fa_head *head, const struct fa_geometry *geometry, int64_t index)
 {
     const struct fa_attention_params *p = geometry->params;
@@ -259,49 +244,39 @@ void fa_head_init(struct fa_head *head, const struct fa_geometry *geometry, int6
         at[i] = rest % p->batch_shape[i];
         rest /= p->batch_shape[i];
     }
+    const int64_t q_start = p->q_starts == NULL ? 0 : p->q_starts[entry];
+    const int64_t k_start = p->k_starts == NULL ? 0 : p->k_starts[entry];
     const bool paged = p->page_table.data != NULL;
     const int64_t kv_ndim = paged ? 0 : n; /* pages have no batch axis of their own */
     *head = (struct fa_head){
         .geometry = geometry,
         .entry = entry,
         .first_head = first_head,
-        .q = skip_heads(locate(&p->q, at, n), first_head, &p->q),
-        .k = skip_heads(locate(&p->k, at, kv_ndim), kv_head, &p->k),
-        .v = skip_heads(locate(&p->v, at, kv_ndim), kv_head, &p->v),
-        .k_scale = skip_heads(locate(&p->k_scale, at, kv_ndim), kv_head, &p->k_scale),
-        .v_scale = skip_heads(locate(&p->v_scale, at, kv_ndim), kv_head, &p->v_scale),
-        .page_table = locate(&p->page_table, at, n),
-        .bias = skip_heads(locate(&p->bias, at, n), first_head, &p->bias),
-        .mask = skip_heads(locate(&p->mask, at, n), first_head, &p->mask),
-        .residual = skip_heads(locate(&p->residual, at, n), first_head, &p->residual),
-        .alibi_slopes = skip_heads(locate(&p->alibi_slopes, at, n), first_head, &p->alibi_slopes),
-        .sinks = skip_heads(p->sinks.data, first_head, &p->sinks),
-        .q_segment_ids = locate(&p->q_segment_ids, at, n),
-        .k_segment_ids = locate(&p->k_segment_ids, at, n),
-        .out = skip_output_heads(locate_output(&p->out, at, n), first_head, &p->out),
-        .lse = skip_output_heads(locate_output(&p->lse, at, n), first_head, &p->lse),
-        .weighing = skip_output_heads(locate_output(&p->weighing, at, n), first_head, &p->weighing),
-        .exact = skip_output_heads(locate_output(&p->exact, at, n), first_head, &p->exact),
+        .q = locate(&p->q, at, n, first_head, q_start),
+        .k = locate(&p->k, at, kv_ndim, kv_head, k_start),
+        .v = locate(&p->v, at, kv_ndim, kv_head, k_start),
+        .k_scale = locate(&p->k_scale, at, kv_ndim, kv_head, 0),
+        .v_scale = locate(&p->v_scale, at, kv_ndim, kv_head, 0),
+        .page_table = locate(&p->page_table, at, n, 0, 0),
+        .bias = locate(&p->bias, at, n, first_head, 0),
+        .mask = locate(&p->mask, at, n, first_head, 0),
+        .residual = locate(&p->residual, at, n, first_head, q_start),
+        .alibi_slopes = locate(&p->alibi_slopes, at, n, first_head, 0),
+        .sinks = locate(&p->sinks, at, 0, first_head, 0),
+        .q_segment_ids = locate(&p->q_segment_ids, at, n, 0, 0),
+        .k_segment_ids = locate(&p->k_segment_ids, at, n, 0, 0),
+        .out = locate(&p->out, at, n, first_head, q_start),
+        .lse = locate(&p->lse, at, n, first_head, q_start),
+        .weighing = locate(&p->weighing, at, n, first_head, q_start),
+        .exact = locate(&p->exact, at, n, first_head, q_start),
     };
-    if (p->q_starts != NULL) {
-        const int64_t start = p->q_starts[entry];
-        head->q = skip_rows(head->q, start, p->q.row);
-        head->residual = skip_rows(head->residual, start, p->residual.row);
-        head->out = skip_output_rows(head->out, start, p->out.row);
-        head->lse = skip_output_rows(head->lse, start, p->lse.row);
-        head->weighing = skip_output_rows(head->weighing, start, p->weighing.row);
-        head->exact = skip_output_rows(head->exact, start, p->exact.row);
-    }
-    if (p->k_starts != NULL) {
-        head->k = skip_rows(head->k, p->k_starts[entry], p->k.row);
-        head->v = skip_rows(head->v, p->k_starts[entry], p->v.row);
-    }
-    const char *length = locate(&p->kv_lengths, at, n), *offset = locate(&p->q_offset, at, n);
+    const char *length = locate(&p->kv_lengths, at, n, 0, 0);
+    const char *offset = locate(&p->q_offset, at, n, 0, 0);
     const int64_t seqlen_q = length_of(p->q_starts, entry, p->seqlen_q);
     head->rows = seqlen_q * geometry->stacked;
     head->kv_length =
-        length == NULL ? length_of(p->k_starts, entry, p->seqlen_k) : read_int64(length);
-    head->q_offset = offset == NULL ? head->kv_length - seqlen_q : read_int64(offset);
+        length == NULL ? length_of(p->k_starts, entry, p->seqlen_k) : fa_read_int64(length);
+    head->q_offset = offset == NULL ? head->kv_length - seqlen_q : fa_read_int64(offset);
     FA_ASSERT(head->kv_length >= 0 && head->kv_length <= p->seqlen_k);
 }
 

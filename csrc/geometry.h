@@ -93,6 +93,14 @@ struct fa_head_place {
 struct fa_head_place fa_head_place(const struct fa_geometry *geometry, int64_t index);
 int64_t fa_entry_offset(const struct fa_geometry *geometry, int64_t entry, const int64_t *batch);
 
+/* Where an array's part for a head begins, of its first query head, or of its key head; NULL stays NULL. */
+char *fa_array_of(const struct fa_geometry *geometry, const struct fa_array *array,
+                  int64_t head_index, bool of_keys);
+
+/* Where a row of a head begins in an array of queries; NULL stays NULL. */
+char *fa_row_of(const struct fa_geometry *geometry, const struct fa_array *array,
+                int64_t head_index, int64_t row);
+
 /* Row r of a head is token r / stacked of the stacked query head r % stacked, or the token that was chosen.  Asked
  * for every row of every tile: most calls stack nothing, and need no division. */
 static inline int64_t fa_row_token(const struct fa_geometry *geometry, int64_t row)
@@ -106,6 +114,21 @@ static inline int64_t fa_row_token(const struct fa_geometry *geometry, int64_t r
 static inline int64_t fa_row_member(const struct fa_geometry *geometry, int64_t row)
 {
     return geometry->stacked == 1 ? 0 : row % geometry->stacked;
+}
+
+/* Bytes from a head's part of an array to a row of it: of its token and of the stacked head that it is of. */
+static inline int64_t fa_row_offset(const struct fa_geometry *geometry,
+                                    const struct fa_array *array, int64_t row)
+{
+    return fa_row_member(geometry, row) * array->head + fa_row_token(geometry, row) * array->row;
+}
+
+/* Numbers of any alignment. */
+static inline int64_t fa_read_int64(const char *p)
+{
+    int64_t x;
+    memcpy(&x, p, sizeof x);
+    return x;
 }
 
 /* A number of float32 or float64, in `size` bytes of any alignment. */

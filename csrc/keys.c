@@ -3,15 +3,8 @@
 #include <math.h>
 #include <string.h>
 
-static int64_t read_page(const char *p)
-{
-    int64_t page;
-    memcpy(&page, p, sizeof page);
-    return page;
-}
-
 /* Where elements (key, first column) of keys [first, first + keys) lie: side by side, or page by page. */
-static void locate_rows(const struct fa_head *head, const char *data, const struct fa_input *in,
+static void locate_rows(const struct fa_head *head, const char *data, const struct fa_array *in,
                         int64_t first, int64_t keys, const char **row)
 {
     const struct fa_attention_params *p = head->geometry->params;
@@ -24,7 +17,7 @@ static void locate_rows(const struct fa_head *head, const char *data, const stru
     }
     int64_t page = first / p->page_size, slot = first % p->page_size;
     for (int64_t j = 0; j < keys; page++, slot = 0) {
-        const int64_t number = read_page(head->page_table + page * p->page_table.row);
+        const int64_t number = fa_read_int64(head->page_table + page * p->page_table.row);
         for (; slot < p->page_size && j < keys; slot++, j++) {
             row[j] = data + number * in->batch[0] + slot * in->row;
         }
@@ -33,7 +26,7 @@ static void locate_rows(const struct fa_head *head, const char *data, const stru
 
 /* Read the scales of the same keys, 0 up to a whole panel; NULL where there are none.  `row` is scratch. */
 static const float *read_scales(const struct fa_head *head, const char *data,
-                                const struct fa_input *in, int64_t first, int64_t keys,
+                                const struct fa_array *in, int64_t first, int64_t keys,
                                 const char **row, float *scale)
 {
     if (data == NULL) {

@@ -25,13 +25,6 @@ static void match_segments(uint8_t *dst, const int64_t *segments, int64_t segmen
     }
 }
 
-static int64_t read_segment(const char *p)
-{
-    int64_t x;
-    memcpy(&x, p, sizeof x);
-    return x;
-}
-
 /* The block's segment ids into ws->segments, and their range.  The tiles of a block share them. */
 static void load_segments(const struct fa_head *head, struct fa_workspace *ws, int64_t block_key)
 {
@@ -42,9 +35,9 @@ static void load_segments(const struct fa_head *head, struct fa_workspace *ws, i
     if (ws->segments_loaded == ids) {
         return;
     }
-    struct fa_segment_range range = {.lo = read_segment(ids), .hi = read_segment(ids)};
+    struct fa_segment_range range = {.lo = fa_read_int64(ids), .hi = fa_read_int64(ids)};
     for (int64_t j = 0; j < keys; j++) {
-        ws->segments[j] = read_segment(ids + j * stride);
+        ws->segments[j] = fa_read_int64(ids + j * stride);
         range.lo = fa_min(range.lo, ws->segments[j]);
         range.hi = fa_max(range.hi, ws->segments[j]);
     }
@@ -59,7 +52,7 @@ static struct fa_segment_range query_segments(const struct fa_tile *tile)
     struct fa_segment_range range = {.lo = INT64_MAX, .hi = INT64_MIN};
     for (int64_t r = 0; r < tile->rows; r++) {
         const int64_t token = fa_row_token(g, tile->first_row + r);
-        const int64_t segment = read_segment(tile->head->q_segment_ids + token * stride);
+        const int64_t segment = fa_read_int64(tile->head->q_segment_ids + token * stride);
         range.lo = fa_min(range.lo, segment);
         range.hi = fa_max(range.hi, segment);
     }
@@ -94,17 +87,17 @@ static bool gather_mask(struct fa_tile *tile, struct fa_workspace *ws, bool use_
 
     for (int64_t r = 0; r < tile->rows; r++) {
         const int64_t row = tile->first_row + r;
-        const int64_t token = fa_row_token(g, row), member = fa_row_member(g, row);
+        const int64_t token = fa_row_token(g, row);
         uint8_t *bytes = ws->mask + r * g->block_k;
         if (head->mask != NULL) {
             const char *src =
-                head->mask + member * p->mask.head + token * p->mask.row + first_key * p->mask.col;
+                head->mask + fa_row_offset(g, &p->mask, row) + first_key * p->mask.col;
             copy_mask_row(bytes, src, p->mask.col, tile->keys);
         } else {
             memset(bytes, 1, (size_t)tile->keys);
         }
         if (use_segments) {
-            int64_t segment = read_segment(head->q_segment_ids + token * p->q_segment_ids.row);
+            int64_t segment = fa_read_int64(head->q_segment_ids + token * p->q_segment_ids.row);
             match_segments(bytes, ws->segments + tile->begin, segment, tile->keys);
         }
         for (int64_t j = 0; j < tile->keys; j++) {
@@ -175,13 +168,6 @@ struct fa_key_range fa_group_keys(const struct fa_tile *tile, int64_t r)
     return keys;
 }
 
-static double read_double(const char *p)
-{
-    double x;
-    memcpy(&x, p, sizeof x);
-    return x;
-}
-
 /* From <q, k> to what softcap or the softmax takes. */
 static double score_factor(const struct fa_attention_params *p)
 {
@@ -237,7 +223,7 @@ struct fa_doubt fa_head_doubt(const struct fa_head *head, int64_t member)
     const struct fa_attention_params *p = head->geometry->params;
     double slope = 0;
     if (head->alibi_slopes != NULL) {
-        slope = read_double(head->alibi_slopes + member * p->alibi_slopes.head);
+        slope = fa_read_number(head->alibi_slopes + member * p->alibi_slopes.head, sizeof(double));
     }
     if (head->geometry->ops->size == sizeof(double) || (head->bias == NULL && slope == 0)) {
         return (struct fa_doubt){.from = INFINITY, .to = INFINITY};
@@ -277,7 +263,7 @@ void fa_load_rows(const struct fa_head *head, struct fa_workspace *ws, int64_t f
         const int64_t count = fa_min(FA_MAX_TILE_Q, rows - r);
         for (int64_t i = 0; i < count; i++) {
             const int64_t row = first_row + r + i;
-            src[i] = head->q + fa_row_member(g, row) * p->q.head + fa_row_token(g, row) * p->q.row;
+            src[i] = head->q + fa_row_offset(g, &p->q, row);
         }
         ws->rows_ordinary &=
             g->engine->load_rows(ws->q + r * g->depth * (int64_t)g->ops->size, (size_t)count,
@@ -300,12 +286,12 @@ static void edit_row(const struct fa_tile *tile, const struct fa_workspace *ws, 
     char *scores = row_scores + first * (int64_t)g->ops->size;
 
     if (head->bias != NULL) {
-        const char *bias =
-            head->bias + member * p->bias.head + token * p->bias.row + first_key * p->bias.col;
+        const char *bias = head->bias + fa_row_offset(g, &p->bias, row) + first_key * p->bias.col;
         g->ops->add_bias(scores, (size_t)live, bias, p->bias.col, p->bias_dtype);
     }
     if (head->alibi_slopes != NULL) {
-        double slope = read_double(head->alibi_slopes + member * p->alibi_slopes.head);
+        double slope =
+            fa_read_number(head->alibi_slopes + member * p->alibi_slopes.head, sizeof(double));
         int64_t distance = token + head->q_offset - first_key;
         g->ops->add_alibi(scores, (size_t)columns, slope * FA_LOG2_E, distance);
     }
@@ -324,7 +310,7 @@ void fa_want_bias(const struct fa_head *head, struct fa_workspace *ws, int64_t f
                   int64_t rows, int64_t block_key)
 {
     const struct fa_geometry *g = head->geometry;
-    const struct fa_input *bias = &g->params->bias;
+    const struct fa_array *bias = &g->params->bias;
     const int64_t size = fa_dtype_size(g->params->bias_dtype);
     ws->wanted = (struct fa_wanted){0};
     if (head->bias == NULL || bias->row == 0 || bias->col != size || rows <= 0) {
@@ -335,8 +321,7 @@ void fa_want_bias(const struct fa_head *head, struct fa_workspace *ws, int64_t f
     ws->wanted.bytes = (size_t)(fa_max(0, fa_min(g->block_k, end - block_key)) * size);
     for (int64_t r = 0; r < rows; r++) {
         const int64_t row = first_row + r;
-        ws->wanted.row[r] = head->bias + fa_row_member(g, row) * bias->head +
-                            fa_row_token(g, row) * bias->row + block_key * size;
+        ws->wanted.row[r] = head->bias + fa_row_offset(g, bias, row) + block_key * size;
     }
 }
 

@@ -84,7 +84,7 @@ cdef inline int64_t next_stride(
 
 
 cdef Py_buffer *read_array(
-    fa_input *to, views *held, const char *name, object array, const axes *has, int64_t itemsize,
+    fa_array *to, views *held, const char *name, object array, const axes *has, int64_t itemsize,
     int flags,
 ) except NULL:
     """Point `to` at an array with the axes (batch..., head, row, col) of `has`, and no others.
@@ -107,7 +107,7 @@ cdef Py_buffer *read_array(
 
 
 cdef int read_input(
-    fa_input *to, views *held, const char *name, object array, const axes *has, int64_t itemsize
+    fa_array *to, views *held, const char *name, object array, const axes *has, int64_t itemsize
 ) except -1:
     if array is not None:
         read_array(to, held, name, array, has, itemsize, PyBUF_STRIDES)
@@ -115,7 +115,7 @@ cdef int read_input(
 
 
 cdef int read_typed(
-    fa_input *to, fa_dtype *dtype, views *held, const char *name, object array, const axes *has
+    fa_array *to, fa_dtype *dtype, views *held, const char *name, object array, const axes *has
 ) except -1:
     """Like `read_input`, of an array whose dtype is its own."""
     cdef Py_buffer *view = read_array(
@@ -139,17 +139,10 @@ cdef int read_typed(
 
 
 cdef int read_output(
-    fa_output *to, views *held, const char *name, object array, const axes *has, int64_t itemsize
+    fa_array *to, views *held, const char *name, object array, const axes *has, int64_t itemsize
 ) except -1:
-    cdef fa_input place
-    if array is None:
-        return 0
-    to.data = read_array(&place, held, name, array, has, itemsize, PyBUF_STRIDED).buf
-    for i in range(has.batch_ndim):
-        to.batch[i] = place.batch[i]
-    to.head = place.head
-    to.row = place.row
-    to.col = place.col
+    if array is not None:
+        read_array(to, held, name, array, has, itemsize, PyBUF_STRIDED)
     return 0
 
 

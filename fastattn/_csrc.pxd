@@ -26,12 +26,7 @@ cdef extern from "fastattn.h" nogil:
         FA_SOFTMAX_KEYS
         FA_SOFTMAX_QUERIES
 
-    struct fa_input:
-        const void *data
-        int64_t batch[FA_MAX_BATCH_DIMS]
-        int64_t head, row, col
-
-    struct fa_output:
+    struct fa_array:
         void *data
         int64_t batch[FA_MAX_BATCH_DIMS]
         int64_t head, row, col
@@ -46,17 +41,17 @@ cdef extern from "fastattn.h" nogil:
         int64_t num_heads, num_kv_heads
         int64_t seqlen_q, seqlen_k
         int64_t head_dim, head_dim_v
-        fa_input q, k, v, k_scale, v_scale
-        fa_output out, lse
-        fa_input residual
-        fa_output weighing, exact
-        fa_input page_table
+        fa_array q, k, v, k_scale, v_scale
+        fa_array out, lse
+        fa_array residual
+        fa_array weighing, exact
+        fa_array page_table
         int64_t page_size
         const int64_t *q_starts
         const int64_t *k_starts
         double scale, softcap
-        fa_input bias, alibi_slopes, sinks
-        fa_input mask, kv_lengths, q_offset, q_segment_ids, k_segment_ids
+        fa_array bias, alibi_slopes, sinks
+        fa_array mask, kv_lengths, q_offset, q_segment_ids, k_segment_ids
         bint causal
         int64_t window_left, window_right
         double dropout_p
@@ -67,13 +62,13 @@ cdef extern from "fastattn.h" nogil:
 
     struct fa_backward_params:
         fa_attention_params attention
-        fa_input out, lse, grad_out, grad_lse
-        fa_input weighing, exact
-        fa_output grad_q, grad_k, grad_v
+        fa_array out, lse, grad_out, grad_lse
+        fa_array weighing, exact
+        fa_array grad_q, grad_k, grad_v
         fa_dtype grad_dtype
-        fa_output grad_bias
+        fa_array grad_bias
         fa_dtype grad_bias_dtype
-        fa_output sink_terms
+        fa_array sink_terms
 
     enum fa_weights_form:
         FA_WEIGHTS_EACH

@@ -425,27 +425,18 @@ struct problem {
     struct fa_attention_params params;
 };
 
-static struct fa_input input_of(const struct array *a)
+static struct fa_array array_of(const struct array *a)
 {
-    struct fa_input input = {.data = a->data, .head = a->stride[1]};
-    input.batch[0] = a->stride[0];
-    input.row = a->stride[2];
-    input.col = a->stride[3];
-    return input;
-}
-
-static struct fa_output output_of(const struct array *a)
-{
-    struct fa_output output = {.data = a->data, .head = a->stride[1]};
-    output.batch[0] = a->stride[0];
-    output.row = a->stride[2];
-    output.col = a->stride[3];
-    return output;
+    struct fa_array array = {.data = a->data, .head = a->stride[1]};
+    array.batch[0] = a->stride[0];
+    array.row = a->stride[2];
+    array.col = a->stride[3];
+    return array;
 }
 
 /* Give the problem one operand, its values set except for results.  repeat > 1: every head stands for
  * that many. */
-static struct fa_input add_operand(struct problem *p, enum operand operand, enum layout layout,
+static struct fa_array add_operand(struct problem *p, enum operand operand, enum layout layout,
                                    enum kind kind, int64_t heads, int64_t rows, int64_t cols,
                                    int64_t repeat)
 {
@@ -462,7 +453,7 @@ static struct fa_input add_operand(struct problem *p, enum operand operand, enum
                         value_of(s, operand, kind, b, h / repeat, i, j));
         }
     }
-    struct fa_input input = input_of(a);
+    struct fa_array input = array_of(a);
     if (stored_once) {
         input.batch[0] = input.head = 0;
     }
@@ -509,13 +500,13 @@ static void problem_init(struct problem *p, const struct shape *s, enum fa_dtype
     };
     add_operand(p, OUT, layout, kind, s->heads, lq, dv, 1);
     add_operand(p, LSE, layout, lse_kind, s->heads, options & QUERIES ? lk : lq, 1, 1);
-    p->params.out = output_of(&p->arrays[OUT]);
-    p->params.lse = output_of(&p->arrays[LSE]);
+    p->params.out = array_of(&p->arrays[OUT]);
+    p->params.lse = array_of(&p->arrays[LSE]);
 
     const struct {
         unsigned option;
         enum operand operand;
-        struct fa_input *input;
+        struct fa_array *input;
         enum kind kind;
         int64_t heads, rows, cols;
     } optional[] = {
@@ -971,18 +962,12 @@ static void check_poisoned_row(struct tally *t, struct problem *p, struct result
     }
 }
 
-static struct fa_input rows_of_input(struct fa_input input, int64_t first)
+static struct fa_array rows_of(struct fa_array array, int64_t first)
 {
-    if (input.data != NULL) {
-        input.data = (const char *)input.data + first * input.row;
+    if (array.data != NULL) {
+        array.data = (char *)array.data + first * array.row;
     }
-    return input;
-}
-
-static struct fa_output rows_of_output(struct fa_output output, int64_t first)
-{
-    output.data = (char *)output.data + first * output.row;
-    return output;
+    return array;
 }
 
 /* Prefill in chunks of `length` rows. */
@@ -998,31 +983,25 @@ static void run_in_chunks(const struct problem *p, const struct fa_kernels *kern
                         (double)(q_offset(s, b) + first));
         }
         chunk.seqlen_q = s->seqlen_q - first < length ? s->seqlen_q - first : length;
-        chunk.q_offset = input_of(&offsets);
-        chunk.q = rows_of_input(chunk.q, first);
-        chunk.residual = rows_of_input(chunk.residual, first);
-        chunk.bias = rows_of_input(chunk.bias, first);
-        chunk.mask = rows_of_input(chunk.mask, first);
-        chunk.q_segment_ids = rows_of_input(chunk.q_segment_ids, first);
-        chunk.out = rows_of_output(chunk.out, first);
-        chunk.lse = rows_of_output(chunk.lse, first);
+        chunk.q_offset = array_of(&offsets);
+        chunk.q = rows_of(chunk.q, first);
+        chunk.residual = rows_of(chunk.residual, first);
+        chunk.bias = rows_of(chunk.bias, first);
+        chunk.mask = rows_of(chunk.mask, first);
+        chunk.q_segment_ids = rows_of(chunk.q_segment_ids, first);
+        chunk.out = rows_of(chunk.out, first);
+        chunk.lse = rows_of(chunk.lse, first);
         run(&chunk, kernels);
     }
     array_free(&offsets);
 }
 
-static struct fa_input entry_of_input(struct fa_input input, int64_t b)
+static struct fa_array entry_of(struct fa_array array, int64_t b)
 {
-    if (input.data != NULL) {
-        input.data = (const char *)input.data + b * input.batch[0];
+    if (array.data != NULL) {
+        array.data = (char *)array.data + b * array.batch[0];
     }
-    return input;
-}
-
-static struct fa_output entry_of_output(struct fa_output output, int64_t b)
-{
-    output.data = (char *)output.data + b * output.batch[0];
-    return output;
+    return array;
 }
 
 /* Batch entries one by one. */
@@ -1030,7 +1009,7 @@ static void run_by_entry(const struct problem *p, const struct fa_kernels *kerne
 {
     for (int64_t b = 0; b < p->shape->batch; b++) {
         struct fa_attention_params entry = p->params;
-        struct fa_input *const inputs[] = {
+        struct fa_array *const inputs[] = {
             &entry.q,
             &entry.k,
             &entry.v,
@@ -1046,11 +1025,11 @@ static void run_by_entry(const struct problem *p, const struct fa_kernels *kerne
         };
         for (size_t x = 0; x < LENGTH(inputs); x++) {
             if (inputs[x] != &entry.sinks) { /* one for all entries */
-                *inputs[x] = entry_of_input(*inputs[x], b);
+                *inputs[x] = entry_of(*inputs[x], b);
             }
         }
-        entry.out = entry_of_output(entry.out, b);
-        entry.lse = entry_of_output(entry.lse, b);
+        entry.out = entry_of(entry.out, b);
+        entry.lse = entry_of(entry.lse, b);
         entry.batch_ndim = 0;
         run(&entry, kernels);
     }
@@ -1065,7 +1044,7 @@ static void run_in_place(struct problem *p, const struct fa_kernels *kernels)
         memcpy(element(out, b, h, i, j), element(residual, b, h, i, j), kind_size[p->kind]);
     }
     struct fa_attention_params params = p->params;
-    params.residual = input_of(out);
+    params.residual = array_of(out);
     run(&params, kernels);
 }
 
@@ -1137,14 +1116,14 @@ static struct result run_backward(struct problem *p, const struct fa_kernels *ke
     memset(p->arrays[GRAD_BIAS].memory, 0, p->arrays[GRAD_BIAS].bytes);
     const struct fa_backward_params params = {
         .attention = attention,
-        .out = input_of(&p->arrays[OUT]),
-        .lse = input_of(&p->arrays[LSE]),
-        .grad_out = input_of(&p->arrays[GRAD_OUT]),
-        .grad_q = output_of(&p->arrays[GRAD_Q]),
-        .grad_k = output_of(&p->arrays[GRAD_K]),
-        .grad_v = output_of(&p->arrays[GRAD_V]),
+        .out = array_of(&p->arrays[OUT]),
+        .lse = array_of(&p->arrays[LSE]),
+        .grad_out = array_of(&p->arrays[GRAD_OUT]),
+        .grad_q = array_of(&p->arrays[GRAD_Q]),
+        .grad_k = array_of(&p->arrays[GRAD_K]),
+        .grad_v = array_of(&p->arrays[GRAD_V]),
         .grad_dtype = attention.dtype,
-        .grad_bias = has_bias ? output_of(&p->arrays[GRAD_BIAS]) : (struct fa_output){0},
+        .grad_bias = has_bias ? array_of(&p->arrays[GRAD_BIAS]) : (struct fa_array){0},
         .grad_bias_dtype = attention.dtype,
     };
     const enum fa_status status = fa_attention_backward(&params, kernels);
@@ -1597,29 +1576,29 @@ static void stored_init(struct stored *s, enum placing placing, enum fa_dtype dt
         .window_left = -1,
         .window_right = -1,
         .num_threads = 1,
-        .q = input_of(&s->q),
-        .k = input_of(&s->k),
-        .v = input_of(&s->v),
-        .out = output_of(&s->out),
-        .lse = output_of(&s->lse),
+        .q = array_of(&s->q),
+        .k = array_of(&s->k),
+        .v = array_of(&s->v),
+        .out = array_of(&s->out),
+        .lse = array_of(&s->lse),
     };
     if (kv_dtype == FA_I8) {
-        s->params.k_scale = input_of(&s->k_scale);
-        s->params.v_scale = input_of(&s->v_scale);
+        s->params.k_scale = array_of(&s->k_scale);
+        s->params.v_scale = array_of(&s->v_scale);
     }
     if (packed) {
         s->params.q_starts = (const int64_t *)(const void *)s->starts[0].data;
         s->params.k_starts = (const int64_t *)(const void *)s->starts[1].data;
-        struct fa_input *const inputs[] = {&s->params.q, &s->params.k, &s->params.v};
+        struct fa_array *const inputs[] = {&s->params.q, &s->params.k, &s->params.v};
         for (size_t x = 0; x < LENGTH(inputs); x++) {
             inputs[x]->batch[0] = 0;
         }
         s->params.out.batch[0] = s->params.lse.batch[0] = 0;
     } else {
-        s->params.kv_lengths = input_of(&s->lengths);
+        s->params.kv_lengths = array_of(&s->lengths);
     }
     if (paged) {
-        s->params.page_table = input_of(&s->table);
+        s->params.page_table = array_of(&s->table);
         s->params.page_size = PAGE;
     }
 }
