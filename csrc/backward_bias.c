@@ -79,6 +79,31 @@ static bool owns_plane(const struct fa_geometry *g, const struct fa_array *bias,
     return true;
 }
 
+/* The next head in order that shares the plane of this one, whose owner begins the series; -1: there is none. */
+static int64_t next_head(const struct fa_geometry *g, const struct fa_array *bias, int64_t index)
+{
+    const struct fa_attention_params *p = g->params;
+    int64_t head = index % g->heads, entry = index / g->heads, rest = entry, apart = 1;
+    if (bias->head == 0) {
+        if (head + 1 < g->heads) {
+            return index + 1;
+        }
+        head = 0;
+    }
+    for (int64_t i = p->batch_ndim - 1; i >= 0; i--) {
+        const int64_t at = rest % p->batch_shape[i];
+        if (bias->batch[i] == 0) {
+            if (at + 1 < p->batch_shape[i]) {
+                return (entry + apart) * g->heads + head;
+            }
+            entry -= at * apart; /* from the start again, one further on an axis before */
+        }
+        rest /= p->batch_shape[i];
+        apart *= p->batch_shape[i];
+    }
+    return -1;
+}
+
 int64_t fa_backward_bias_tasks(const struct fa_backward *backward)
 {
     const struct fa_geometry *g = &backward->geometry;
@@ -305,8 +330,8 @@ void fa_backward_bias(struct fa_job *job, int64_t index, int thread)
     char *plane = plane_of(g, bias, owner);
     const struct part part = part_of(g, bias, index % parts);
     const struct sums sums = sums_of(b, &part, plane, thread);
-    for (int64_t i = owner; i < g->batch * g->heads; i++) {
-        if (plane_of(g, bias, i) == plane && !visit_head(job, thread, i, &part, &sums)) {
+    for (int64_t i = owner; i >= 0; i = next_head(g, bias, i)) {
+        if (!visit_head(job, thread, i, &part, &sums)) {
             return;
         }
     }

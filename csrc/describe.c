@@ -158,7 +158,8 @@ static enum fa_status describe(const struct fa_attention_params *params,
 {
     struct fa_geometry g;
     struct fa_plan tasks;
-    int64_t per_thread, total, part = 0;
+    struct fa_forward_bytes bytes;
+    int64_t per_thread, total, columns = 0;
     const struct fa_engine *engine = fa_attention_engine(params, kernels);
     if (!fa_has_results(params)) {
         return describe_nothing(params, kernels, plan);
@@ -171,16 +172,19 @@ static enum fa_status describe(const struct fa_attention_params *params,
         return status;
     }
     const int64_t num_tasks = tasks.num_tasks;
-    const bool by_splits = tasks.by_splits;
+    const bool counted = fa_forward_count(&g, &tasks, false, &bytes) &&
+                         fa_workspace_bytes(&g, &per_thread) && fa_plan_bytes(&g, &total);
     fa_plan_release(&tasks);
-    if (!fa_workspace_bytes(&g, &per_thread) || !fa_multiply(per_thread, g.num_threads, &total) ||
-        !fa_state_bytes(&g, g.block_q, &part) || !fa_multiply(part, num_tasks, &part)) {
+    if (!counted ||
+        (params->softmax_axis == FA_SOFTMAX_QUERIES && !fa_columns_bytes(&g, &columns))) {
         return FA_OVERFLOW;
     }
-    const int64_t heads = g.batch * g.heads;
-    total += by_splits ? part : 0;
-    if (params->softmax_axis == FA_SOFTMAX_QUERIES) {
-        total += 2 * heads * g.key_blocks * g.block_k * (int64_t)g.ops->size;
+    const int64_t more[] = {bytes.workspaces, bytes.given_back, bytes.parts, bytes.arrived,
+                            columns};
+    for (size_t i = 0; i < sizeof more / sizeof *more; i++) {
+        if (!fa_add_bytes(&total, more[i], 1)) {
+            return FA_OVERFLOW;
+        }
     }
     *plan = plan_of(&g, num_tasks);
     plan->workspace_bytes = total;

@@ -90,12 +90,12 @@ static void weigh_tile(const struct fa_forward *forward, const struct fa_tile *t
     const struct fa_engine *engine = g->engine;
     const int64_t size = (int64_t)g->ops->size;
     char *scores = fa_tile_score_data(tile, ws);
-    if (forward->col_max != NULL) {
+    if (forward->columns.col_max != NULL) {
         int64_t at =
             fa_column_offset(g, head_index, tile->block_key / g->block_k) + tile->begin * size;
         engine->weigh_columns(scores, (size_t)g->score_stride, (size_t)tile->rows,
-                              (size_t)tile->columns, forward->col_max + at,
-                              forward->col_inverse + at);
+                              (size_t)tile->columns, forward->columns.col_max + at,
+                              forward->columns.col_inverse + at);
         return;
     }
     /* In a cut tile only what some row of the group may see has been computed, and the rest weighs 0. */
@@ -185,7 +185,7 @@ static void attend_block(const struct fa_forward *forward, const struct fa_task 
                          struct fa_workspace *ws, int64_t block_key, int64_t keys)
 {
     const struct fa_geometry *g = forward->geometry;
-    const bool beside = g->engine->multiplies_beside && forward->col_max == NULL;
+    const bool beside = g->engine->multiplies_beside && forward->columns.col_max == NULL;
     struct block block = {.key = block_key, .keys = keys};
     struct fa_tile tile, next;
     int64_t r = 0;
@@ -260,8 +260,8 @@ static void give_back(struct fa_forward *forward, const struct fa_task *task, in
 {
     given_back_of(forward, task)[r] = (uint8_t)why;
     atomic_store_explicit(&forward->any_given_back, true, memory_order_relaxed);
-    if (forward->head_given_back != NULL) {
-        atomic_store_explicit(forward->head_given_back + task->head_index, true,
+    if (forward->columns.head_given_back != NULL) {
+        atomic_store_explicit(forward->columns.head_given_back + task->head_index, true,
                               memory_order_relaxed);
     }
 }
@@ -270,7 +270,7 @@ static void give_back(struct fa_forward *forward, const struct fa_task *task, in
 static uint8_t *columns_of(struct fa_forward *forward, const struct fa_task *task, int64_t r)
 {
     const struct fa_geometry *g = forward->geometry;
-    uint8_t *columns = atomic_load(&forward->columns), *none = NULL;
+    uint8_t *columns = atomic_load(&forward->elements_left), *none = NULL;
     if (columns == NULL) {
         int64_t rows, bytes = 0;
         if (fa_multiply(forward->plan.num_tasks, g->block_q, &rows) &&
@@ -282,7 +282,7 @@ static uint8_t *columns_of(struct fa_forward *forward, const struct fa_task *tas
             return NULL;
         }
         memset(columns, 0, (size_t)bytes);
-        if (!atomic_compare_exchange_strong(&forward->columns, &none, columns)) {
+        if (!atomic_compare_exchange_strong(&forward->elements_left, &none, columns)) {
             fa_release(columns);
             columns = none; /* another task was first */
         }
@@ -294,7 +294,7 @@ static enum fa_stored store_row(const struct fa_forward *forward, const struct f
                                 const struct fa_row_result *result)
 {
     const struct fa_geometry *g = forward->geometry;
-    if (forward->col_max != NULL) {
+    if (forward->columns.col_max != NULL) {
         if (!result->final && result->doubt.from < 0) {
             return FA_ROW_LEFT; /* a weight that seems to be 0 does not show that its column was given back */
         }
@@ -360,7 +360,8 @@ static void store_rows(struct fa_forward *forward, const struct fa_task *task,
 {
     const struct fa_geometry *g = forward->geometry;
     const struct fa_attention_params *p = g->params;
-    const bool has_lse = task->head.lse != NULL && task->first_col == 0 && forward->col_max == NULL;
+    const bool has_lse =
+        task->head.lse != NULL && task->first_col == 0 && forward->columns.col_max == NULL;
     struct fa_forward *first = forward->first;
     struct fa_row_result result = {
         .cols = (size_t)task->cols,
@@ -486,7 +487,7 @@ static void run_task(struct fa_job *job, int64_t index, int thread)
     if (forward->first != NULL && !keep_given_back(forward->first, &task)) {
         return;
     }
-    ws.look_at_acc = forward->col_max != NULL || forward->geometry->params->dropout_p > 0;
+    ws.look_at_acc = forward->columns.col_max != NULL || forward->geometry->params->dropout_p > 0;
     forward->geometry->engine->enter();
     fa_load_rows(&task.head, &ws, task.first_row, task.rows);
     if (forward->plan.by_splits) {
@@ -497,18 +498,38 @@ static void run_task(struct fa_job *job, int64_t index, int thread)
     forward->geometry->engine->leave();
 }
 
-/* The states of all tasks, where each has one split. */
-static enum fa_status allocate_parts(struct fa_forward *forward)
+/* Rows that float32 computes, and those of float64 whose values are as they are, may be given back. */
+static bool gives_back(const struct fa_geometry *g, bool again) { return !again && !g->widened; }
+
+bool fa_forward_count(const struct fa_geometry *geometry, const struct fa_plan *plan, bool again,
+                      struct fa_forward_bytes *bytes)
 {
-    const struct fa_geometry *g = forward->geometry;
-    int64_t total, counters = 0;
-    if (!fa_state_bytes(g, g->block_q, &forward->part_bytes) ||
-        !fa_multiply(forward->part_bytes, forward->plan.num_tasks, &total) ||
-        !fa_add_bytes(&counters, forward->plan.num_tasks, (int64_t)sizeof *forward->arrived)) {
-        return FA_OVERFLOW;
+    const struct fa_geometry *g = geometry;
+    int64_t per_thread, rows;
+    *bytes = (struct fa_forward_bytes){0};
+    if (!fa_workspace_bytes(g, &per_thread) ||
+        !fa_multiply(per_thread, g->num_threads, &bytes->workspaces) ||
+        !fa_multiply(plan->num_tasks, g->block_q, &rows)) {
+        return false;
     }
-    forward->parts = fa_allocate(total);
-    forward->arrived = fa_allocate(counters);
+    if (gives_back(g, again) && !fa_add_bytes(&bytes->given_back, rows, 1)) {
+        return false;
+    }
+    if (!plan->by_splits) {
+        return true;
+    }
+    return fa_state_bytes(g, g->block_q, &bytes->part) &&
+           fa_multiply(bytes->part, plan->num_tasks, &bytes->parts) &&
+           fa_add_bytes(&bytes->arrived, plan->num_tasks, (int64_t)sizeof(atomic_int));
+}
+
+/* The states of all tasks, where each has one split. */
+static enum fa_status allocate_parts(struct fa_forward *forward,
+                                     const struct fa_forward_bytes *bytes)
+{
+    forward->part_bytes = bytes->part;
+    forward->parts = fa_allocate(bytes->parts);
+    forward->arrived = fa_allocate(bytes->arrived);
     if (forward->parts == NULL || forward->arrived == NULL) {
         return FA_NO_MEMORY;
     }
@@ -518,43 +539,38 @@ static enum fa_status allocate_parts(struct fa_forward *forward)
     return FA_OK;
 }
 
-/* Room for the rows that a run may give back: all that float32 computes, and float64 whose values are as they are. */
-static enum fa_status allocate_given_back(struct fa_forward *forward)
-{
-    const struct fa_geometry *g = forward->geometry;
-    int64_t rows, bytes = 0;
-    if (forward->first != NULL || g->widened) {
-        return FA_OK;
-    }
-    if (!fa_multiply(forward->plan.num_tasks, g->block_q, &rows) ||
-        !fa_add_bytes(&bytes, rows, 1)) {
-        return FA_OVERFLOW;
-    }
-    forward->column_bytes = fa_ceil_div(g->block_dv, 8);
-    forward->given_back = fa_allocate(bytes);
-    if (forward->given_back == NULL) {
-        return FA_NO_MEMORY;
-    }
-    memset(forward->given_back, 0, (size_t)rows);
-    return FA_OK;
-}
-
 static enum fa_status allocate(struct fa_forward *forward)
 {
     const struct fa_geometry *g = forward->geometry;
-    int64_t per_thread, total;
-    if (!fa_workspace_bytes(g, &per_thread) || !fa_multiply(per_thread, g->num_threads, &total)) {
+    const bool again = forward->first != NULL;
+    enum fa_status status = FA_OK;
+    struct fa_forward_bytes bytes;
+    if (!fa_forward_count(g, &forward->plan, again, &bytes)) {
         return FA_OVERFLOW;
     }
-    forward->workspaces = fa_allocate(total);
+    forward->workspaces = fa_allocate(bytes.workspaces);
     if (forward->workspaces == NULL) {
         return FA_NO_MEMORY;
     }
-    enum fa_status status = allocate_given_back(forward);
-    if (status == FA_OK && g->params->softmax_axis == FA_SOFTMAX_QUERIES) {
-        status = fa_columns_allocate(forward);
+    if (gives_back(g, again)) {
+        forward->column_bytes = fa_ceil_div(g->block_dv, 8);
+        forward->given_back = fa_allocate(bytes.given_back);
+        if (forward->given_back == NULL) {
+            return FA_NO_MEMORY;
+        }
+        memset(forward->given_back, 0, (size_t)bytes.given_back);
     }
-    return status == FA_OK && forward->plan.by_splits ? allocate_parts(forward) : status;
+    if (g->params->softmax_axis == FA_SOFTMAX_QUERIES) {
+        forward->columns = (struct fa_columns){
+            .geometry = g,
+            .workspaces = forward->workspaces,
+            .gives_back = forward->given_back != NULL,
+            .keeps_weighing = forward->keeps_weighing,
+            .first = again ? &forward->first->columns : NULL,
+        };
+        status = fa_columns_allocate(&forward->columns);
+    }
+    return status == FA_OK && forward->plan.by_splits ? allocate_parts(forward, &bytes) : status;
 }
 
 static enum fa_status run_passes(struct fa_forward *forward)
@@ -567,7 +583,7 @@ static enum fa_status run_passes(struct fa_forward *forward)
         .poll_arg = g->params->poll_arg,
     };
     if (g->params->softmax_axis == FA_SOFTMAX_QUERIES) {
-        enum fa_status status = fa_column_softmax(forward, &job);
+        enum fa_status status = fa_column_softmax(&forward->columns);
         if (status != FA_OK) {
             return status;
         }
@@ -581,11 +597,11 @@ static enum fa_status run_passes(struct fa_forward *forward)
 static void release(struct fa_forward *forward)
 {
     fa_release(forward->workspaces);
-    fa_columns_release(forward);
+    fa_columns_release(&forward->columns);
     fa_release(forward->parts);
     fa_release(forward->arrived);
     fa_release(forward->given_back);
-    fa_release(forward->columns);
+    fa_release(forward->elements_left);
 }
 
 static enum fa_status run(struct fa_forward *forward)
@@ -647,7 +663,8 @@ static enum fa_status attend(const struct fa_attention_params *params,
     if (status == FA_OK) {
         status = run(&forward);
     }
-    if (status == FA_OK && atomic_load(&forward.any_given_back)) {
+    if (status == FA_OK &&
+        (atomic_load(&forward.any_given_back) || atomic_load(&forward.columns.any_given_back))) {
         status = run_again(&forward, kernels);
     }
     fa_plan_release(&forward.plan);

@@ -102,13 +102,20 @@ static enum fa_status number_tasks(struct fa_plan *plan)
     return FA_OK;
 }
 
+bool fa_plan_bytes(const struct fa_geometry *geometry, int64_t *bytes)
+{
+    int64_t numbers; /* entry, and first, which has one more */
+    *bytes = 0;
+    return fa_multiply(geometry->batch, 2, &numbers) &&
+           fa_add_bytes(bytes, numbers + 1, (int64_t)sizeof(int64_t));
+}
+
 enum fa_status fa_plan_init(struct fa_plan *plan, const struct fa_geometry *geometry)
 {
     const int64_t batch = geometry->batch;
     *plan = (struct fa_plan){.geometry = geometry};
-    int64_t numbers, bytes = 0;
-    if (!fa_multiply(batch, 2, &numbers) ||
-        !fa_add_bytes(&bytes, numbers + 1, (int64_t)sizeof *plan->entry)) {
+    int64_t bytes;
+    if (!fa_plan_bytes(geometry, &bytes)) {
         return FA_OVERFLOW;
     }
     plan->entry = fa_allocate(bytes);

@@ -23,6 +23,9 @@ struct fa_plan {
     int64_t *first;    /* [batch + 1]: the first task of each of them, then num_tasks */
 };
 
+/* Bytes that a plan takes.  False: they leave int64. */
+bool fa_plan_bytes(const struct fa_geometry *geometry, int64_t *bytes);
+
 /* FA_NO_MEMORY or FA_OVERFLOW if there is no plan; else fa_plan_release it. */
 enum fa_status fa_plan_init(struct fa_plan *plan, const struct fa_geometry *geometry);
 void fa_plan_release(struct fa_plan *plan);

@@ -25,7 +25,7 @@
 #include <string.h>
 
 #include "float_mode.h"
-#include "forward.h"
+#include "column_softmax.h"
 #include "keys.h"
 #include "scores.h"
 
@@ -53,7 +53,7 @@ struct weights {
     /* Rows that were given back, [batch * heads][rows], a row of a task for all that the task sums; NULL if none may be. */
     uint8_t *given_back;
     atomic_bool any_given_back;
-    struct fa_forward columns; /* softmax over the queries: statistics of all of them */
+    struct fa_columns columns; /* softmax over the queries: statistics of all of them */
     struct fa_geometry column_geometry;
     struct weights
         *first; /* NULL, or the run whose rows and columns of that kind this one computes */
@@ -297,7 +297,7 @@ static void use_tile(const struct weights *w, const struct task *task, const str
     const struct fa_geometry *g = &w->geometry;
     const int64_t group = fa_tile_group(tile);
     if (over_queries(w)) {
-        const struct fa_forward *columns = &w->columns;
+        const struct fa_columns *columns = &w->columns;
         const int64_t at = fa_column_offset(g, task->head_index, tile->block_key / g->block_k) +
                            tile->begin * (int64_t)g->ops->size;
         g->ops->column_weights(fa_tile_score_data(tile, &of->tile), (size_t)g->score_stride,
@@ -620,10 +620,10 @@ static enum fa_status allocate(struct weights *w)
         w->column_geometry = *g;
         w->column_geometry.rows = g->params->seqlen_q;
         w->column_geometry.chosen_rows = NULL;
-        w->columns = (struct fa_forward){
+        w->columns = (struct fa_columns){
             .geometry = &w->column_geometry,
             .workspaces = w->workspaces,
-            .given_back = w->given_back,
+            .gives_back = w->given_back != NULL,
             .first = w->first == NULL ? NULL : &w->first->columns,
         };
         status = fa_columns_allocate(&w->columns);
@@ -641,8 +641,7 @@ static enum fa_status run(struct weights *w)
     };
     enum fa_status status = allocate(w);
     if (status == FA_OK && over_queries(w)) {
-        job.context = &w->columns;
-        status = fa_column_softmax(&w->columns, &job);
+        status = fa_column_softmax(&w->columns);
     }
     if (status != FA_OK) {
         return status;
