@@ -20,12 +20,14 @@
  * A key block has one writer, a row's sums are added in order of key blocks within a group and of
  * groups: no atomics, and no bit depends on threads.  Memory beyond the gradients is the groups'
  * sums of grad_q, for num_threads + 1 heads at most. */
-#include "backward.h"
-
 #include <math.h>
 
+#include "backward_bias.h"
+#include "backward_rows.h"
+#include "backward_statistics.h"
+#include "backward_sums.h"
+#include "backward_tile.h"
 #include "float_mode.h"
-#include "keys.h"
 
 /* What rows of a key block are visited for. */
 enum purpose { EVERYTHING, GRAD_V, THE_REST };
@@ -424,35 +426,6 @@ static bool visit_key_block(struct fa_job *job, int thread, struct key_block *bl
         store_keys(b, block, &b->params->grad_v, ws->grad_v, b->padded_v, p->head_dim_v, 1);
     }
     return done;
-}
-
-int64_t fa_backward_members(const struct fa_geometry *g)
-{
-    const struct fa_attention_params *p = g->params;
-    return fa_over_queries(g) && p->num_heads > 0 ? p->num_heads / p->num_kv_heads : 1;
-}
-
-void fa_backward_leave(struct fa_backward *backward, int64_t head_index)
-{
-    if (backward->unit_left != NULL) {
-        const int64_t unit = head_index / fa_backward_members(&backward->geometry);
-        atomic_store_explicit(backward->unit_left + unit, true, memory_order_relaxed);
-        atomic_store_explicit(&backward->any_left, true, memory_order_relaxed);
-    }
-}
-
-bool fa_backward_is_stored(const struct fa_backward *backward, int64_t head_index)
-{
-    const int64_t unit = head_index / fa_backward_members(&backward->geometry);
-    return backward->first != NULL &&
-           !atomic_load_explicit(backward->first->unit_left + unit, memory_order_relaxed);
-}
-
-bool fa_backward_is_done(const struct fa_backward *backward, int64_t head_index)
-{
-    /* Softmax over the queries prepares the bias' gradient by the same tasks. */
-    return fa_backward_is_stored(backward, head_index) &&
-           !(fa_over_queries(&backward->geometry) && backward->params->grad_bias.data != NULL);
 }
 
 /* After the last group of a unit: grad_q of its heads. */

@@ -4,10 +4,12 @@
  * order all heads that read it: no two tasks write the same element, and every sum has one order.  Scores and
  * products with the values are computed once more, so this pass costs 2 products.
  */
+#include "backward_bias.h"
+
 #include <math.h>
 #include <string.h>
 
-#include "backward.h"
+#include "backward_tile.h"
 
 /* Rows of a part where the bias has one column: K and V of a key block are packed once for them. */
 #define PART_ROWS (4 * FA_BACKWARD_ROWS)

@@ -1,7 +1,9 @@
 /* Row by row: weighing and delta before the main pass, grad_q at the end of a head. */
+#include "backward_rows.h"
+
 #include <math.h>
 
-#include "backward.h"
+#include "backward_statistics.h"
 
 static double row_lse(const struct fa_backward *b, int64_t head_index, int64_t row)
 {

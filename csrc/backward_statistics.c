@@ -13,11 +13,11 @@
  *
  * So delta owes nothing to the rounding of `out`, and in a row of one weight grad_out v^T - delta
  * is exactly 0.  Each decision looks at one row alone. */
-#include <float.h>
+#include "backward_statistics.h"
+
 #include <math.h>
 
-#include "backward.h"
-#include "keys.h"
+#include "backward_tile.h"
 
 /* lse is exact enough where its rounding is at most SMALL_LSE u, or LARGE_LSE u among MANY
  * softmaxes, whose errors no gradient of a key or value then shows. */
@@ -110,14 +110,6 @@ void fa_statistics_add_sink(struct fa_statistics *of, double sink)
 double fa_sink_weight(const struct fa_statistics *of, double lse, double sink)
 {
     return of != NULL ? exp2(sink - of->top) / of->total : exp2(sink - lse * FA_LOG2_E);
-}
-
-double fa_round_real(const struct fa_geometry *g, double x)
-{
-    if (g->ops->size == sizeof x) {
-        return isfinite(x) ? fmin(fmax(x, -DBL_MAX), DBL_MAX) : x;
-    }
-    return isfinite(x) ? (double)(float)fmin(fmax(x, -(double)FLT_MAX), (double)FLT_MAX) : x;
 }
 
 static struct fa_weighing weighing_by_statistics(const struct fa_geometry *g,

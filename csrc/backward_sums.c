@@ -4,9 +4,9 @@
  * whose tasks are handed out next: no more than num_threads + 1.  Few buffers stay in cache and are mapped by the
  * kernel once; sums of all heads were 8 % of the time of (1, 12, 2048, 64) in page faults alone.
  */
-#include <pthread.h>
+#include "backward_sums.h"
 
-#include "backward.h"
+#include <pthread.h>
 
 struct unit {
     int slot;      /* -1: none */
