@@ -32,63 +32,51 @@ bool fa_backward_is_done(const struct fa_backward *backward, int64_t head_index)
            !(fa_over_queries(&backward->geometry) && backward->params->grad_bias.data != NULL);
 }
 
-static bool lay_out(const struct fa_backward *b, struct fa_backward_workspace *ws, char *base,
-                    int64_t *bytes)
+static void take_buffers(struct fa_memory *memory, const struct fa_backward *b,
+                         struct fa_backward_workspace *ws)
 {
     const struct fa_geometry *g = &b->geometry;
     const int64_t size = (int64_t)g->ops->size, rows = FA_BACKWARD_ROWS;
-    const struct {
-        char **to;
-        int64_t rows, cols;
-    } parts[] = {
-        {&ws->grad_out, rows, g->params->head_dim_v},
-        {&ws->q_panels, rows, b->padded_k},
-        {&ws->grad_out_panels, rows, b->padded_v},
-        {&ws->k_values, g->block_k, b->padded_k},
-        {&ws->weights, rows, g->score_stride},
-        {&ws->gradients, rows, g->score_stride},
-        {&ws->slope, g->params->softcap > 0 ? rows : 0, g->score_stride},
-        {&ws->head_grad_v, fa_over_queries(g) ? g->block_k : 0, b->padded_v},
-        {&ws->grad_k, g->block_k, b->padded_k},
-        {&ws->grad_v, g->block_k, b->padded_v},
-        /* Last: between the others they cost 4 % of the pass at head_dim 64 with vectors of 8. */
-        {&ws->row_products, rows, (int64_t)g->ops->vl},
-        {&ws->col_max, fa_over_queries(g) ? g->block_k : 0, 1},
-        {&ws->col_sum, fa_over_queries(g) ? g->block_k : 0, 1},
-        {&ws->value_products, fa_over_queries(g) ? (int64_t)g->engine->nr : 0,
-         (int64_t)g->engine->nr},
-    };
-    if (!fa_workspace_bytes(g, bytes)) {
-        return false;
-    }
-    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
-        int64_t elements;
-        *parts[i].to = base + *bytes;
-        if (!fa_multiply(parts[i].rows, parts[i].cols, &elements) ||
-            !fa_add_bytes(bytes, elements, size)) {
-            return false;
-        }
-    }
-    ws->row = (const char **)(void *)(base + *bytes);
-    return fa_add_bytes(bytes, rows, (int64_t)sizeof *ws->row);
+    const int64_t nr = (int64_t)g->engine->nr;
+    const bool over_queries = fa_over_queries(g);
+    fa_take_workspace(memory, g, &ws->tile);
+    ws->grad_out = fa_take(memory, rows, g->params->head_dim_v, size);
+    ws->q_panels = fa_take(memory, rows, b->padded_k, size);
+    ws->grad_out_panels = fa_take(memory, rows, b->padded_v, size);
+    ws->k_values = fa_take(memory, g->block_k, b->padded_k, size);
+    ws->weights = fa_take(memory, rows, g->score_stride, size);
+    ws->gradients = fa_take(memory, rows, g->score_stride, size);
+    ws->slope = fa_take(memory, g->params->softcap > 0 ? rows : 0, g->score_stride, size);
+    ws->head_grad_v = fa_take(memory, over_queries ? g->block_k : 0, b->padded_v, size);
+    ws->grad_k = fa_take(memory, g->block_k, b->padded_k, size);
+    ws->grad_v = fa_take(memory, g->block_k, b->padded_v, size);
+    /* Last: between the others they cost 4 % of the pass at head_dim 64 with vectors of 8. */
+    ws->row_products = fa_take(memory, rows, (int64_t)g->ops->vl, size);
+    ws->col_max = fa_take(memory, over_queries ? g->block_k : 0, 1, size);
+    ws->col_sum = fa_take(memory, over_queries ? g->block_k : 0, 1, size);
+    ws->value_products = fa_take(memory, over_queries ? nr : 0, nr, size);
+    ws->row = fa_take(memory, rows, 1, (int64_t)sizeof *ws->row);
 }
 
 bool fa_backward_workspace_bytes(struct fa_backward *backward)
 {
-    struct fa_backward_workspace ws;
-    return lay_out(backward, &ws, NULL, &backward->workspace_bytes);
+    struct fa_memory memory = {.ok = true};
+    struct fa_backward_workspace unused;
+    take_buffers(&memory, backward, &unused);
+    backward->workspace_bytes = memory.bytes;
+    return memory.ok;
 }
 
 struct fa_backward_workspace fa_backward_workspace_of(const struct fa_backward *backward,
                                                       int thread)
 {
     struct fa_backward_workspace ws;
-    char *base = backward->workspaces + thread * backward->workspace_bytes;
-    int64_t bytes;
-    bool ok = lay_out(backward, &ws, base, &bytes);
-    FA_ASSERT(ok);
-    (void)ok;
-    ws.tile = fa_workspace_of(&backward->geometry, base, 0);
+    struct fa_memory memory = {
+        .base = backward->workspaces + thread * backward->workspace_bytes,
+        .ok = true,
+    };
+    take_buffers(&memory, backward, &ws);
+    FA_ASSERT(memory.ok);
     return ws;
 }
 

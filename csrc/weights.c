@@ -88,39 +88,17 @@ static int64_t block_of(int64_t i, int64_t n, int64_t m) { return ((i + 1) * m -
 
 static int64_t block_begin(int64_t i, int64_t n, int64_t m) { return i * n / m; }
 
-static bool reserve(int64_t *bytes, int64_t *offset, int64_t count, int64_t size)
-{
-    *offset = *bytes;
-    return fa_add_bytes(bytes, count, size);
-}
-
-/* thread < 0: only count. */
-static bool lay_out(const struct weights *w, int thread, struct buffers *to, int64_t *bytes)
+/* A thread's buffers, or with memory->base NULL their bytes. */
+static void take_buffers(struct fa_memory *memory, const struct weights *w, struct buffers *to)
 {
     const struct fa_geometry *g = &w->geometry;
     const int64_t size = (int64_t)g->ops->size, own = w->shares == 1 && sums(w) ? w->together : 0;
-    int64_t top, total, factor, column_sums, cells, count;
-    if (!fa_workspace_bytes(g, bytes) ||
-        !reserve(bytes, &top, g->block_q, (int64_t)sizeof *to->top) ||
-        !reserve(bytes, &total, g->block_q, (int64_t)sizeof *to->total) ||
-        !reserve(bytes, &factor, g->block_q, size) ||
-        !reserve(bytes, &column_sums, g->block_k, size) ||
-        !fa_multiply(own, w->result_cols, &count) ||
-        !reserve(bytes, &cells, count, (int64_t)sizeof *to->cells)) {
-        return false;
-    }
-    if (thread >= 0) {
-        char *base = w->workspaces + thread * *bytes;
-        *to = (struct buffers){
-            .tile = fa_workspace_of(g, base, 0),
-            .top = (double *)(void *)(base + top),
-            .total = (double *)(void *)(base + total),
-            .factor = base + factor,
-            .column_sums = base + column_sums,
-            .cells = (double *)(void *)(base + cells),
-        };
-    }
-    return true;
+    fa_take_workspace(memory, g, &to->tile);
+    to->top = fa_take(memory, g->block_q, 1, (int64_t)sizeof *to->top);
+    to->total = fa_take(memory, g->block_q, 1, (int64_t)sizeof *to->total);
+    to->factor = fa_take(memory, g->block_q, 1, size);
+    to->column_sums = fa_take(memory, g->block_k, 1, size);
+    to->cells = fa_take(memory, own, w->result_cols, (int64_t)sizeof *to->cells);
 }
 
 /* --- first pass --------------------------------------------------------------------------------------------- */
@@ -509,11 +487,11 @@ static void run_task(struct fa_job *job, int64_t index, int thread)
 {
     struct weights *w = job->context;
     const struct fa_geometry *g = &w->geometry;
+    struct fa_memory memory = {.base = w->workspaces + thread * w->thread_bytes, .ok = true};
     struct buffers of;
     struct task task;
-    int64_t bytes;
     bool whole = true;
-    lay_out(w, thread, &of, &bytes);
+    take_buffers(&memory, w, &of);
     find_task(w, index, &of, &task);
     if (is_done(w, &task)) {
         return;
@@ -594,11 +572,13 @@ static enum fa_status allocate_parts(struct weights *w)
 static enum fa_status allocate(struct weights *w)
 {
     const struct fa_geometry *g = &w->geometry;
+    struct fa_memory counted = {.ok = true};
     struct buffers unused;
     int64_t total, rows, bytes = 0;
     enum fa_status status = FA_OK;
-    if (!lay_out(w, -1, &unused, &w->thread_bytes) ||
-        !fa_multiply(w->thread_bytes, g->num_threads, &total) ||
+    take_buffers(&counted, w, &unused);
+    w->thread_bytes = counted.bytes;
+    if (!counted.ok || !fa_multiply(w->thread_bytes, g->num_threads, &total) ||
         !fa_multiply(g->batch * g->heads, g->rows, &rows) || !fa_add_bytes(&bytes, rows, 1)) {
         return FA_OVERFLOW;
     }

@@ -2,122 +2,89 @@
 
 #include <stdlib.h>
 
-/* Reserve an array at the end of *total and say where it starts. */
-static bool reserve(int64_t *total, int64_t *offset, int64_t rows, int64_t cols, int64_t size)
+void *fa_take(struct fa_memory *memory, int64_t rows, int64_t cols, int64_t size)
 {
+    void *at = memory->base == NULL ? NULL : memory->base + memory->bytes;
     int64_t elements;
-    *offset = *total;
-    return fa_multiply(rows, cols, &elements) && fa_add_bytes(total, elements, size);
+    memory->ok = memory->ok && fa_multiply(rows, cols, &elements) &&
+                 fa_add_bytes(&memory->bytes, elements, size);
+    return at;
 }
 
-struct state_layout {
-    int64_t row_max, row_sum, acc;
-};
-
-static bool lay_out_state(const struct fa_geometry *g, int64_t rows, int64_t *total,
-                          struct state_layout *at)
+static struct fa_state take_state(struct fa_memory *memory, const struct fa_geometry *g,
+                                  int64_t rows)
 {
     const int64_t size = (int64_t)g->ops->size;
+    struct fa_state state;
     rows = fa_round_up(rows, (int64_t)g->engine->row_step);
-    return reserve(total, &at->row_max, rows, 1, size) &&
-           reserve(total, &at->row_sum, rows, (int64_t)g->ops->vl, size) &&
-           reserve(total, &at->acc, rows, g->block_dv, size);
-}
-
-static struct fa_state state_at(char *base, const struct state_layout *at)
-{
-    return (struct fa_state){
-        .row_max = base + at->row_max,
-        .row_sum = base + at->row_sum,
-        .acc = base + at->acc,
-    };
+    state.row_max = fa_take(memory, rows, 1, size);
+    state.row_sum = fa_take(memory, rows, (int64_t)g->ops->vl, size);
+    state.acc = fa_take(memory, rows, g->block_dv, size);
+    return state;
 }
 
 bool fa_state_bytes(const struct fa_geometry *geometry, int64_t rows, int64_t *bytes)
 {
-    struct state_layout at;
-    *bytes = 0;
-    return lay_out_state(geometry, rows, bytes, &at);
+    struct fa_memory memory = {.ok = true};
+    take_state(&memory, geometry, rows);
+    *bytes = memory.bytes;
+    return memory.ok;
 }
 
-struct fa_state fa_state_at(const struct fa_geometry *geometry, int64_t rows, char *memory)
+struct fa_state fa_state_at(const struct fa_geometry *geometry, int64_t rows, char *base)
 {
-    struct state_layout at = {0};
-    int64_t bytes = 0;
-    bool ok = lay_out_state(geometry, rows, &bytes, &at);
-    FA_ASSERT(ok);
-    (void)ok;
-    return state_at(memory, &at);
+    struct fa_memory memory = {.base = base, .ok = true};
+    const struct fa_state state = take_state(&memory, geometry, rows);
+    FA_ASSERT(memory.ok);
+    return state;
 }
 
-struct layout {
-    struct state_layout part, total, rest;
-    int64_t q, k, v, scores, scores_ahead, mask, segments, k_row, v_row, k_scale, v_scale, factors,
-        bytes;
-};
-
-static bool lay_out(const struct fa_geometry *g, struct layout *at)
+void fa_take_workspace(struct fa_memory *memory, const struct fa_geometry *geometry,
+                       struct fa_workspace *ws)
 {
-    const int64_t size = (int64_t)g->ops->size;
-    int64_t total = 0;
-    const int64_t folded_rows = g->params->seqlen_k > g->split_k ? g->block_q : 0;
-    *at = (struct layout){0};
-    bool ok =
-        reserve(&total, &at->q, fa_round_up(g->block_q, (int64_t)g->engine->row_step), g->depth,
-                size) &&
-        lay_out_state(g, g->block_q, &total, &at->part) &&
-        lay_out_state(g, folded_rows, &total, &at->total) &&
-        lay_out_state(g, folded_rows, &total, &at->rest) &&
-        reserve(&total, &at->k, g->block_k, g->depth, size) &&
-        reserve(&total, &at->v, g->value_depth, g->block_dv, size) &&
-        reserve(&total, &at->scores, g->tile_q, g->block_k, size) &&
-        reserve(&total, &at->scores_ahead, g->engine->multiplies_beside ? g->tile_q : 0, g->block_k,
-                size) &&
-        reserve(&total, &at->mask, g->tile_q, g->block_k, 1) &&
-        reserve(&total, &at->segments, g->block_k, 1, (int64_t)sizeof(int64_t)) &&
-        reserve(&total, &at->k_row, g->block_k + fa_keys_ahead(g->params->kv_dtype), 1,
-                (int64_t)sizeof(char *)) &&
-        reserve(&total, &at->v_row, g->block_k + fa_keys_ahead(g->params->kv_dtype), 1,
-                (int64_t)sizeof(char *)) &&
-        reserve(&total, &at->k_scale, g->block_k, 1, (int64_t)sizeof(float)) &&
-        reserve(&total, &at->factors, g->params->dropout_p > 0 ? g->tile_q : 0, g->block_k, size) &&
-        reserve(&total, &at->v_scale, g->block_k, 1, (int64_t)sizeof(float));
-    at->bytes = total;
-    return ok;
+    const struct fa_geometry *g = geometry;
+    const struct fa_attention_params *p = g->params;
+    const int64_t size = (int64_t)g->ops->size, row_step = (int64_t)g->engine->row_step;
+    const int64_t folded_rows = p->seqlen_k > g->split_k ? g->block_q : 0;
+    const int64_t ahead_rows = g->engine->multiplies_beside ? g->tile_q : 0;
+    const int64_t dropped_rows = p->dropout_p > 0 ? g->tile_q : 0;
+    const int64_t located = g->block_k + fa_keys_ahead(p->kv_dtype);
+    *ws = (struct fa_workspace){0};
+    ws->q = fa_take(memory, fa_round_up(g->block_q, row_step), g->depth, size);
+    ws->part = take_state(memory, g, g->block_q);
+    ws->total = take_state(memory, g, folded_rows);
+    ws->rest = take_state(memory, g, folded_rows);
+    ws->k = fa_take(memory, g->block_k, g->depth, size);
+    ws->v = fa_take(memory, g->value_depth, g->block_dv, size);
+    ws->scores = fa_take(memory, g->tile_q, g->block_k, size);
+    ws->scores_ahead = fa_take(memory, ahead_rows, g->block_k, size);
+    ws->mask = fa_take(memory, g->tile_q, g->block_k, 1);
+    ws->segments = fa_take(memory, g->block_k, 1, (int64_t)sizeof *ws->segments);
+    ws->k_row = fa_take(memory, located, 1, (int64_t)sizeof *ws->k_row);
+    ws->v_row = fa_take(memory, located, 1, (int64_t)sizeof *ws->v_row);
+    ws->k_scale = fa_take(memory, g->block_k, 1, (int64_t)sizeof *ws->k_scale);
+    ws->factors = fa_take(memory, dropped_rows, g->block_k, size);
+    ws->v_scale = fa_take(memory, g->block_k, 1, (int64_t)sizeof *ws->v_scale);
 }
 
 bool fa_workspace_bytes(const struct fa_geometry *geometry, int64_t *bytes)
 {
-    struct layout at;
-    bool ok = lay_out(geometry, &at);
-    *bytes = at.bytes;
-    return ok;
+    struct fa_memory memory = {.ok = true};
+    struct fa_workspace unused;
+    fa_take_workspace(&memory, geometry, &unused);
+    *bytes = memory.bytes;
+    return memory.ok;
 }
 
 struct fa_workspace fa_workspace_of(const struct fa_geometry *geometry, char *memory, int thread)
 {
-    struct layout at;
-    bool ok = lay_out(geometry, &at);
-    FA_ASSERT(ok);
-    (void)ok;
-    char *base = memory + thread * at.bytes;
-    return (struct fa_workspace){
-        .q = base + at.q,
-        .part = state_at(base, &at.part),
-        .total = state_at(base, &at.total),
-        .rest = state_at(base, &at.rest),
-        .k = base + at.k,
-        .v = base + at.v,
-        .scores = base + at.scores,
-        .scores_ahead = base + at.scores_ahead,
-        .mask = (uint8_t *)base + at.mask,
-        .segments = (int64_t *)(void *)(base + at.segments),
-        .k_row = (const char **)(void *)(base + at.k_row),
-        .v_row = (const char **)(void *)(base + at.v_row),
-        .factors = base + at.factors,
-        .k_scale = (float *)(void *)(base + at.k_scale),
-        .v_scale = (float *)(void *)(base + at.v_scale),
-    };
+    struct fa_workspace ws;
+    int64_t bytes;
+    bool ok = fa_workspace_bytes(geometry, &bytes);
+    struct fa_memory own = {.base = memory + thread * bytes, .ok = ok};
+    fa_take_workspace(&own, geometry, &ws);
+    FA_ASSERT(own.ok);
+    return ws;
 }
 
 void *fa_allocate(int64_t bytes)

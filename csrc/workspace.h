@@ -41,6 +41,18 @@ struct fa_workspace {
     bool look_at_acc; /* a sum of values may have passed the range of `real` */
 };
 
+/* A stretch of memory that buffers are taken from, one after another, each FA_ALIGNMENT-aligned: the only list of a set
+ * of buffers is the code that takes them.  base NULL: they are only counted. */
+struct fa_memory {
+    char *base;
+    int64_t bytes; /* taken so far */
+    bool ok; /* these can be counted: true at first */
+};
+
+void *fa_take(struct fa_memory *memory, int64_t rows, int64_t cols, int64_t size);
+void fa_take_workspace(struct fa_memory *memory, const struct fa_geometry *geometry,
+                       struct fa_workspace *ws);
+
 /* Bytes that one thread needs; false on overflow. */
 bool fa_workspace_bytes(const struct fa_geometry *geometry, int64_t *bytes);
 
@@ -49,7 +61,7 @@ struct fa_workspace fa_workspace_of(const struct fa_geometry *geometry, char *me
 
 /* Bytes of a state of `rows` rows, and one laid out in memory; false on overflow. */
 bool fa_state_bytes(const struct fa_geometry *geometry, int64_t rows, int64_t *bytes);
-struct fa_state fa_state_at(const struct fa_geometry *geometry, int64_t rows, char *memory);
+struct fa_state fa_state_at(const struct fa_geometry *geometry, int64_t rows, char *base);
 
 /* Rows from `row` on of a state. */
 static inline struct fa_state fa_state_from(const struct fa_geometry *g,
