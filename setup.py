@@ -26,7 +26,7 @@ from setuptools.modified import newer_group
 
 
 class KernelSet(NamedTuple):
-    """csrc/kernels/kernels_<name>.c, the only files compiled beyond the baseline."""
+    """csrc/kernels/*/kernels_<name>.c, the only files compiled beyond the baseline."""
 
     name: str
     machine: str  # regular expression over the platform, as in "linux-x86_64"

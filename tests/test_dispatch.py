@@ -18,6 +18,7 @@ SELECTED = "from fastattn import _core, config; print(_core.selected_isa(), conf
 # Kept by setup.py for these tests; the build without switches, whatever build is being tested.
 OBJECTS = Path(__file__).parents[1] / "build" / "objects" / "csrc"
 KERNEL_OBJECTS = sorted(OBJECTS.glob("kernels/*/*.o"))
+OBJECT_OF = {path.stem.removeprefix("kernels_"): path for path in KERNEL_OBJECTS}
 OTHER_OBJECTS = sorted(OBJECTS.glob("*.o"))
 
 needs_objects = pytest.mark.skipif(not KERNEL_OBJECTS, reason="no objects: not a source tree")
@@ -134,7 +135,7 @@ def test_baseline_object_holds_no_avx(path: Path) -> None:
 @needs_objects
 @needs_objdump
 def test_avx2_object_holds_avx() -> None:
-    found = _vex_instructions(OBJECTS / "kernels" / "kernels_avx2.o")
+    found = _vex_instructions(OBJECT_OF["avx2"])
     assert any(name.startswith("vfmadd") for name in found)
 
 
@@ -188,7 +189,7 @@ def _fma_loops(path: Path, function: str) -> list[list[str]]:
 @pytest.mark.parametrize("dtype", ["f32", "f64"])
 @pytest.mark.parametrize("function", ["matmul_tile_full", "matmul_tile_transposed"])
 def test_product_loop_does_not_spill(isa: str, function: str, dtype: str) -> None:
-    loops = _fma_loops(OBJECTS / "kernels" / f"kernels_{isa}.o", f"{function}_{dtype}")
+    loops = _fma_loops(OBJECT_OF[isa], f"{function}_{dtype}")
     assert loops
     for loop in loops:
         assert sum("fmadd" in what for what in loop) == TILE_FMAS[isa]
