@@ -425,13 +425,21 @@ struct problem {
     struct fa_attention_params params;
 };
 
+/* An axis of one element is one that the array lacks. */
+static int64_t stride_of(const struct array *a, int axis)
+{
+    return a->n[axis] == 1 ? 0 : a->stride[axis];
+}
+
 static struct fa_array array_of(const struct array *a)
 {
-    struct fa_array array = {.data = a->data, .head = a->stride[1]};
-    array.batch[0] = a->stride[0];
-    array.row = a->stride[2];
-    array.col = a->stride[3];
-    return array;
+    return (struct fa_array){
+        .data = a->data,
+        .batch = {stride_of(a, 0)},
+        .head = stride_of(a, 1),
+        .row = stride_of(a, 2),
+        .col = stride_of(a, 3),
+    };
 }
 
 /* Give the problem one operand, its values set except for results.  repeat > 1: every head stands for
