@@ -69,9 +69,10 @@ const char *fa_kernels_name(const struct fa_kernels *kernels) { return kernels->
 
 const char *fa_engine_name(const struct fa_kernels *kernels, int index)
 {
-    int count = 0;
-    while (kernels->engines[count] != NULL) {
-        count++;
+    for (int i = 0; kernels->engines[i] != NULL; i++) {
+        if (i == index) {
+            return kernels->engines[i]->name;
+        }
     }
-    return index >= 0 && index < count ? kernels->engines[index]->name : NULL;
+    return NULL;
 }

@@ -19,9 +19,9 @@
  * numbers is finite.  Only what a row attends to decides that.
  *
  * K and V of a block are packed when the first tile needs them: once per block_q rows, which costs
- * 2.5 / block_q + 0.5 / block_q of the products, or three times that where an engine splits operands.  Every row's result depends on
- * its own scores and on boundaries of blocks and splits only, so threads, batch and neighbours leave no trace in
- * its bits.
+ * 2.5 / block_q + 0.5 / block_q of the products, or three times that where an engine splits
+ * operands.  Every row's result depends on its own scores and on boundaries of blocks and splits
+ * only, so threads, batch and neighbours leave no trace in its bits.
  */
 #include "forward.h"
 
@@ -179,8 +179,8 @@ static void swap_scores(struct fa_workspace *ws)
     ws->scores_ahead = scores;
 }
 
-/* One key block against all rows of the task.  Where the softmax multiplies beside, each tile leaves behind the
- * product of the next: `ready`. */
+/* One key block against all rows of the task.  Where the softmax multiplies beside, each tile leaves
+ * behind the product of the next: `ready`. */
 static void attend_block(const struct fa_forward *forward, const struct fa_task *task,
                          struct fa_workspace *ws, int64_t block_key, int64_t keys)
 {

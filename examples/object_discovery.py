@@ -65,7 +65,7 @@ class Plan(NamedTuple):
 
 
 FULL = Plan(10000, 200, 1600, 1e-3, 0.75)
-QUICK = Plan(2000, 100, 300, 2e-3, 0.3)
+QUICK = Plan(2000, 100, 300, 2e-3, 0.35)
 
 
 def with_places(x: Tensor) -> Tensor:

@@ -304,10 +304,14 @@ for _index in range(MAX_KERNEL_SETS):
 cdef bint requested[MAX_KERNEL_SETS]
 
 
-cdef const fa_kernels *find_kernels(str isa) except NULL:
+cdef int find_index(str isa) except -1:
     if isa not in _index_of_isa:
         raise ValueError(f"kernel set {isa!r} cannot run here")
-    cdef int index = _index_of_isa[isa]
+    return _index_of_isa[isa]
+
+
+cdef const fa_kernels *find_kernels(str isa) except NULL:
+    cdef int index = find_index(isa)
     if not requested[index]:
         if not fa_kernels_request(kernel_sets[index]):
             raise ValueError(f"the operating system refuses what kernel set {isa!r} needs")
@@ -547,9 +551,7 @@ def available_isas():
 
 def engines(str isa):
     """Names of the engines of a kernel set, best first."""
-    if isa not in _index_of_isa:
-        raise ValueError(f"kernel set {isa!r} cannot run here")
-    cdef const fa_kernels *kernels = kernel_sets[<int>_index_of_isa[isa]]
+    cdef const fa_kernels *kernels = kernel_sets[find_index(isa)]
     names = []
     cdef int i = 0
     while fa_engine_name(kernels, i) is not NULL:

@@ -41,7 +41,7 @@ def test_short_form_finds_digits(discovery, tmp_path, capsys):
 
 
 def test_a_missed_target_is_told(discovery, monkeypatch, tmp_path, capsys):
-    """No step at all finds no digits."""
+    """After one step slots divide a scene by place alone, which is worth 0.32."""
     monkeypatch.setattr(discovery, "QUICK", discovery.QUICK._replace(scenes=20, steps=1))
     assert discovery.main(["--quick", "--plot", str(tmp_path / "slots.png")]) == 1
     assert capsys.readouterr().out.endswith("MISSED\n")

@@ -90,7 +90,7 @@ FA_INLINE uint32_t pack_key_half(const bool whole, float *panel, size_t cols,
 
 static bool pack_keys_bf16(void *dst, size_t keys, size_t cols, const struct fa_rows *from)
 {
-    const size_t depth = (cols + TILE_KEYS - 1) / TILE_KEYS * TILE_WORDS;
+    const size_t depth = row_elements_bf16(cols);
     const bool contiguous = from->col_stride == (int64_t)sizeof(uint16_t);
     uint32_t large = 0;
     for (size_t key = 0; key < keys; key += VL_f32) {

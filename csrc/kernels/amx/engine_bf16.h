@@ -1,4 +1,5 @@
-/* The engine bf16 of the tile unit: bfloat16 operands, in the forward pass.  Needs ops_template.h for f32. */
+/* The engine bf16 of the tile unit: bfloat16 operands, in the forward pass.  Needs ops_template.h
+ * for f32. */
 #ifndef FA_ENGINE_BF16_H
 #define FA_ENGINE_BF16_H
 
@@ -10,6 +11,7 @@
 
 #include "bf16_few.h"
 
+/* Of scores that are computed again, gradients and weights want more bits than its exp2 leaves. */
 static bool takes_bf16(const struct fa_attention_params *params, enum fa_pass pass)
 {
     return pass == FA_FORWARD && params->dtype == FA_BF16 && params->kv_dtype == FA_BF16;

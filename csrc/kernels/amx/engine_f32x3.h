@@ -1,4 +1,5 @@
-/* The engine f32x3 of the tile unit: float32 operands, each in three parts of bfloat16.  Needs ops_template.h for f32. */
+/* The engine f32x3 of the tile unit: float32 operands, each in three parts of bfloat16.  Needs
+ * ops_template.h for f32. */
 #ifndef FA_ENGINE_F32X3_H
 #define FA_ENGINE_F32X3_H
 
@@ -12,7 +13,8 @@
 
 #include "f32x3_few.h"
 
-/* The scores of the backward pass, too: gradients are the more exact the nearer they are to those of the forward pass. */
+/* Scores that are computed again, too.  lse is of the forward pass' scores: others, as accurate, would
+ * not be as close to it as they are to each other. */
 static bool takes_f32x3(const struct fa_attention_params *params, enum fa_pass pass)
 {
     (void)pass;

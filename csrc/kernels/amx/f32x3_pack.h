@@ -113,7 +113,7 @@ FA_INLINE vec_f32 pack_key_half_parts(const bool contiguous, float *panel, size_
 
 static bool pack_keys_f32x3(void *dst, size_t keys, size_t cols, const struct fa_rows *from)
 {
-    const size_t depth = (cols + TILE_KEYS - 1) / TILE_KEYS * PART_WORDS;
+    const size_t depth = row_elements_f32x3(cols);
     const size_t padded = (keys + PANEL - 1) / PANEL * PANEL;
     const bool contiguous = from->col_stride == (int64_t)sizeof(float);
     vec_f32 probe = v_zero_f32();

@@ -1,5 +1,5 @@
-/* The engines of vectors, which serve every call: operands are packed as they are, in the type that computes.  Needs all
- * of ops_template.h; see names.h. */
+/* The engines of vectors, which serve every call: operands are packed as they are, in the type that
+ * computes.  Needs all of ops_template.h; see names.h. */
 
 static bool FN(takes_all)(const struct fa_attention_params *params, enum fa_pass pass)
 {
