@@ -8,72 +8,57 @@ from numpy.typing import NDArray
 
 Result = TypeVar("Result")
 
-def attention(
-    isa: str,
-    q: NDArray[Any],
-    k: NDArray[Any],
-    v: NDArray[Any],
-    q_shape: tuple[int, ...],
-    num_kv_heads: int,
-    seqlen_k: int,
-    head_dim_v: int,
-    out: NDArray[Any],
-    lse: NDArray[Any] | None,
-    residual: NDArray[Any] | None,
-    scale: float,
-    softcap: float,
-    bias: NDArray[Any] | None,
-    alibi_slopes: NDArray[np.float64] | None,
-    sinks: NDArray[np.float64] | None,
-    mask: NDArray[np.bool_] | None,
-    kv_lengths: NDArray[np.int64] | None,
-    q_offset: NDArray[np.int64] | None,
-    q_segment_ids: NDArray[np.int64] | None,
-    k_segment_ids: NDArray[np.int64] | None,
-    causal: bool,
-    window_left: int,
-    window_right: int,
-    softmax_over_queries: bool,
-    num_threads: int,
-    dropout_p: float,
-    dropout_seed: int,
-    k_scale: NDArray[np.float32] | None = None,
-    v_scale: NDArray[np.float32] | None = None,
-    page_table: NDArray[np.int64] | None = None,
-    q_starts: NDArray[np.int64] | None = None,
-    k_starts: NDArray[np.int64] | None = None,
-    weighing: NDArray[Any] | None = None,
-    exact: NDArray[Any] | None = None,
-) -> None: ...
+class Problem:
+    isa: str
+    q: NDArray[Any]
+    k: NDArray[Any]
+    v: NDArray[Any]
+    k_scale: NDArray[np.float32] | None
+    v_scale: NDArray[np.float32] | None
+    page_table: NDArray[np.int64] | None
+    q_starts: NDArray[np.int64] | None
+    k_starts: NDArray[np.int64] | None
+    q_shape: tuple[int, ...]
+    num_kv_heads: int
+    seqlen_k: int
+    head_dim_v: int
+    out: NDArray[Any] | None
+    lse: NDArray[Any] | None
+    residual: NDArray[Any] | None
+    weighing: NDArray[Any] | None
+    exact: NDArray[Any] | None
+    scale: float
+    softcap: float
+    bias: NDArray[Any] | None
+    alibi_slopes: NDArray[np.float64] | None
+    sinks: NDArray[np.float64] | None
+    mask: NDArray[np.bool_] | None
+    kv_lengths: NDArray[np.int64] | None
+    q_offset: NDArray[np.int64] | None
+    q_segment_ids: NDArray[np.int64] | None
+    k_segment_ids: NDArray[np.int64] | None
+    causal: bool
+    softmax_over_queries: bool
+    window_left: int
+    window_right: int
+    dropout_p: float
+    dropout_seed: int | None
+    num_threads: int
+    def __init__(
+        self,
+        isa: str,
+        q: NDArray[Any],
+        k: NDArray[Any],
+        v: NDArray[Any],
+        q_shape: tuple[int, ...],
+        num_kv_heads: int,
+        seqlen_k: int,
+        head_dim_v: int,
+    ) -> None: ...
+
+def attention(problem: Problem) -> None: ...
 def attention_backward(
-    isa: str,
-    q: NDArray[Any],
-    k: NDArray[Any],
-    v: NDArray[Any],
-    q_shape: tuple[int, ...],
-    num_kv_heads: int,
-    seqlen_k: int,
-    head_dim_v: int,
-    out: NDArray[Any],
-    lse: NDArray[Any],
-    residual: NDArray[Any] | None,
-    scale: float,
-    softcap: float,
-    bias: NDArray[Any] | None,
-    alibi_slopes: NDArray[np.float64] | None,
-    sinks: NDArray[np.float64] | None,
-    mask: NDArray[np.bool_] | None,
-    kv_lengths: NDArray[np.int64] | None,
-    q_offset: NDArray[np.int64] | None,
-    q_segment_ids: NDArray[np.int64] | None,
-    k_segment_ids: NDArray[np.int64] | None,
-    causal: bool,
-    window_left: int,
-    window_right: int,
-    softmax_over_queries: bool,
-    num_threads: int,
-    dropout_p: float,
-    dropout_seed: int,
+    problem: Problem,
     grad_out: NDArray[Any],
     grad_lse: NDArray[Any] | None = None,
     grad_q: NDArray[Any] | None = None,
@@ -81,40 +66,9 @@ def attention_backward(
     grad_v: NDArray[Any] | None = None,
     grad_bias: NDArray[Any] | None = None,
     sink_terms: NDArray[Any] | None = None,
-    q_starts: NDArray[np.int64] | None = None,
-    k_starts: NDArray[np.int64] | None = None,
-    weighing: NDArray[Any] | None = None,
-    exact: NDArray[Any] | None = None,
 ) -> None: ...
 def attention_weights(
-    isa: str,
-    q: NDArray[Any],
-    k: NDArray[Any],
-    v: NDArray[Any],
-    q_shape: tuple[int, ...],
-    num_kv_heads: int,
-    seqlen_k: int,
-    head_dim_v: int,
-    out: NDArray[Any],
-    lse: NDArray[Any] | None,
-    residual: NDArray[Any] | None,
-    scale: float,
-    softcap: float,
-    bias: NDArray[Any] | None,
-    alibi_slopes: NDArray[np.float64] | None,
-    sinks: NDArray[np.float64] | None,
-    mask: NDArray[np.bool_] | None,
-    kv_lengths: NDArray[np.int64] | None,
-    q_offset: NDArray[np.int64] | None,
-    q_segment_ids: NDArray[np.int64] | None,
-    k_segment_ids: NDArray[np.int64] | None,
-    causal: bool,
-    window_left: int,
-    window_right: int,
-    softmax_over_queries: bool,
-    num_threads: int,
-    dropout_p: float,
-    dropout_seed: int,
+    problem: Problem,
     weights: NDArray[Any],
     rows: NDArray[np.int64] | None = None,
     places: NDArray[np.int64] | None = None,
@@ -122,41 +76,8 @@ def attention_weights(
     pool: tuple[int, int] | None = None,
     sums: bool = False,
 ) -> None: ...
-def describe(
-    isa: str,
-    q: NDArray[Any],
-    k: NDArray[Any],
-    v: NDArray[Any],
-    q_shape: tuple[int, ...],
-    num_kv_heads: int,
-    seqlen_k: int,
-    head_dim_v: int,
-    out: NDArray[Any],
-    lse: NDArray[Any] | None,
-    residual: NDArray[Any] | None,
-    scale: float,
-    softcap: float,
-    bias: NDArray[Any] | None,
-    alibi_slopes: NDArray[np.float64] | None,
-    sinks: NDArray[np.float64] | None,
-    mask: NDArray[np.bool_] | None,
-    kv_lengths: NDArray[np.int64] | None,
-    q_offset: NDArray[np.int64] | None,
-    q_segment_ids: NDArray[np.int64] | None,
-    k_segment_ids: NDArray[np.int64] | None,
-    causal: bool,
-    window_left: int,
-    window_right: int,
-    softmax_over_queries: bool,
-    num_threads: int,
-    dropout_p: float,
-    dropout_seed: int,
-    k_scale: NDArray[np.float32] | None = None,
-    v_scale: NDArray[np.float32] | None = None,
-    page_table: NDArray[np.int64] | None = None,
-    q_starts: NDArray[np.int64] | None = None,
-    k_starts: NDArray[np.int64] | None = None,
-) -> dict[str, Any]: ...
+def describe(problem: Problem) -> dict[str, Any]: ...
+def differing(given: tuple[Any, ...], defaults: tuple[Any, ...]) -> list[int]: ...
 def probe_fma(
     isa: str, double_precision: bool, rounds: int, num_threads: int
 ) -> tuple[float, float]: ...
@@ -168,7 +89,6 @@ def selected_isa() -> str: ...
 def has_openmp() -> bool: ...
 def openmp_max_threads() -> int: ...
 def team_limit() -> int: ...
-def default_scale(head_dim: int) -> float: ...
 def build_info() -> dict[str, str]: ...
 
 class DefaultFloatMode:

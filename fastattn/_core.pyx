@@ -2,7 +2,7 @@
 # cython: freethreading_compatible=True
 """The one door to C: arrays to pointers and strides, one call without the GIL, status to exception.
 
-Arguments arrive validated, broadcast and allocated (_validate.py).  Arrays are read through the
+A `Problem` arrives validated, broadcast and allocated.  Arrays are read through the
 buffer protocol, so that neither NumPy's headers nor its ABI are needed.
 
 Another thread may have given an array another shape since it was validated.  So each array's shape
@@ -149,7 +149,7 @@ cdef int read_output(
 cdef const int64_t *read_starts(
     views *held, const char *name, object array, int64_t count, int64_t total
 ) except NULL:
-    """Where each of `count` packed sequences begins, a private copy that varlen.py checked."""
+    """Where each of `count` packed sequences begins, a private copy that _problem.py checked."""
     cdef Py_buffer *view = acquire(held, array, PyBUF_SIMPLE)
     cdef const int64_t *starts = <const int64_t *>view.buf
     if view.len != (count + 1) * <int64_t>sizeof(int64_t) or starts[count] != total:
@@ -157,110 +157,154 @@ cdef const int64_t *read_starts(
     return starts
 
 
-cdef int fill(
-    fa_attention_params *p, views *held, object q, object k, object v, tuple q_shape,
-    int64_t num_kv_heads, int64_t seqlen_k, int64_t head_dim_v, object out, object lse,
-    object residual, double scale, double softcap, object bias, object alibi_slopes, object sinks,
-    object mask, object kv_lengths, object q_offset, object q_segment_ids, object k_segment_ids,
-    bint causal, int64_t window_left, int64_t window_right, bint softmax_over_queries,
-    int num_threads, double dropout_p, uint64_t dropout_seed, object k_scale, object v_scale,
-    object page_table, object q_starts, object k_starts,
-) except -1:
-    cdef int64_t nb, itemsize, lse_itemsize, num_pages, table_pages
+cdef class Problem:
+    """What one call computes: its operands, sizes and options, as csrc/fastattn.h describes them.
+
+    A front end of _problem.py makes one, _options.py adds what the caller chose, _results.py where
+    results go.  An array that is not given is None.
+    """
+    cdef public str isa
+    cdef public object q, k, v, k_scale, v_scale, page_table, q_starts, k_starts
+    cdef public tuple q_shape
+    cdef public int64_t num_kv_heads, seqlen_k, head_dim_v
+    cdef public object out, lse, residual, weighing, exact
+    cdef public double scale, softcap
+    cdef public object bias, alibi_slopes, sinks
+    cdef public object mask, kv_lengths, q_offset, q_segment_ids, k_segment_ids
+    cdef public bint causal, softmax_over_queries
+    cdef public int64_t window_left, window_right
+    cdef public double dropout_p
+    cdef public object dropout_seed
+    cdef public int num_threads
+
+    def __cinit__(
+        self, str isa, q, k, v, tuple q_shape, int64_t num_kv_heads, int64_t seqlen_k,
+        int64_t head_dim_v,
+    ):
+        self.isa = isa
+        self.q, self.k, self.v = q, k, v
+        self.q_shape = q_shape
+        self.num_kv_heads = num_kv_heads
+        self.seqlen_k = seqlen_k
+        self.head_dim_v = head_dim_v
+        self.scale = fa_default_scale(q_shape[len(q_shape) - 1])
+        self.window_left = self.window_right = -1
+
+
+cdef int fill(fa_attention_params *p, views *held, Problem problem) except -1:
+    """All of a problem but its results."""
+    cdef int64_t nb, itemsize, num_pages, table_pages
     cdef axes rows, keys, has
     cdef const int64_t *batch = p.batch_shape
     cdef fa_dtype v_dtype
     memset(p, 0, sizeof(fa_attention_params))
     held.count = 0
 
-    nb = len(q_shape) - 3
+    nb = len(problem.q_shape) - 3
     p.batch_ndim = nb
     for i in range(nb):
-        p.batch_shape[i] = q_shape[i]
-    p.num_heads = q_shape[nb]
-    p.seqlen_q = q_shape[nb + 1]
-    p.head_dim = q_shape[nb + 2]
-    p.num_kv_heads = num_kv_heads
-    p.seqlen_k = seqlen_k
-    p.head_dim_v = head_dim_v
+        p.batch_shape[i] = problem.q_shape[i]
+    p.num_heads = problem.q_shape[nb]
+    p.seqlen_q = problem.q_shape[nb + 1]
+    p.head_dim = problem.q_shape[nb + 2]
+    p.num_kv_heads = problem.num_kv_heads
+    p.seqlen_k = problem.seqlen_k
+    p.head_dim_v = problem.head_dim_v
     rows = axes(batch, nb, p.num_heads, p.seqlen_q, p.head_dim)
-    read_typed(&p.q, &p.dtype, held, b"q", q, &rows)
+    read_typed(&p.q, &p.dtype, held, b"q", problem.q, &rows)
     itemsize = fa_dtype_size(p.dtype)
-    lse_itemsize = 8 if p.dtype == FA_F64 else 4
 
-    keys = axes(batch, nb, num_kv_heads, seqlen_k, p.head_dim)
-    if page_table is not None:
+    keys = axes(batch, nb, p.num_kv_heads, p.seqlen_k, p.head_dim)
+    if problem.page_table is not None:
         # Pages stand where the batch axis would.  A cache's storage keeps its shape.
-        num_pages, _, p.page_size, _ = k.shape
-        keys = axes(&num_pages, 1, num_kv_heads, p.page_size, p.head_dim)
-    read_typed(&p.k, &p.kv_dtype, held, b"k", k, &keys)
-    keys.col = head_dim_v
-    read_typed(&p.v, &v_dtype, held, b"v", v, &keys)
+        num_pages, _, p.page_size, _ = problem.k.shape
+        keys = axes(&num_pages, 1, p.num_kv_heads, p.page_size, p.head_dim)
+    read_typed(&p.k, &p.kv_dtype, held, b"k", problem.k, &keys)
+    keys.col = p.head_dim_v
+    read_typed(&p.v, &v_dtype, held, b"v", problem.v, &keys)
     keys.col = -1
-    read_input(&p.k_scale, held, b"k", k_scale, &keys, 4)
-    read_input(&p.v_scale, held, b"v", v_scale, &keys, 4)
+    read_input(&p.k_scale, held, b"k", problem.k_scale, &keys, 4)
+    read_input(&p.v_scale, held, b"v", problem.v_scale, &keys, 4)
     if v_dtype != p.kv_dtype:
         refuse(b"v", "another dtype than `k`")
     if (p.kv_dtype == FA_F64) != (p.dtype == FA_F64) or (p.kv_dtype == FA_I8) != (
-        k_scale is not None and v_scale is not None
+        problem.k_scale is not None and problem.v_scale is not None
     ):
         refuse(b"k", "another dtype than `q`")
 
-    rows.col = head_dim_v
-    read_output(&p.out, held, b"out", out, &rows, itemsize)
-    read_input(&p.residual, held, b"residual", residual, &rows, itemsize)
-    rows.col = -1
-    if softmax_over_queries:
-        rows.row = seqlen_k
-    read_output(&p.lse, held, b"lse", lse, &rows, lse_itemsize)
-
-    p.scale = scale
-    p.softcap = softcap
-    has = axes(batch, nb, p.num_heads, p.seqlen_q, seqlen_k)
-    if bias is not None:
-        read_typed(&p.bias, &p.bias_dtype, held, b"bias", bias, &has)
-    read_input(&p.mask, held, b"mask", mask, &has, 1)
+    rows.col = p.head_dim_v
+    read_input(&p.residual, held, b"residual", problem.residual, &rows, itemsize)
+    p.scale = problem.scale
+    p.softcap = problem.softcap
+    has = axes(batch, nb, p.num_heads, p.seqlen_q, p.seqlen_k)
+    if problem.bias is not None:
+        read_typed(&p.bias, &p.bias_dtype, held, b"bias", problem.bias, &has)
+    read_input(&p.mask, held, b"mask", problem.mask, &has, 1)
     has = axes(batch, nb, p.num_heads, -1, -1)
-    read_input(&p.alibi_slopes, held, b"alibi_slopes", alibi_slopes, &has, 8)
+    read_input(&p.alibi_slopes, held, b"alibi_slopes", problem.alibi_slopes, &has, 8)
     has.batch_ndim = 0
-    read_input(&p.sinks, held, b"sinks", sinks, &has, 8)
+    read_input(&p.sinks, held, b"sinks", problem.sinks, &has, 8)
     has = axes(batch, nb, -1, p.seqlen_q, -1)
-    read_input(&p.q_segment_ids, held, b"segment_ids", q_segment_ids, &has, 8)
-    has.row = seqlen_k
-    read_input(&p.k_segment_ids, held, b"segment_ids", k_segment_ids, &has, 8)
+    read_input(&p.q_segment_ids, held, b"segment_ids", problem.q_segment_ids, &has, 8)
+    has.row = p.seqlen_k
+    read_input(&p.k_segment_ids, held, b"segment_ids", problem.k_segment_ids, &has, 8)
     has.row = -1
-    read_input(&p.kv_lengths, held, b"kv_lengths", kv_lengths, &has, 8)
-    if page_table is not None:
-        table_pages = page_table.shape[nb]
+    read_input(&p.kv_lengths, held, b"kv_lengths", problem.kv_lengths, &has, 8)
+    if problem.page_table is not None:
+        table_pages = problem.page_table.shape[nb]
         has.row = table_pages
-        read_input(&p.page_table, held, b"page_table", page_table, &has, 8)
-        if table_pages * p.page_size < seqlen_k:
+        read_input(&p.page_table, held, b"page_table", problem.page_table, &has, 8)
+        if table_pages * p.page_size < p.seqlen_k:
             refuse(b"page_table", f"{table_pages} pages of {p.page_size} keys")
         has.row = -1
-    if q_starts is not None:
+    if problem.q_starts is not None:
         # Packed sequences have no batch axis, but a position each.
         p.batch_ndim = has.batch_ndim = 1
-        p.batch_shape[0] = len(q_starts) - 1
-        p.q_starts = read_starts(held, b"cu_seqlens_q", q_starts, p.batch_shape[0], p.seqlen_q)
-        p.k_starts = read_starts(held, b"cu_seqlens_k", k_starts, p.batch_shape[0], seqlen_k)
-    read_input(&p.q_offset, held, b"q_offset", q_offset, &has, 8)
-    p.causal = causal
-    p.window_left = window_left
-    p.window_right = window_right
-    p.softmax_axis = FA_SOFTMAX_QUERIES if softmax_over_queries else FA_SOFTMAX_KEYS
-    p.num_threads = num_threads
-    p.dropout_p = dropout_p
-    p.dropout_seed = dropout_seed
+        p.batch_shape[0] = len(problem.q_starts) - 1
+        p.q_starts = read_starts(
+            held, b"cu_seqlens_q", problem.q_starts, p.batch_shape[0], p.seqlen_q
+        )
+        p.k_starts = read_starts(
+            held, b"cu_seqlens_k", problem.k_starts, p.batch_shape[0], p.seqlen_k
+        )
+    read_input(&p.q_offset, held, b"q_offset", problem.q_offset, &has, 8)
+    p.causal = problem.causal
+    p.window_left = problem.window_left
+    p.window_right = problem.window_right
+    p.softmax_axis = FA_SOFTMAX_QUERIES if problem.softmax_over_queries else FA_SOFTMAX_KEYS
+    p.num_threads = problem.num_threads
+    p.dropout_p = problem.dropout_p
+    if problem.dropout_seed is not None:
+        p.dropout_seed = problem.dropout_seed
     return 0
 
 
-cdef void keep_axes(axes *weighing, axes *exact, fa_attention_params *p) noexcept:
-    """What arrays have that the forward pass keeps for the backward pass."""
-    cdef const int64_t *batch = p.batch_shape
+cdef axes result_axes(fa_attention_params *p, int64_t row, int64_t col) noexcept:
+    """The axes of arrays that have a row for each row of `out`, or of `lse`."""
+    # Packed sequences have no batch axis.
     cdef int64_t nb = p.batch_ndim if p.q_starts is NULL else 0
-    cdef bint over_queries = p.softmax_axis == FA_SOFTMAX_QUERIES
-    weighing[0] = axes(batch, nb, p.num_heads, p.seqlen_k if over_queries else p.seqlen_q, 2)
-    exact[0] = axes(batch, nb, p.num_heads, p.seqlen_q, p.head_dim_v)
+    cdef const int64_t *batch = p.batch_shape
+    return axes(batch, nb, p.num_heads, row, col)
+
+
+cdef int64_t lse_rows(fa_attention_params *p) noexcept:
+    return p.seqlen_k if p.softmax_axis == FA_SOFTMAX_QUERIES else p.seqlen_q
+
+
+cdef int64_t lse_size(fa_attention_params *p) noexcept:
+    return 8 if p.dtype == FA_F64 else 4
+
+
+cdef int fill_results(fa_attention_params *p, views *held, Problem problem) except -1:
+    """Where the results go of a problem that `fill` has read."""
+    cdef axes has = result_axes(p, p.seqlen_q, p.head_dim_v)
+    read_output(&p.out, held, b"out", problem.out, &has, fa_dtype_size(p.dtype))
+    read_output(&p.exact, held, b"exact", problem.exact, &has, lse_size(p))
+    has = result_axes(p, lse_rows(p), -1)
+    read_output(&p.lse, held, b"lse", problem.lse, &has, lse_size(p))
+    has.col = 2
+    read_output(&p.weighing, held, b"weighing", problem.weighing, &has, lse_size(p))
+    return 0
 
 
 cdef int poll_signals(void *raised) noexcept with gil:
@@ -319,33 +363,15 @@ cdef const fa_kernels *find_kernels(str isa) except NULL:
     return kernel_sets[index]
 
 
-def attention(
-    str isa, q, k, v, tuple q_shape, int64_t num_kv_heads, int64_t seqlen_k, int64_t head_dim_v,
-    out, lse, residual, double scale, double softcap, bias, alibi_slopes, sinks, mask, kv_lengths,
-    q_offset, q_segment_ids, k_segment_ids, bint causal, int64_t window_left,
-    int64_t window_right, bint softmax_over_queries, int num_threads, double dropout_p,
-    uint64_t dropout_seed, k_scale=None, v_scale=None, page_table=None, q_starts=None,
-    k_starts=None, weighing=None, exact=None,
-):
+def attention(Problem problem):
     cdef fa_attention_params params
     cdef views held
     cdef fa_status status
-    cdef int64_t lse_itemsize
-    cdef axes of_weighing, of_exact
-    cdef const fa_kernels *kernels = find_kernels(isa)
+    cdef const fa_kernels *kernels = find_kernels(problem.isa)
     cdef list raised = []
     try:
-        fill(
-            &params, &held, q, k, v, q_shape, num_kv_heads, seqlen_k, head_dim_v, out, lse,
-            residual, scale, softcap, bias, alibi_slopes, sinks, mask, kv_lengths, q_offset,
-            q_segment_ids, k_segment_ids, causal, window_left, window_right, softmax_over_queries,
-            num_threads, dropout_p, dropout_seed, k_scale, v_scale, page_table, q_starts, k_starts,
-        )
-        if weighing is not None or exact is not None:
-            lse_itemsize = 8 if params.dtype == FA_F64 else 4
-            keep_axes(&of_weighing, &of_exact, &params)
-            read_output(&params.weighing, &held, b"weighing", weighing, &of_weighing, lse_itemsize)
-            read_output(&params.exact, &held, b"exact", exact, &of_exact, lse_itemsize)
+        fill(&params, &held, problem)
+        fill_results(&params, &held, problem)
         params.poll = poll_signals
         params.poll_arg = <void *>raised
         with nogil:
@@ -356,64 +382,51 @@ def attention(
 
 
 def attention_backward(
-    str isa, q, k, v, tuple q_shape, int64_t num_kv_heads, int64_t seqlen_k, int64_t head_dim_v,
-    out, lse, residual, double scale, double softcap, bias, alibi_slopes, sinks, mask, kv_lengths,
-    q_offset, q_segment_ids, k_segment_ids, bint causal, int64_t window_left,
-    int64_t window_right, bint softmax_over_queries, int num_threads, double dropout_p,
-    uint64_t dropout_seed, grad_out, grad_lse=None, grad_q=None, grad_k=None, grad_v=None,
-    grad_bias=None, sink_terms=None, q_starts=None, k_starts=None, weighing=None, exact=None,
+    Problem problem, grad_out, grad_lse=None, grad_q=None, grad_k=None, grad_v=None,
+    grad_bias=None, sink_terms=None,
 ):
+    """Gradients of a problem whose `out`, `lse`, `weighing` and `exact` its forward pass made."""
     cdef fa_backward_params params
-    cdef fa_attention_params *forward = &params.attention
+    cdef fa_attention_params *p = &params.attention
     cdef views held
     cdef fa_status status
-    cdef int64_t nb = len(q_shape) - 3, itemsize, lse_itemsize
-    cdef const int64_t *batch = forward.batch_shape
-    cdef axes has, of_weighing, of_exact
-    cdef const fa_kernels *kernels = find_kernels(isa)
+    cdef int64_t itemsize
+    cdef axes has
+    cdef const fa_kernels *kernels = find_kernels(problem.isa)
     cdef list raised = []
     memset(&params, 0, sizeof(params))
     try:
-        fill(
-            forward, &held, q, k, v, q_shape, num_kv_heads, seqlen_k, head_dim_v, None, None,
-            residual, scale, softcap, bias, alibi_slopes, sinks, mask, kv_lengths, q_offset,
-            q_segment_ids, k_segment_ids, causal, window_left, window_right, softmax_over_queries,
-            num_threads, dropout_p, dropout_seed, None, None, None, q_starts, k_starts,
-        )
-        if q_starts is not None:
-            nb = 0
-        itemsize = fa_dtype_size(forward.dtype)
-        lse_itemsize = 8 if forward.dtype == FA_F64 else 4
-        has = axes(batch, nb, forward.num_heads, forward.seqlen_q, head_dim_v)
-        read_input(&params.out, &held, b"out", out, &has, itemsize)
+        fill(p, &held, problem)
+        itemsize = fa_dtype_size(p.dtype)
+        has = result_axes(p, p.seqlen_q, p.head_dim_v)
+        read_input(&params.out, &held, b"out", problem.out, &has, itemsize)
         read_input(&params.grad_out, &held, b"grad_out", grad_out, &has, itemsize)
-        has.col = -1
-        if softmax_over_queries:
-            has.row = seqlen_k
-        read_input(&params.lse, &held, b"lse", lse, &has, lse_itemsize)
-        read_input(&params.grad_lse, &held, b"grad_lse", grad_lse, &has, lse_itemsize)
+        read_input(&params.exact, &held, b"exact", problem.exact, &has, lse_size(p))
+        has = result_axes(p, lse_rows(p), -1)
+        read_input(&params.lse, &held, b"lse", problem.lse, &has, lse_size(p))
+        read_input(&params.grad_lse, &held, b"grad_lse", grad_lse, &has, lse_size(p))
         read_output(&params.sink_terms, &held, b"sink_terms", sink_terms, &has, 8)
-        keep_axes(&of_weighing, &of_exact, forward)
-        read_input(&params.weighing, &held, b"weighing", weighing, &of_weighing, lse_itemsize)
-        read_input(&params.exact, &held, b"exact", exact, &of_exact, lse_itemsize)
-        params.grad_dtype = forward.dtype
+        has.col = 2
+        read_input(&params.weighing, &held, b"weighing", problem.weighing, &has, lse_size(p))
+        params.grad_dtype = p.dtype
         for array in (grad_q, grad_k, grad_v):
             if array is not None and array.itemsize == 4:
                 params.grad_dtype = FA_F32
         itemsize = fa_dtype_size(params.grad_dtype)
-        has = axes(batch, nb, forward.num_heads, forward.seqlen_q, forward.head_dim)
+        has = result_axes(p, p.seqlen_q, p.head_dim)
         read_output(&params.grad_q, &held, b"q", grad_q, &has, itemsize)
-        has = axes(batch, nb, num_kv_heads, seqlen_k, forward.head_dim)
+        has.head, has.row = p.num_kv_heads, p.seqlen_k
         read_output(&params.grad_k, &held, b"k", grad_k, &has, itemsize)
-        has.col = head_dim_v
+        has.col = p.head_dim_v
         read_output(&params.grad_v, &held, b"v", grad_v, &has, itemsize)
-        has = axes(batch, nb, forward.num_heads, forward.seqlen_q, seqlen_k)
+        has = result_axes(p, p.seqlen_q, p.seqlen_k)
+        itemsize = lse_size(p)
         if grad_bias is not None and grad_bias.itemsize == 8:
-            lse_itemsize = 8
-        params.grad_bias_dtype = FA_F64 if lse_itemsize == 8 else FA_F32
-        read_output(&params.grad_bias, &held, b"bias", grad_bias, &has, lse_itemsize)
-        forward.poll = poll_signals
-        forward.poll_arg = <void *>raised
+            itemsize = 8
+        params.grad_bias_dtype = FA_F64 if itemsize == 8 else FA_F32
+        read_output(&params.grad_bias, &held, b"bias", grad_bias, &has, itemsize)
+        p.poll = poll_signals
+        p.poll_arg = <void *>raised
         with nogil:
             status = fa_attention_backward(&params, kernels)
     finally:
@@ -435,38 +448,28 @@ cdef const int64_t *read_indices(
 
 
 def attention_weights(
-    str isa, q, k, v, tuple q_shape, int64_t num_kv_heads, int64_t seqlen_k, int64_t head_dim_v,
-    out, lse, residual, double scale, double softcap, bias, alibi_slopes, sinks, mask, kv_lengths,
-    q_offset, q_segment_ids, k_segment_ids, bint causal, int64_t window_left,
-    int64_t window_right, bint softmax_over_queries, int num_threads, double dropout_p,
-    uint64_t dropout_seed, weights, rows=None, places=None, heads=None, pool=None,
-    bint sums=False,
+    Problem problem, weights, rows=None, places=None, heads=None, pool=None, bint sums=False
 ):
     cdef fa_weights_params params
-    cdef fa_attention_params *attention = &params.attention
+    cdef fa_attention_params *p = &params.attention
     cdef views held
     cdef fa_status status
     cdef int64_t count
-    cdef const fa_kernels *kernels = find_kernels(isa)
+    cdef const fa_kernels *kernels = find_kernels(problem.isa)
     cdef list raised = []
     memset(&params, 0, sizeof(params))
     try:
-        fill(
-            attention, &held, q, k, v, q_shape, num_kv_heads, seqlen_k, head_dim_v, out, lse,
-            residual, scale, softcap, bias, alibi_slopes, sinks, mask, kv_lengths, q_offset,
-            q_segment_ids, k_segment_ids, causal, window_left, window_right, softmax_over_queries,
-            num_threads, dropout_p, dropout_seed, None, None, None, None, None,
-        )
-        params.rows = read_indices(&held, rows, &params.num_rows, attention.seqlen_q)
+        fill(p, &held, problem)
+        params.rows = read_indices(&held, rows, &params.num_rows, p.seqlen_q)
         params.places = read_indices(&held, places, &count, 0)
-        params.heads = read_indices(&held, heads, &params.num_heads, attention.num_heads)
+        params.heads = read_indices(&held, heads, &params.num_heads, p.num_heads)
         params.form = FA_WEIGHTS_SUMS if sums else FA_WEIGHTS_EACH
         if pool is not None:
             params.form = FA_WEIGHTS_MEANS
             params.pool_rows, params.pool_cols = pool
         params.weights = acquire(&held, weights, PyBUF_WRITABLE).buf
-        attention.poll = poll_signals
-        attention.poll_arg = <void *>raised
+        p.poll = poll_signals
+        p.poll_arg = <void *>raised
         with nogil:
             status = fa_attention_weights(&params, kernels)
     finally:
@@ -474,27 +477,16 @@ def attention_weights(
     check(status, raised)
 
 
-def describe(
-    str isa, q, k, v, tuple q_shape, int64_t num_kv_heads, int64_t seqlen_k, int64_t head_dim_v,
-    out, lse, residual, double scale, double softcap, bias, alibi_slopes, sinks, mask, kv_lengths,
-    q_offset, q_segment_ids, k_segment_ids, bint causal, int64_t window_left,
-    int64_t window_right, bint softmax_over_queries, int num_threads, double dropout_p,
-    uint64_t dropout_seed, k_scale=None, v_scale=None, page_table=None, q_starts=None,
-    k_starts=None,
-):
+def describe(Problem problem):
     cdef fa_attention_params params
     cdef fa_attention_plan plan
     cdef views held
     cdef fa_status status
-    cdef const fa_kernels *kernels = find_kernels(isa)
+    cdef const fa_kernels *kernels = find_kernels(problem.isa)
     cdef list raised = []
     try:
-        fill(
-            &params, &held, q, k, v, q_shape, num_kv_heads, seqlen_k, head_dim_v, out, lse,
-            residual, scale, softcap, bias, alibi_slopes, sinks, mask, kv_lengths, q_offset,
-            q_segment_ids, k_segment_ids, causal, window_left, window_right, softmax_over_queries,
-            num_threads, dropout_p, dropout_seed, k_scale, v_scale, page_table, q_starts, k_starts,
-        )
+        fill(&params, &held, problem)
+        fill_results(&params, &held, problem)
         params.poll = poll_signals
         params.poll_arg = <void *>raised
         with nogil:
@@ -581,8 +573,10 @@ def team_limit():
     return fa_team_limit()
 
 
-def default_scale(int64_t head_dim):
-    return fa_default_scale(head_dim)
+def differing(tuple given, tuple defaults):
+    """Where two tuples of one length hold different objects: a list of indices."""
+    cdef Py_ssize_t i
+    return [i for i in range(len(given)) if given[i] is not defaults[i]]
 
 
 cdef class DefaultFloatMode:

@@ -11,21 +11,20 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastattn import _core
+from fastattn._options import refuse_unknown, set_named
+from fastattn._problem import of_cache, of_pages
+from fastattn._results import place_results
 from fastattn._rounding import in_default_float_mode, round_once
 from fastattn._validate import (
-    CORE_ARGUMENTS,
     FLOAT_NAMES,
     Array,
     Shape,
     as_array,
-    core_arguments,
-    core_view,
     count,
     float_array,
     integer_array,
-    refuse_overlap,
 )
-from fastattn.attention import AttentionOptions, _refuse_unknown, attention
+from fastattn.attention import AttentionOptions
 
 Lengths = NDArray[np.int64]
 # The assignments ``(target, key, value)`` of a change; see `_core.Gate.change`.
@@ -189,7 +188,7 @@ def at_slots(block: int, start: int, stop: int) -> tuple[Any, ...]:
 def own_options(function: str, options: dict[str, Any]) -> dict[str, Any]:
     """Options for `attention`, with what is different in a cache."""
     known = {name: value for name, value in options.items() if name != "return_lse"}
-    _refuse_unknown(function, known, AttentionOptions)
+    refuse_unknown(function, known, AttentionOptions.__annotations__)
     if options.get("kv_lengths") is not None:
         raise ValueError("`kv_lengths` must be None: the cache knows its lengths")
     return {"causal": True, **{k: v for k, v in options.items() if k != "kv_lengths"}}
@@ -288,20 +287,11 @@ def attend(
     page_table : int64 array, (n, pages), optional
         The pages of each row of q; only the first ``ceil(kv_lengths[i] / page_size)`` are read.
     """
-    k, v, *scales = map(core_view, arrays)
-    _, num_kv_heads, slots, head_dim = k.shape
-    seqlen_k = slots if page_table is None else int(kv_lengths.max(initial=0))
-
-    def stand_in(width: int) -> Array:
-        """Keys as q's own dtype and the batch would have them: what the checks are about."""
-        return np.broadcast_to(np.zeros((), q.dtype), (len(q), num_kv_heads, seqlen_k, width))
-
-    call = {**(attention.__kwdefaults__ or {}), **options, "kv_lengths": kv_lengths}
-    arguments, result, lse = core_arguments(q, stand_in(head_dim), stand_in(v.shape[-1]), **call)
-    if call["out"] is not None:
-        refuse_overlap(result, k=k, v=v)
-    core_call = dict(zip(CORE_ARGUMENTS, arguments, strict=True))
-    k_scale, v_scale = scales or (None, None)
-    core_call |= {"k": k, "v": v, "k_scale": k_scale, "v_scale": v_scale, "page_table": page_table}
-    _core.attention(**core_call)
+    if page_table is None:
+        problem = of_cache(q, arrays, kv_lengths)
+    else:
+        problem = of_pages(q, arrays, kv_lengths, page_table)
+    set_named(problem, options)
+    result, lse = place_results(problem, options.get("out"), options.get("return_lse", False))
+    _core.attention(problem)
     return result if lse is None else (result, lse)

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastattn._validate import BFLOAT16_BITS
+from fastattn._options import OPTIONS, Option
+from fastattn._validate import BFLOAT16_BITS, real_array
 from fastattn.attention import attention
 from fastattn.backward import (
     MAX_HEAD_DIM,
@@ -31,34 +32,19 @@ from fastattn.backward import (
 
 Array = NDArray[Any]
 # What has a gradient, in the order of the operators' arguments.
-DIFFERENTIABLE = ("q", "k", "v", "bias", "sinks")
-TENSOR_OPTIONS = (
-    "bias",
-    "sinks",
-    "residual",
-    "alibi_slopes",
-    "mask",
-    "q_offsets",
-    "kv_lengths",
-    "q_segment_ids",
-    "k_segment_ids",
-    "dropout_seed",
-)
-# Those that are no tensors, and their types.  An integer `q_offset` is one of these, an array of
-# them is `q_offsets` above.
-PLAIN_OPTIONS = {
-    "q_offset": "SymInt?",
-    "scale": "float?",
-    "softcap": "float?",
-    "causal": "bool",
-    "window_left": "SymInt?",
-    "window_right": "SymInt?",
-    "softmax_axis": "str",
-    "dropout_p": "float",
-    "num_threads": "SymInt?",
+DIFFERENTIABLE = ("q", "k", "v", *(option.name for option in OPTIONS if option.gradient))
+_ARGUMENTS = {
+    name: kind
+    for option in sorted(OPTIONS, key=lambda option: not option.gradient)
+    for name, kind in option.torch
 }
-OPTIONS = (*TENSOR_OPTIONS, *PLAIN_OPTIONS)
-DEFAULTS = dict.fromkeys(OPTIONS) | {"causal": False, "softmax_axis": "keys", "dropout_p": 0.0}
+# Tensors come first.
+TENSOR_OPTIONS = tuple(name for name, kind in _ARGUMENTS.items() if kind == "Tensor?")
+PLAIN_OPTIONS = {name: kind for name, kind in _ARGUMENTS.items() if kind != "Tensor?"}
+ARGUMENTS = (*TENSOR_OPTIONS, *PLAIN_OPTIONS)
+DEFAULTS = dict.fromkeys(ARGUMENTS) | {
+    option.name: option.default for option in OPTIONS if option.default is not None
+}
 RESIDUAL = 3 + TENSOR_OPTIONS.index("residual")
 # "meta" tensors have shapes alone, for which the fake kernels are enough.
 DEVICES = ("cpu", "meta")
@@ -116,25 +102,33 @@ def as_tensor(array: Array) -> Tensor:
     return torch.from_numpy(array)
 
 
-def numpy_options(given: Iterable[Any]) -> dict[str, Any]:
-    """The operators' options as those of `fastattn.attention`, as far as they are given."""
-    options = {name: x for name, x in zip(OPTIONS, given, strict=True) if x is not None}
-    for name in TENSOR_OPTIONS:
-        if name in options:
-            tensor = options[name]
-            # Of these, NumPy's side takes any real numbers, and would take bits for integers.
-            few = name in ("sinks", "alibi_slopes") and tensor.dtype is torch.bfloat16
-            options[name] = as_array(tensor.float() if few else tensor)
-    if "dropout_seed" in options:
-        # A tensor has no unsigned 64 bits.
-        options["dropout_seed"] = int(options["dropout_seed"].item()) % 2**64
-    if "q_offsets" in options:
-        options["q_offset"] = options.pop("q_offsets")
-    if "q_segment_ids" in options:
-        options["segment_ids"] = options.pop("q_segment_ids"), options.pop("k_segment_ids")
-    if "window_left" in options or "window_right" in options:
-        options["window"] = options.pop("window_left", None), options.pop("window_right", None)
+def _named(arguments: Iterable[Any]) -> dict[str, Any]:
+    return dict(zip(ARGUMENTS, arguments, strict=True))
+
+
+def numpy_options(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the operators as options of `fastattn.attention`, as far as they are given."""
+    options: dict[str, Any] = {}
+    for option in OPTIONS:
+        found = [arguments.get(name) for name, _ in option.torch]
+        if all(x is None for x in found):
+            continue
+        values = [as_array(_exact(option, x)) if isinstance(x, Tensor) else x for x in found]
+        if option.name == "dropout_seed":
+            # A tensor has no unsigned 64 bits.
+            values = [int(x.item()) % 2**64 for x in found if x is not None]
+        if len(option.fields) > 1:
+            options[option.name] = tuple(values)
+        else:  # `q_offset` is a number or a tensor
+            options[option.name] = next(x for x in values if x is not None)
     return options
+
+
+def _exact(option: Option, tensor: Tensor) -> Tensor:
+    """The tensor, but float32 where NumPy's side takes any real numbers, and would take the bits of
+    bfloat16 for integers."""
+    few = option.check is real_array and tensor.dtype is torch.bfloat16
+    return tensor.float() if few else tensor
 
 
 def _empty_like(x: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -152,7 +146,7 @@ def _empty_like(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     out, lse = attention(
-        as_array(q), as_array(k), as_array(v), return_lse=True, **numpy_options(options)
+        as_array(q), as_array(k), as_array(v), return_lse=True, **numpy_options(_named(options))
     )
     return as_tensor(out), as_tensor(lse)
 
@@ -160,7 +154,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Te
 def _forward_and_kept(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> list[Tensor]:
     """`out`, `lse`, and the arrays of `Kept` that are there."""
     out, lse, kept = attention_and_kept(
-        as_array(q), as_array(k), as_array(v), **numpy_options(options)
+        as_array(q), as_array(k), as_array(v), **numpy_options(_named(options))
     )
     return [as_tensor(x) for x in (out, lse, *kept) if x is not None]
 
@@ -175,7 +169,7 @@ def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tenso
     else:
         lead = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
         lead = (*lead, q.shape[-3] if q.dim() > 2 else 1)
-    over_queries = options[OPTIONS.index("softmax_axis")] == "queries"
+    over_queries = options[ARGUMENTS.index("softmax_axis")] == "queries"
     rows = k.shape[-2] if over_queries else q.shape[-2]
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = _empty_like(q, (*lead, q.shape[-2], v.shape[-1]))
@@ -184,7 +178,7 @@ def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tenso
 
 def _fake_forward_and_kept(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> list[Tensor]:
     out, lse = _fake_forward(q, k, v, *options)
-    given = dict(zip(OPTIONS, options, strict=True))
+    given = _named(options)
     results = [out, lse, lse.new_empty((*lse.shape, 2))]
     has_exact_out = out.dtype == lse.dtype and given["residual"] is None
     if not (has_exact_out or given["softmax_axis"] == "queries"):
@@ -268,7 +262,7 @@ def _backward(
         Kept(as_array(weighing), None if exact is None else as_array(exact)),
         grad_lse=None if grad_lse is None else as_array(grad_lse),
         needs=tuple(wanted),
-        **numpy_options(options),
+        **numpy_options(_named(options)),
     )
     return [_laid_out(as_tensor(getattr(gradients, name)), x) for name, x in wanted.items()]
 
@@ -360,7 +354,7 @@ def _autograd_rule(operator: Any, function: Any, result: Callable[..., Any]) -> 
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    """`fastattn::attention` with some of `OPTIONS`, also in transforms of `torch.func`."""
+    """`fastattn::attention` with some of `ARGUMENTS`, also in transforms of `torch.func`."""
     arguments = (q, k, v, *(DEFAULTS | options).values())
     if not torch.compiler.is_compiling() and transforms_active():
         return _without_kept(_Attention.apply(*arguments))
@@ -378,7 +372,7 @@ def _without_kept(results: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
 
 def _autocast_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     """In the region's dtype, as PyTorch's attention is; what is added to the scores is kept."""
-    given = dict(zip(OPTIONS, options, strict=True))
+    given = _named(options)
     given["residual"] = autocast(given["residual"])
     q, k, v = map(autocast, (q, k, v))
     with torch.autocast("cpu", enabled=False):

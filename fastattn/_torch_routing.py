@@ -249,7 +249,7 @@ def explain(
         if isinstance(x, TRACED):
             raise TypeError(f"`{name}` must hold values to explain, got a {type(x).__name__}")
     arrays = map(as_array, (q, k, v))
-    given = numpy_options((DEFAULTS | options).values())
+    given = numpy_options(DEFAULTS | options)
     if dropout_p > 0.0:
         given |= {"dropout_p": dropout_p, "dropout_seed": 0}
     plan = explain_arrays(*arrays, return_lse=True, **given)

@@ -1,6 +1,7 @@
 """The functions that compute attention, with their documentation.
 
-Arguments are validated in ``_validate.py``; the work is done in C, behind ``_core``.
+A call becomes a problem (``_problem.py``) with options (``_options.py``) and places for results
+(``_results.py``), which `_core` hands to C.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn import _core, _validate, config
+from fastattn._options import OPTIONS, refuse_unknown, set_named, set_options
+from fastattn._problem import Problem, of_arrays
+from fastattn._results import check_out, empty_result, place_results, refuse_overlap
 from fastattn._rounding import round_once
 
 Array = NDArray[Any]
@@ -315,30 +319,16 @@ def attention(
     >>> fa.attention(q, k, v, mask=False, return_lse=True)[1][0, 0, 0]
     np.float32(-inf)
     """
-    arguments, result, lse = _validate.core_arguments(
-        q,
-        k,
-        v,
-        scale,
-        softcap,
-        bias,
-        alibi_slopes,
-        mask,
-        causal,
-        window,
-        q_offset,
-        kv_lengths,
-        segment_ids,
-        sinks,
-        softmax_axis,
-        residual,
-        return_lse,
-        out,
-        num_threads,
-        dropout_p,
-        dropout_seed,
+    problem = of_arrays(q, k, v)
+    set_options(
+        problem,
+        (
+            *(scale, softcap, bias, alibi_slopes, mask, causal, window, q_offset, kv_lengths),
+            *(segment_ids, sinks, softmax_axis, dropout_p, dropout_seed, residual, num_threads),
+        ),
     )
-    _core.attention(*arguments)
+    result, lse = place_results(problem, out, return_lse)
+    _core.attention(problem)
     return result if lse is None else (result, lse)
 
 
@@ -394,10 +384,9 @@ def self_attention(
     return_lse : bool, optional
         Whether to return `lse` too.
     **options
-        As in `attention`: `scale`, `softcap`, `bias`, `alibi_slopes`, `mask`, `causal`, `window`,
-        `q_offset`, `kv_lengths`, `segment_ids`, `sinks`, `softmax_axis`, `dropout_p`,
-        `dropout_seed`, `out` and `num_threads`.  The scores have shape (..., num_heads, seqlen,
-        seqlen), `out` has the shape and dtype of `x` and may not overlap it.
+        As in `attention`, of whose options all but `residual` and `return_lse` are meant.  The
+        scores have shape (..., num_heads, seqlen, seqlen), `out` has the shape and dtype of `x` and
+        may not overlap it.
 
     Returns
     -------
@@ -435,7 +424,7 @@ def self_attention(
     array([[2., 0.],
            [0., 2.]], dtype=float32)
     """
-    _refuse_unknown("self_attention", options, Options)
+    refuse_unknown("self_attention", options, Options.__annotations__)
     x = _validate.float_array("x", x)
     if x.ndim < 2:
         raise ValueError(
@@ -447,10 +436,10 @@ def self_attention(
     shared: dict[str, Any] = {**options}
     out = shared.pop("out", None)
     if out is None:
-        result = _validate.empty_result(x, x.shape)
+        result = empty_result(x, x.shape)
     else:
-        result = _validate.check_out(out, x.shape, x.dtype, "x")
-        _validate.refuse_overlap(result, x=x)
+        result = check_out(out, x.shape, x.dtype, "x")
+        refuse_overlap(result, x=x)
     heads = _split_heads(x, num_heads)
     attended = attention(
         heads,
@@ -639,16 +628,6 @@ class Explanation:
         return "\n".join(f"{name:12}{text}" for name, text in rows.items())
 
 
-# The options that rule keys out, and the core's arguments that carry each.
-_RULING_OUT: dict[str, dict[str, Any]] = {
-    "mask": {"mask": None},
-    "causal": {"causal": False},
-    "window": {"window_left": -1, "window_right": -1},
-    "kv_lengths": {"kv_lengths": None},
-    "segment_ids": {"q_segment_ids": None, "k_segment_ids": None},
-}
-
-
 def explain(
     q: ArrayLike,
     k: ArrayLike,
@@ -685,54 +664,62 @@ def explain(
     >>> plan.num_threads, plan.tiles_skipped > 0, list(plan.skipped_by)
     (1, True, ['causal'])
     """
-    _refuse_unknown("explain", options, AttentionOptions)
-    all_options: dict[str, Any] = {
-        **(attention.__kwdefaults__ or {}),
-        **options,
-        "return_lse": return_lse,
+    refuse_unknown("explain", options, AttentionOptions.__annotations__)
+    given: dict[str, Any] = {**options}
+    out = given.pop("out", None)
+    problem, result = _described(q, k, v, given, out, return_lse)
+    plan = _core.describe(problem)
+    plain = of_arrays(q, k, v)
+    ruling_out = {
+        option.name: given.pop(option.name)
+        for option in OPTIONS
+        if option.rules_out and option.differs(problem, plain)
     }
-    arguments, result, _ = _validate.core_arguments(q, k, v, **all_options)
-    call = dict(zip(_validate.CORE_ARGUMENTS, arguments, strict=True))
-    plan = _core.describe(**call)
-    *batch_shape, num_heads, seqlen_q, head_dim = call["q_shape"]
-
-    if call["kv_lengths"] is not None and call["q_offset"] is None and plan["num_tasks"] > 0:
+    if problem.kv_lengths is not None and problem.q_offset is None and plan["num_tasks"] > 0:
         # The default that `causal` and `window` keep when each is looked at alone.
-        call["q_offset"] = call["kv_lengths"] - seqlen_q
-    without = call | {key: off for carried in _RULING_OUT.values() for key, off in carried.items()}
+        given["q_offset"] = problem.kv_lengths - problem.seqlen_q
     skipped_by = {}
-    for name, carried in _RULING_OUT.items():
-        given = {key: call[key] for key in carried}
-        # Arrays are absent or not; they are not compared.
-        if any(
-            given[key] is not None if off is None else given[key] != off
-            for key, off in carried.items()
-        ):
-            alone = _core.describe(**(without | given))
-            skipped_by[name] = alone["tiles_total"] - alone["tiles_computed"]
+    for name, value in ruling_out.items():
+        alone = _core.describe(_described(q, k, v, {**given, name: value}, out, return_lse)[0])
+        skipped_by[name] = alone["tiles_total"] - alone["tiles_computed"]
 
     return Explanation(
-        isa=call["isa"],
+        isa=problem.isa,
         dtype=str(result.dtype),
         softmax=(
             "over the queries: log-sum-exp of each key first, then weights times values"
-            if call["softmax_over_queries"]
+            if problem.softmax_over_queries
             else "over the keys: online, in one pass over keys and values"
         ),
-        batch_shape=tuple(batch_shape),
-        num_heads=num_heads,
-        num_kv_heads=call["num_kv_heads"],
-        seqlen_q=seqlen_q,
-        seqlen_k=call["seqlen_k"],
-        head_dim=head_dim,
-        head_dim_v=call["head_dim_v"],
-        num_threads_allowed=call["num_threads"],
+        batch_shape=problem.batch_shape,
+        num_heads=problem.num_heads,
+        num_kv_heads=problem.num_kv_heads,
+        seqlen_q=problem.seqlen_q,
+        seqlen_k=problem.seqlen_k,
+        head_dim=problem.q_shape[-1],
+        head_dim_v=problem.head_dim_v,
+        num_threads_allowed=problem.num_threads,
         num_threads_reason=_threads_reason(
-            options.get("num_threads"), call["num_threads"], plan["num_threads"]
+            options.get("num_threads"), problem.num_threads, plan["num_threads"]
         ),
         skipped_by=skipped_by,
         **plan,
     )
+
+
+def _described(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    options: dict[str, Any],
+    out: Array | None,
+    return_lse: bool,
+) -> tuple[Problem, Array]:
+    """The problem of a call and the place of its result, which is not written."""
+    problem = of_arrays(q, k, v)
+    set_named(problem, options)
+    result, _ = place_results(problem, out, return_lse)
+    return problem, result
 
 
 def _threads_reason(asked: int | None, allowed: int, used: int) -> str:
@@ -745,9 +732,3 @@ def _threads_reason(asked: int | None, allowed: int, used: int) -> str:
     if used == _core.team_limit():
         return f"{source}, but a call has no more than {used} on this machine"
     return f"{source}, but there is no work for more"
-
-
-def _refuse_unknown(function: str, options: Any, known: Any) -> None:
-    unknown = options.keys() - known.__annotations__.keys()
-    if unknown:
-        raise TypeError(f"{function}() got an unexpected keyword argument {min(unknown)!r}")

@@ -1,6 +1,6 @@
 """Gradients of attention.
 
-Like its forward pass, it validates in ``_validate.py`` and computes in C, behind ``_core``.
+A call becomes a problem as in the forward pass; `_core` computes its gradients.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastattn import _core, _validate
+from fastattn import _core, _results, _validate
+from fastattn._options import BY_NAME, Window, given, set_named
+from fastattn._problem import Problem, of_arrays
+from fastattn._results import place_results, read_results
 from fastattn._rounding import in_default_float_mode, round_once
-from fastattn.attention import attention
 from fastattn.reference import Gradients
 
 Array = NDArray[Any]
@@ -47,7 +49,7 @@ def attention_backward(
     alibi_slopes: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     causal: bool = False,
-    window: _validate.Window | None = None,
+    window: Window | None = None,
     q_offset: ArrayLike | None = None,
     kv_lengths: ArrayLike | None = None,
     segment_ids: Sequence[ArrayLike] | None = None,
@@ -151,52 +153,25 @@ sinks, softmax_axis, dropout_p, dropout_seed : optional
     >>> bool(np.allclose(grads.k, expected.k))
     True
     """
-    return _gradients(
-        grad_out,
-        q,
-        k,
-        v,
-        (out, lse),
-        None,
-        grad_lse=grad_lse,
-        needs=needs,
-        scale=scale,
-        softcap=softcap,
-        bias=bias,
-        alibi_slopes=alibi_slopes,
-        mask=mask,
-        causal=causal,
-        window=window,
-        q_offset=q_offset,
-        kv_lengths=kv_lengths,
-        segment_ids=segment_ids,
-        sinks=sinks,
-        softmax_axis=softmax_axis,
-        residual=residual,
-        num_threads=num_threads,
-        dropout_p=dropout_p,
-        dropout_seed=dropout_seed,
-    )
+    options = given(locals())
+    return _gradients(grad_out, q, k, v, (out, lse), None, grad_lse, needs, options)
 
 
 def attention_and_kept(
     q: ArrayLike, k: ArrayLike, v: ArrayLike, **options: Any
 ) -> tuple[Array, Array, Kept]:
     """`attention` with ``return_lse=True``, and what its backward pass can use besides."""
-    all_options: dict[str, Any] = {
-        **(attention.__kwdefaults__ or {}),
-        **options,
-        "return_lse": True,
-    }
-    arguments, out, lse = _validate.core_arguments(q, k, v, **all_options)
+    problem = of_arrays(q, k, v)
+    set_named(problem, options)
+    out, lse = place_results(problem, options.get("out"), True)
     assert lse is not None
-    call = dict(zip(_validate.CORE_ARGUMENTS, arguments, strict=True))
-    kept = Kept(_validate.allocate((*lse.shape, 2), lse.dtype), None)
-    has_exact_out = out.dtype == lse.dtype and call["residual"] is None
-    if not (has_exact_out or call["softmax_over_queries"]):
-        kept = kept._replace(exact=_validate.allocate(out.shape, lse.dtype))
-    call |= _core_kept(call, kept)
-    _core.attention(**call)
+    exact = None
+    has_exact_out = out.dtype == lse.dtype and problem.residual is None
+    if not (has_exact_out or problem.softmax_over_queries):
+        exact = _results.allocate(out.shape, lse.dtype)
+    kept = Kept(_results.allocate((*lse.shape, 2), lse.dtype), exact)
+    _give_kept(problem, kept)
+    _core.attention(problem)
     return out, lse, kept
 
 
@@ -214,18 +189,13 @@ def attention_backward_of_kept(
     **options: Any,
 ) -> Gradients:
     """`attention_backward` of what `attention_and_kept` returned for the same arguments."""
-    all_options = {**(attention.__kwdefaults__ or {}), **options}
-    del all_options["out"], all_options["return_lse"]
-    made = (out, lse)
-    return _gradients(grad_out, q, k, v, made, kept, grad_lse=grad_lse, needs=needs, **all_options)
+    return _gradients(grad_out, q, k, v, (out, lse), kept, grad_lse, needs, options)
 
 
-def _core_kept(call: dict[str, Any], kept: Kept) -> dict[str, Array]:
-    """The arrays of `kept` as arguments of the core."""
-    arrays = {"weighing": _with_heads(call["lse"].ndim + 1, kept.weighing)}
+def _give_kept(problem: Problem, kept: Kept) -> None:
+    problem.weighing = problem.with_heads(kept.weighing)
     if kept.exact is not None:
-        arrays["exact"] = _with_heads(call["out"].ndim, kept.exact)
-    return arrays
+        problem.exact = problem.with_heads(kept.exact)
 
 
 def _gradients(
@@ -235,45 +205,28 @@ def _gradients(
     v: ArrayLike,
     made: tuple[ArrayLike, ArrayLike],
     kept: Kept | None,
-    *,
     grad_lse: ArrayLike | None,
     needs: Sequence[str],
-    bias: ArrayLike | None,
-    sinks: ArrayLike | None,
-    **options: Any,
+    options: dict[str, Any],
 ) -> Gradients:
-    """The gradients of `attention_backward`, from all options of `attention`."""
-    wanted = wanted_gradients(needs, bias=bias, sinks=sinks)
+    """The gradients of `attention_backward`, from the options of `attention`."""
     # Converted here, once: the gradients are of these very arrays' shapes and dtypes.
-    given = {name: _validate.as_array(name, x) for name, x in (("q", q), ("k", k), ("v", v))}
-    given_bias = None if bias is None else _validate.float_array("bias", bias)
-    given_sinks = None if sinks is None else _validate.as_array("sinks", sinks)
-    arguments, result, result_lse = _validate.core_arguments(
-        given["q"],
-        given["k"],
-        given["v"],
-        **options,
-        bias=given_bias,
-        sinks=given_sinks,
-        return_lse=False,
-        out=None,
-        made=made,
-    )
-    call = dict(zip(_validate.CORE_ARGUMENTS, arguments, strict=True))
+    operands = {name: _validate.as_array(name, x) for name, x in (("q", q), ("k", k), ("v", v))}
+    options = as_arrays(options)
+    problem = of_arrays(**operands)
+    set_named(problem, options)
+    read_results(problem, *made)
     if kept is not None:
-        call |= _core_kept(call, kept)
-    grad_bias = None
-    if given_bias is not None and "bias" in wanted:
-        grad_bias = _zeros(given_bias.shape, np.promote_types(call["lse"].dtype, given_bias.dtype))
-        if call["bias"] is not None:
-            call["grad_bias"] = _as_broadcast(grad_bias, call["bias"].shape)
-    sinks_dtype = None if given_sinks is None else given_sinks.dtype
-    grads = compute_gradients(
-        call, wanted, given, (result, result_lse), grad_out, grad_lse, sinks_dtype
-    )
-    if grad_bias is not None and given_bias is not None:
-        grads = grads._replace(bias=round_once(grad_bias, given_bias.dtype))
-    return grads
+        _give_kept(problem, kept)
+    return compute_gradients(problem, operands, grad_out, grad_lse, needs, options)
+
+
+def as_arrays(options: dict[str, Any]) -> dict[str, Any]:
+    """Options whose gradients may be wanted, as the arrays whose shapes and dtypes these have."""
+    return {
+        name: _validate.as_array(name, x) if BY_NAME[name].gradient and x is not None else x
+        for name, x in options.items()
+    }
 
 
 def wanted_gradients(needs: Sequence[str], **optional: ArrayLike | None) -> frozenset[str]:
@@ -289,70 +242,82 @@ def wanted_gradients(needs: Sequence[str], **optional: ArrayLike | None) -> froz
 
 
 def compute_gradients(
-    call: dict[str, Any],
-    wanted: frozenset[str],
-    given: dict[str, Array],
-    made: tuple[Array, Array | None],
+    problem: Problem,
+    operands: dict[str, Array],
     grad_out: ArrayLike,
     grad_lse: ArrayLike | None,
-    sinks_dtype: np.dtype[Any] | None,
+    needs: Sequence[str],
+    options: dict[str, Any],
 ) -> Gradients:
-    """Compute what is wanted but the gradient by `bias`, which `call` has a place for.
+    """The gradients that are wanted of a problem that knows the results of its forward pass.
 
-    `given` are q, k and v as the call's operands were before they were broadcast.
+    `operands` are q, k and v as they were before they were broadcast, with the core's axes, and
+    `options` those that were given, of `as_arrays`.
     """
-    for name, width in (("q", call["q_shape"][-1]), ("v", call["head_dim_v"])):
+    bias: Any = options.get("bias")
+    sinks: Any = options.get("sinks")
+    wanted = wanted_gradients(needs, bias=bias, sinks=sinks)
+    for name, width in (("q", problem.q_shape[-1]), ("v", problem.head_dim_v)):
         if width > MAX_HEAD_DIM:
             of = "head_dim" if name == "q" else "head_dim_v"
             raise ValueError(
                 f"`{name}` must have {of} at most {MAX_HEAD_DIM} for gradients, got {width}"
             )
-    out, lse = made
-    grad = _validate.exact_array("grad_out", grad_out, out.shape, out.dtype)
-    call["grad_out"] = _with_heads(call["out"].ndim, _validate.core_view(grad))
-    if grad_lse is not None and lse is not None:
-        checked = _validate.exact_array("grad_lse", grad_lse, lse.shape, lse.dtype)
-        call["grad_lse"] = _with_heads(call["lse"].ndim, checked)
-    if "sinks" not in wanted:
-        sinks_dtype = None
-    has_more = sinks_dtype is not None or "grad_bias" in call
-    if 0 in call["q"].shape[:-1] or not (
-        has_more or any(given[x].size for x in wanted & set(given))
+    grad = _validate.exact_array("grad_out", grad_out, problem.out_shape, problem.dtype)
+    to_core: dict[str, Array] = {"grad_out": problem.as_in_core(grad)}
+    if grad_lse is not None:
+        checked = _validate.exact_array(
+            "grad_lse", grad_lse, problem.lse_shape, problem.lse_dtype
+        )
+        to_core["grad_lse"] = problem.with_heads(checked)
+    grad_bias = None
+    if "bias" in wanted:
+        grad_bias = _zeros(bias.shape, np.promote_types(problem.lse_dtype, bias.dtype))
+        if problem.bias is not None:
+            to_core["grad_bias"] = _as_broadcast(grad_bias, problem.bias.shape)
+    if 0 in problem.q_shape[:-1] or not (
+        "sinks" in wanted
+        or "grad_bias" in to_core
+        or any(operands[x].size for x in wanted & set(operands))
     ):
-        return _no_gradients(wanted, given, call["sinks"], sinks_dtype)
-    if sinks_dtype is not None:
-        call["sink_terms"] = _validate.allocate(call["lse"].shape, np.dtype(np.float64))
-
-    finish: dict[str, Callable[[], Array]] = {}
-    places = {name: _Place(given[name], call[name], call["lse"].dtype) for name in given}
-    # One dtype for all three, in the core: where one is summed, all are in the accumulator's.
-    exact = all(place.is_whole for name, place in places.items() if name in wanted)
-    for name, place in places.items():
-        if name in wanted:
-            call[f"grad_{name}"], finish[name] = place.allocate(exact)
-    _core.attention_backward(**call)
-    grads = {name: done() for name, done in finish.items()}
-    if sinks_dtype is not None:
-        grads["sinks"] = _sum_of_terms(call["sink_terms"], sinks_dtype)
+        grads = _no_gradients(wanted, operands, problem.sinks, sinks)
+    else:
+        if "sinks" in wanted:
+            terms_shape = (*problem.q_shape[:-2], problem.seqlen_q)
+            to_core["sink_terms"] = _results.allocate(terms_shape, np.dtype(np.float64))
+        finish: dict[str, Callable[[], Array]] = {}
+        full = {"q": problem.q, "k": problem.k, "v": problem.v}
+        places = {name: _Place(x, full[name], problem.lse_dtype) for name, x in operands.items()}
+        # One dtype for all three, in the core: where one is summed, all are in the accumulator's.
+        exact = all(place.is_whole for name, place in places.items() if name in wanted)
+        for name, place in places.items():
+            if name in wanted:
+                to_core[f"grad_{name}"], finish[name] = place.allocate(exact)
+        _core.attention_backward(problem, **to_core)
+        grads = {name: done() for name, done in finish.items()}
+        if "sinks" in wanted:
+            grads["sinks"] = _sum_of_terms(to_core["sink_terms"], sinks.dtype)
+    if grad_bias is not None:
+        grads["bias"] = round_once(grad_bias, bias.dtype)
     return Gradients(**{name: grads.get(name) for name in Gradients._fields})
 
 
 def _no_gradients(
     wanted: frozenset[str],
-    given: dict[str, Array],
+    operands: dict[str, Array],
+    core_sinks: Array | None,
     sinks: Array | None,
-    sinks_dtype: np.dtype[Any] | None,
-) -> Gradients:
+) -> dict[str, Array]:
     """Zeros, of a call without rows or without an element that has a gradient: its other sizes may
     be anything."""
     zeros = {
-        name: _validate.empty_result(x, x.shape) for name, x in given.items() if name in wanted
+        name: _results.empty_result(x, x.shape) for name, x in operands.items() if name in wanted
     }
-    if sinks is not None and sinks_dtype is not None:
-        zeros["sinks"] = _validate.allocate(sinks.shape, _gradient_dtype(sinks_dtype))
+    if "sinks" in wanted and core_sinks is not None and sinks is not None:
+        zeros["sinks"] = _results.allocate(core_sinks.shape, _gradient_dtype(sinks.dtype))
     for gradient in zeros.values():
         gradient.fill(0)
-    return Gradients(**{name: zeros.get(name) for name in Gradients._fields})
+    return zeros
 
 
 class _Place:
@@ -371,10 +336,10 @@ class _Place:
         """What the core writes to, and what makes the gradient of it."""
         given = self.given
         if exact or (self.is_whole and given.dtype == self.accumulator):
-            result = _validate.empty_result(given, given.shape)
+            result = _results.empty_result(given, given.shape)
             missing = (np.newaxis,) * (len(self.shape) - given.ndim)
             return _validate.core_view(result)[missing], lambda: result
-        whole = _validate.allocate(self.shape, self.accumulator)
+        whole = _results.allocate(self.shape, self.accumulator)
 
         @in_default_float_mode
         def summed() -> Array:
@@ -384,13 +349,8 @@ class _Place:
         return whole, summed
 
 
-def _with_heads(ndim: int, array: Array) -> Array:
-    """`array` with the head axis that the core's array has and the caller's may not have."""
-    return array[(np.newaxis,) * (ndim - array.ndim)]
-
-
 def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    array = _validate.allocate(shape, dtype)
+    array = _results.allocate(shape, dtype)
     array.fill(0)
     return array
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import ArrayLike, DTypeLike
 
+from fastattn._options import read_positions
 from fastattn._storage import (
     Changes,
     Lengths,
@@ -28,11 +29,11 @@ from fastattn._storage import (
 from fastattn._validate import (
     MAX_POSITION,
     Array,
-    _integer,
+    broadcast,
     count,
     flag,
+    integer,
     integer_array,
-    q_offsets,
 )
 
 if TYPE_CHECKING:
@@ -193,7 +194,7 @@ class KVCache(TokenStore):
         self.batch_size = count("batch_size", batch_size)
         self.max_seqlen = count("max_seqlen", max_seqlen)
         self.window = None if window is None else count("window", window)
-        self.num_sinks = _integer("num_sinks", num_sinks, "an int >= 0")
+        self.num_sinks = integer("num_sinks", num_sinks, "an int >= 0")
         if self.num_sinks < 0:
             raise ValueError(f"`num_sinks` must be at least 0, got {self.num_sinks}")
         if self.window is None and self.num_sinks:
@@ -299,7 +300,7 @@ class KVCache(TokenStore):
         )
 
     def _index(self, index: int) -> int:
-        value = _integer("index", index, f"an int from 0 to {self.batch_size - 1}")
+        value = integer("index", index, f"an int from 0 to {self.batch_size - 1}")
         if not 0 <= value < self.batch_size:
             raise ValueError(f"`index` must be 0 to {self.batch_size - 1}, got {value}")
         return value
@@ -655,7 +656,8 @@ class KVCache(TokenStore):
         if given is None:
             offset = view.lengths - seqlen_q
         else:
-            offset = q_offsets(given, (self.batch_size,))
+            offset = read_positions("q_offset", given)
+            offset = broadcast("q_offset", offset, (self.batch_size,))
         first = np.maximum(offset, 0)
         earliest = self._first_exact(view.evicted)
         # Rows before the first token or after the last one are nobody's queries.

@@ -23,7 +23,7 @@ from fastattn._storage import (
     copy_tokens,
     own_options,
 )
-from fastattn._validate import Array, _integer, count
+from fastattn._validate import Array, count, integer
 
 
 class OutOfPagesError(MemoryError):
@@ -416,7 +416,7 @@ class PagedKVCache(TokenStore):
         (2, 3)
         """
         seq_id = _seq_id("seq_id", seq_id)
-        self._gate.change(self._truncated, seq_id, _integer("length", length, "an int >= 0"))
+        self._gate.change(self._truncated, seq_id, integer("length", length, "an int >= 0"))
 
     def _truncated(self, seq_id: int, length: int) -> tuple[None, Changes]:
         sequence, pages = self._sequence("seq_id", seq_id), _Pages(self)
@@ -655,7 +655,7 @@ class _Pages:
 
 
 def _seq_id(name: str, seq_id: int) -> int:
-    return _integer(name, seq_id, "the int that `add` returned")
+    return integer(name, seq_id, "the int that `add` returned")
 
 
 def _seq_ids(seq_ids: Iterable[int]) -> list[int]:

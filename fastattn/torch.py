@@ -23,8 +23,8 @@ from torch import Tensor
 
 from fastattn import _validate
 from fastattn._enabled import Enabled
+from fastattn._options import BY_NAME, given
 from fastattn._torch_ops import (
-    DEFAULTS,
     as_array,
     attend,
     autocast,
@@ -49,29 +49,22 @@ __all__ = [
 ]
 
 
+_FLOATS = "float16, bfloat16, float32 or float64"
 _INTEGERS = (
     *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
     *(torch.int8, torch.int16, torch.int32, torch.int64),
 )
-_FLOATS = (DTYPES, "float16, bfloat16, float32 or float64", _validate.float_array)
-_REALS = ((*DTYPES, *_INTEGERS), "real numbers", _validate._real_array)
-_INDICES = (_INTEGERS, "integers of at most 64 bits", _validate.integer_array)
-# The options that are tensors: their dtypes, what an error calls those, and the check of what is
-# not a tensor yet, which becomes an array first, as in NumPy, so that no digit is lost.
-_KINDS: dict[str, tuple[tuple[torch.dtype, ...], str, Any]] = {
-    "bias": _FLOATS,
-    "residual": _FLOATS,
-    "sinks": _REALS,
-    "alibi_slopes": _REALS,
-    "mask": (
+# The checks of options that are tensors: the dtypes that pass, and what an error calls those.  What
+# is not a tensor yet becomes an array first, as in NumPy, so that no digit is lost.
+_KINDS: dict[Any, tuple[tuple[torch.dtype, ...], str]] = {
+    _validate.as_array: (DTYPES, _FLOATS),
+    _validate.float_array: (DTYPES, _FLOATS),
+    _validate.real_array: ((*DTYPES, *_INTEGERS), "real numbers"),
+    _validate.integer_array: (_INTEGERS, "integers of at most 64 bits"),
+    _validate.bool_array: (
         (torch.bool,),
         "bool, True = takes part (a float mask, which is added to the scores, goes to `bias`)",
-        _validate._bool_array,
     ),
-    "q_offset": _INDICES,
-    "kv_lengths": _INDICES,
-    "segment_ids[0]": _INDICES,
-    "segment_ids[1]": _INDICES,
 }
 
 
@@ -210,52 +203,29 @@ sinks, softmax_axis, dropout_p, residual, num_threads : optional
     if torch.is_autocast_enabled("cpu"):
         q, k, v, residual = map(autocast, (q, k, v, residual))
     _check_operands(q, k=k, v=v)
-    if not torch.compiler.is_compiling():  # where numbers may be symbols
-        scale = None if scale is None else _validate.real("scale", scale)
-        softcap = None if softcap is None else _validate._positive("softcap", softcap)
-        dropout_p, _ = _validate._dropout(dropout_p, 0)
-        causal = _validate.flag("causal", causal)
-        _validate._is_over_queries(softmax_axis)
-        if window is not None:
-            window = [None if side < 0 else side for side in _validate._window(window)]
-        if num_threads is not None:
-            num_threads = min(_validate.count("num_threads", num_threads), _validate.MAX_C_INT)
-        if type(q_offset) is int:  # which a tensor may be too small for
-            furthest = _validate.MAX_POSITION
-            q_offset = max(-furthest, min(q_offset, furthest))
-    left, right = (None, None) if window is None else window
-    q_ids, k_ids = (None, None) if segment_ids is None else _pair(segment_ids)
-    options: dict[str, Any] = {}
-    if isinstance(q_offset, int) and not isinstance(q_offset, bool):
-        options["q_offset"] = q_offset
-    else:
-        options["q_offsets"] = _tensor("q_offset", q_offset, q)
-    residual = _tensor("residual", residual, q)
-    if residual is not None and residual.dtype != q.dtype:
-        raise TypeError(f"`residual` must have dtype {q.dtype} like `q`, got {residual.dtype}")
-    out, lse = attend(
-        q,
-        k,
-        v,
-        bias=_tensor("bias", bias, q),
-        sinks=_tensor("sinks", sinks, q),
-        residual=residual,
-        alibi_slopes=_tensor("alibi_slopes", alibi_slopes, q),
-        mask=_tensor("mask", mask, q),
-        kv_lengths=_tensor("kv_lengths", kv_lengths, q),
-        q_segment_ids=_tensor("segment_ids[0]", q_ids, q),
-        k_segment_ids=_tensor("segment_ids[1]", k_ids, q),
-        dropout_seed=_seed(dropout_p, dropout_seed, q),
-        scale=scale,
-        softcap=softcap,
-        causal=causal,
-        window_left=left,
-        window_right=right,
-        softmax_axis=softmax_axis,
-        dropout_p=dropout_p,
-        num_threads=num_threads,
-        **options,
-    )
+    options = {
+        "scale": scale,
+        "softcap": softcap,
+        "bias": bias,
+        "alibi_slopes": alibi_slopes,
+        "mask": mask,
+        "causal": causal,
+        "window": window,
+        "q_offset": q_offset,
+        "kv_lengths": kv_lengths,
+        "segment_ids": segment_ids,
+        "sinks": sinks,
+        "softmax_axis": softmax_axis,
+        "dropout_p": dropout_p,
+        "residual": residual,
+        "num_threads": num_threads,
+    }
+    arguments = _operator_arguments(options, q)
+    arguments["dropout_seed"] = _seed(arguments["dropout_p"], dropout_seed, q)
+    added = arguments["residual"]
+    if added is not None and added.dtype != q.dtype:
+        raise TypeError(f"`residual` must have dtype {q.dtype} like `q`, got {added.dtype}")
+    out, lse = attend(q, k, v, **arguments)
     return (out, lse) if return_lse else out
 
 
@@ -329,6 +299,7 @@ sinks, softmax_axis, num_threads : optional
     >>> fastattn.torch.attention_weights(q, k, causal=True, rows=[-1]).sum(-1).shape
     torch.Size([8, 1])
     """
+    options = given(locals())
     if torch.is_autocast_enabled("cpu"):
         q, k = map(autocast, (q, k))
     _check_operands(q, k=k)
@@ -336,27 +307,13 @@ sinks, softmax_axis, num_threads : optional
         raise TypeError(f"`q` must be on the CPU, got {q.device}")
     if transforms_active():
         raise NotImplementedError("attention_weights has no rule for transforms of torch.func")
-    q_ids, k_ids = (None, None) if segment_ids is None else _pair(segment_ids)
-    tensors = {
-        "bias": _tensor("bias", bias, q),
-        "sinks": _tensor("sinks", sinks, q),
-        "alibi_slopes": _tensor("alibi_slopes", alibi_slopes, q),
-        "mask": _tensor("mask", mask, q),
-        "kv_lengths": _tensor("kv_lengths", kv_lengths, q),
-        "q_segment_ids": _tensor("segment_ids[0]", q_ids, q),
-        "k_segment_ids": _tensor("segment_ids[1]", k_ids, q),
-    }
-    for name, x in {"q": q, "k": k, **tensors}.items():
-        if torch.is_grad_enabled() and x is not None and x.requires_grad:
+    arguments = _operator_arguments(options, q)
+    for name, x in {"q": q, "k": k, **arguments}.items():
+        if torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad:
             raise ValueError(
                 f"`{name}` must not require a gradient, of which there is none: detach it, or call "
                 "under torch.no_grad()"
             )
-    options = numpy_options((DEFAULTS | tensors).values())
-    del options["dropout_p"]
-    options |= {"scale": scale, "softcap": softcap, "causal": causal, "window": window}
-    options |= {"softmax_axis": softmax_axis, "num_threads": num_threads}
-    options["q_offset"] = as_array(q_offset) if isinstance(q_offset, Tensor) else q_offset
     chosen = [as_array(x) if isinstance(x, Tensor) else x for x in (rows, heads)]
     weights = weights_of_arrays(
         as_array(q),
@@ -365,7 +322,7 @@ sinks, softmax_axis, num_threads : optional
         heads=chosen[1],
         pool=pool,
         reduce=reduce,
-        **options,
+        **numpy_options(arguments),
     )
     return torch.from_numpy(weights)
 
@@ -380,14 +337,47 @@ def _check_operands(q: Any, **others: Any) -> None:
         if x.dtype != q.dtype:
             raise TypeError(f"`{name}` must have dtype {q.dtype} like `q`, got {x.dtype}")
     if q.dtype not in DTYPES:
-        raise TypeError(f"`q` must be {_FLOATS[1]}, got {q.dtype}")
+        raise TypeError(f"`q` must be {_FLOATS}, got {q.dtype}")
 
 
-def _tensor(name: str, x: Any, q: Tensor) -> Tensor | None:
-    """An option as a tensor on q's device, of a dtype that it may have."""
-    if x is None:
-        return None
-    dtypes, kind, check = _KINDS[name]
+def _operator_arguments(options: dict[str, Any], q: Tensor) -> dict[str, Any]:
+    """Options as arguments of the operators: tensors on q's device, and numbers.
+
+    Numbers may be symbols while PyTorch compiles, and are checked when the operator runs.
+    """
+    arguments: dict[str, Any] = {}
+    for name, x in options.items():
+        option = BY_NAME[name]
+        names = [argument for argument, _ in option.torch]
+        if x is None:
+            arguments |= dict.fromkeys(names)
+        elif name == "segment_ids":
+            for i, (argument, ids) in enumerate(zip(names, _pair(x), strict=True)):
+                arguments[argument] = _tensor(f"{name}[{i}]", ids, q, _validate.integer_array)
+        elif name == "window":
+            sides = x if torch.compiler.is_compiling() else option.check(name, x)
+            sides = [None if side is None or side < 0 else side for side in sides]
+            arguments |= dict(zip(names, sides, strict=True))
+        elif name == "q_offset":
+            if not isinstance(x, int) or isinstance(x, bool):
+                arguments["q_offsets"] = _tensor(name, x, q, _validate.integer_array)
+            elif torch.compiler.is_compiling():
+                arguments["q_offset"] = x
+            else:  # a tensor may be too small for it
+                arguments["q_offset"] = int(option.check(name, x))
+        elif option.check in _KINDS:
+            arguments[name] = _tensor(name, x, q, option.check)
+        elif torch.compiler.is_compiling():
+            arguments[name] = x
+        else:
+            checked = option.check(name, x)
+            arguments[name] = x if isinstance(x, str) else checked
+    return arguments
+
+
+def _tensor(name: str, x: Any, q: Tensor, check: Any) -> Tensor:
+    """An option as a tensor on q's device, of a dtype that passes the check."""
+    dtypes, kind = _KINDS[check]
     if not isinstance(x, Tensor):
         if torch.compiler.is_compiling():  # which has tensors in the place of arrays
             x = torch.as_tensor(x, device=q.device)
@@ -424,7 +414,7 @@ def _seed(dropout_p: float, dropout_seed: int | Tensor | None, q: Tensor) -> Ten
         return drawn_seed(q) if dropout_p else None
     if not isinstance(dropout_seed, Tensor):
         if not torch.compiler.is_compiling():
-            _, dropout_seed = _validate._dropout(0.0, dropout_seed)
+            dropout_seed = BY_NAME["dropout_seed"].check("dropout_seed", dropout_seed)
         # The signed number with the same 64 bits.
         signed = dropout_seed - 2**64 if dropout_seed >= 2**63 else dropout_seed
         return torch.tensor(signed, dtype=torch.int64, device=q.device)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn import _core, _validate
-from fastattn.backward import compute_gradients, wanted_gradients
+from fastattn._options import Window, given, set_named
+from fastattn._problem import of_packed
+from fastattn._results import place_results, read_results
+from fastattn.backward import as_arrays, compute_gradients
 from fastattn.reference import Gradients
 
 Array = NDArray[Any]
@@ -26,7 +28,7 @@ def attention_varlen(
     softcap: float | None = None,
     alibi_slopes: ArrayLike | None = None,
     causal: bool = False,
-    window: _validate.Window | None = None,
+    window: Window | None = None,
     q_offset: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
     dropout_p: float = 0.0,
@@ -111,29 +113,12 @@ def attention_varlen(
     >>> bool(np.array_equal(out[:3], first.swapaxes(0, 1)))
     True
     """
-    call, result, lse = _packed_arguments(
-        _heads_first("q", q),
-        _heads_first("k", k),
-        _heads_first("v", v),
-        cu_seqlens_q,
-        cu_seqlens_k,
-        q_offset=q_offset,
-        scale=scale,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        causal=causal,
-        window=window,
-        sinks=sinks,
-        dropout_p=dropout_p,
-        dropout_seed=dropout_seed,
-        residual=residual,
-        return_lse=return_lse,
-        out=out,
-        num_threads=num_threads,
-    )
-    _core.attention(**call)
-    given = result.swapaxes(0, 1) if out is None else out
-    return given if lse is None else (given, lse)
+    options = given(locals())
+    problem = of_packed(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    set_named(problem, options)
+    result, made_lse = place_results(problem, out, return_lse)
+    _core.attention(problem)
+    return result if made_lse is None else (result, made_lse)
 
 
 def attention_varlen_backward(
@@ -150,7 +135,7 @@ def attention_varlen_backward(
     softcap: float | None = None,
     alibi_slopes: ArrayLike | None = None,
     causal: bool = False,
-    window: _validate.Window | None = None,
+    window: Window | None = None,
     q_offset: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
     dropout_p: float = 0.0,
@@ -170,9 +155,8 @@ def attention_varlen_backward(
         The arguments of the forward call; see `attention_varlen`.
     out, lse : array_like
         What the forward call returned, with ``return_lse=True``.
-    scale, softcap, alibi_slopes, causal, window, q_offset, sinks : optional
-        As below.
-    dropout_p, dropout_seed, residual : optional
+    scale, softcap, alibi_slopes, causal, window, q_offset, sinks, dropout_p, dropout_seed, \
+residual : optional
         The options of the forward call; see `attention_varlen`.
     grad_lse, needs, num_threads : optional
         As in `attention_backward`.
@@ -211,128 +195,16 @@ def attention_varlen_backward(
     >>> grads.k.shape
     (10, 2, 8)
     """
-    wanted = wanted_gradients(needs, bias=None, sinks=sinks)
+    options = as_arrays(given(locals()))
     # Converted here, once: the gradients are of these very arrays' shapes and dtypes.
-    given = {name: _heads_first(name, x) for name, x in (("q", q), ("k", k), ("v", v))}
-    if sinks is not None:
-        sinks = _validate.as_array("sinks", sinks)
-    call, result, made_lse = _packed_arguments(
-        given["q"],
-        given["k"],
-        given["v"],
-        cu_seqlens_q,
-        cu_seqlens_k,
-        q_offset=q_offset,
-        scale=scale,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        causal=causal,
-        window=window,
-        sinks=sinks,
-        dropout_p=dropout_p,
-        dropout_seed=dropout_seed,
-        residual=residual,
-        num_threads=num_threads,
-        made=(out, lse),
-    )
-    grad = _result_like("grad_out", grad_out, result.swapaxes(0, 1).shape)
-    sinks_dtype = None if sinks is None else sinks.dtype
-    grads = compute_gradients(call, wanted, given, (result, made_lse), grad, grad_lse, sinks_dtype)
-    q_k_v = {name: _swapped(getattr(grads, name)) for name in ("q", "k", "v")}
-    return grads._replace(**q_k_v)
+    operands = {name: _validate.as_array(name, x) for name, x in (("q", q), ("k", k), ("v", v))}
+    problem = of_packed(**operands, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    set_named(problem, options)
+    read_results(problem, out, lse)
+    heads_first = {name: x.swapaxes(0, 1) for name, x in operands.items()}
+    grads = compute_gradients(problem, heads_first, grad_out, grad_lse, needs, options)
+    return grads._replace(**{name: _swapped(getattr(grads, name)) for name in operands})
 
 
 def _swapped(array: Array | None) -> Array | None:
     return None if array is None else array.swapaxes(0, 1)
-
-
-def _packed_arguments(
-    q: Array,
-    k: Array,
-    v: Array,
-    cu_seqlens_q: ArrayLike,
-    cu_seqlens_k: ArrayLike,
-    *,
-    q_offset: ArrayLike | None,
-    alibi_slopes: ArrayLike | None,
-    residual: ArrayLike | None,
-    return_lse: bool = False,
-    out: Array | None = None,
-    made: tuple[ArrayLike, ArrayLike] | None = None,
-    **options: Any,
-) -> tuple[dict[str, Any], Array, Array | None]:
-    """What ``_core.attention`` takes, by name; the result, heads first; lse.
-
-    q, k and v are of `_heads_first`.
-    `made` is the (out, lse) of an earlier call; see `_validate.core_arguments`.
-    """
-    if alibi_slopes is not None:
-        alibi_slopes = _validate.as_array("alibi_slopes", alibi_slopes)
-        if alibi_slopes.ndim != 1:
-            raise ValueError(
-                f"`alibi_slopes` must have one dimension, (num_heads,), got {alibi_slopes.ndim}"
-            )
-    q_starts = _starts("cu_seqlens_q", cu_seqlens_q, q.shape[1], "q")
-    k_starts = _starts("cu_seqlens_k", cu_seqlens_k, k.shape[1], "k")
-    if len(q_starts) != len(k_starts):
-        raise ValueError(
-            f"`cu_seqlens_k` must have {len(q_starts)} entries like `cu_seqlens_q`, "
-            f"got {len(k_starts)}"
-        )
-    shape = (q.shape[1], q.shape[0], v.shape[2])
-    arguments, result, lse = _validate.core_arguments(
-        q,
-        k,
-        v,
-        bias=None,
-        mask=None,
-        kv_lengths=None,
-        segment_ids=None,
-        softmax_axis="keys",
-        q_offset=None,
-        alibi_slopes=alibi_slopes,
-        residual=None if residual is None else _result_like("residual", residual, shape),
-        return_lse=return_lse,
-        out=None if out is None else _result_like("out", out, shape),
-        made=None if made is None else (_result_like("out", made[0], shape), made[1]),
-        **options,
-    )
-    call = dict(zip(_validate.CORE_ARGUMENTS, arguments, strict=True))
-    if q_offset is not None:
-        call["q_offset"] = _validate.q_offsets(q_offset, (len(q_starts) - 1,))
-    return call | {"q_starts": q_starts, "k_starts": k_starts}, result, lse
-
-
-def _heads_first(name: str, x: ArrayLike) -> Array:
-    """A (total, heads, ...) array as (heads, total, ...), which the core knows."""
-    array = _validate.float_array(name, x)
-    if array.ndim != 3:
-        raise ValueError(
-            f"`{name}` must have 3 dimensions, (total, heads, width), got shape {array.shape}"
-        )
-    return array.swapaxes(0, 1)
-
-
-def _result_like(name: str, x: ArrayLike, shape: tuple[int, ...]) -> Any:
-    """The same of `residual` or `out`; whatever else is wrong with it is found out later."""
-    array = x if isinstance(x, np.ndarray) else _validate.as_array(name, x)
-    if array.shape != shape:
-        raise ValueError(f"`{name}` must have the result's shape {shape}, got shape {array.shape}")
-    return array.swapaxes(0, 1)
-
-
-def _starts(name: str, cu_seqlens: ArrayLike, total: int, of: str) -> NDArray[np.int64]:
-    array = _validate.integer_array(name, cu_seqlens)
-    if array.ndim != 1 or array.size == 0:
-        raise ValueError(
-            f"`{name}` must have shape (num_sequences + 1,), at least (1,), got {array.shape}"
-        )
-    if int(array[0]) != 0:
-        raise ValueError(f"`{name}` must begin with 0, got {array[0]}")
-    if int(array[-1]) != total:
-        raise ValueError(f"`{name}` must end with the {total} rows of `{of}`, got {array[-1]}")
-    falls = np.flatnonzero(array[1:] < array[:-1])
-    if falls.size:
-        at = int(falls[0])
-        raise ValueError(f"`{name}` must not decrease, got {array[at]} before {array[at + 1]}")
-    return array.astype(np.int64, copy=False)

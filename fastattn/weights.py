@@ -9,6 +9,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn import _core, _validate
+from fastattn._options import given, set_named
+from fastattn._problem import of_arrays
+from fastattn._results import allocate
 
 Array = NDArray[Any]
 Indices = NDArray[np.int64]
@@ -124,33 +127,12 @@ sinks, softmax_axis, num_threads : optional
     >>> np.argsort(fa.attention_weights(q, k, heads=[0], reduce="keys")[0])[-3:].shape
     (3,)
     """
+    options = given(locals())
     k = _validate.as_array("k", k)
-    no_values = k[..., :0] if k.ndim > 0 else k
-    arguments, out, _ = _validate.core_arguments(
-        q,
-        k,
-        no_values,
-        scale,
-        softcap,
-        bias,
-        alibi_slopes,
-        mask,
-        causal,
-        window,
-        q_offset,
-        kv_lengths,
-        segment_ids,
-        sinks,
-        softmax_axis,
-        None,
-        False,
-        None,
-        num_threads,
-    )
-    named: dict[str, Any] = dict(zip(_validate.CORE_ARGUMENTS, arguments, strict=True))
-    *batch_shape, num_heads, seqlen_q, _ = named["q_shape"]
-    seqlen_k = named["seqlen_k"]
-    single_head = out.ndim == 2
+    problem = of_arrays(q, k, k[..., :0] if k.ndim > 0 else k)
+    set_named(problem, options)
+    num_heads, seqlen_q, seqlen_k = problem.num_heads, problem.seqlen_q, problem.seqlen_k
+    single_head = problem.single_head
     if pool is not None and reduce is not None:
         raise ValueError(f"`reduce` must be None with `pool`, got {reduce!r}")
     if single_head and heads is not None:
@@ -172,11 +154,12 @@ sinks, softmax_axis, num_threads : optional
         shape = (seqlen_k,)
         _check_reduce(reduce)
     if not single_head:
-        shape = (*batch_shape, num_heads if chosen_heads is None else chosen_heads.size, *shape)
-    weights = _validate.allocate(shape, _validate.lse_dtype(out.dtype), np.zeros)
+        num_chosen = num_heads if chosen_heads is None else chosen_heads.size
+        shape = (*problem.batch_shape, num_chosen, *shape)
+    weights = allocate(shape, problem.lse_dtype, np.zeros)
     _core.attention_weights(
-        **named,
-        weights=weights,
+        problem,
+        weights,
         rows=chosen_rows,
         places=places,
         heads=chosen_heads,

@@ -9,7 +9,7 @@ from gradients import NAMES
 from test_guard_pages import HEAD_DIMS, LAYOUTS, TAILS, GuardedMemory, memory
 
 import fastattn as fa
-from fastattn import _validate
+from fastattn import _results
 from fastattn.backward import attention_and_kept, attention_backward_of_kept
 
 __all__ = ["memory"]  # a fixture
@@ -53,7 +53,7 @@ def check(guards: GuardedMemory, layout: str, arrays: list[np.ndarray], **option
         return guards.buffer(nbytes).view(dtype).reshape(shape)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_validate, "allocate", allocate)
+        patch.setattr(_results, "allocate", allocate)
         grads = fa.attention_backward(
             *given, guards.copy(lse), grad_lse=guards.copy(grad_lse), **guarded
         )

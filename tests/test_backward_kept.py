@@ -13,8 +13,10 @@ from test_backward_scores import assert_beside, draw, masked_by
 
 import fastattn as fa
 from fastattn import _core
+from fastattn._options import set_named
+from fastattn._problem import of_packed
+from fastattn._results import place_results
 from fastattn.backward import Kept, attention_and_kept, attention_backward_of_kept
-from fastattn.varlen import _heads_first, _packed_arguments
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
 each_axis = pytest.mark.parametrize("axis", ["keys", "queries"])
@@ -257,23 +259,14 @@ def test_packed_sequences(dtype: Any) -> None:
     starts = np.array([0, 3, 3, 70, 200])
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((200, heads, 16)).astype(dtype) for heads in (4, 2, 2))
-    firsts = [_heads_first(name, x) for name, x in (("q", q), ("k", k), ("v", v))]
-    options = dict.fromkeys(("scale", "softcap", "window", "sinks", "num_threads", "dropout_seed"))
-    call, _, lse = _packed_arguments(
-        *firsts,
-        starts,
-        starts,
-        q_offset=None,
-        alibi_slopes=None,
-        residual=None,
-        return_lse=True,
-        causal=True,
-        dropout_p=0.0,
-        **options,
-    )
+    firsts = [x.swapaxes(0, 1) for x in (q, k, v)]
+    problem = of_packed(q, k, v, starts, starts)
+    set_named(problem, {"causal": True})
+    _, lse = place_results(problem, None, True)
     assert lse is not None
     kept = Kept(np.empty((4, 200, 2), lse.dtype), np.empty((4, 200, 16), lse.dtype))
-    _core.attention(**call, weighing=kept.weighing, exact=kept.exact)
+    problem.weighing, problem.exact = kept
+    _core.attention(problem)
     for lo, hi in itertools.pairwise(starts):
         part = [x[:, lo:hi] for x in firsts]
         _, _, alone = attention_and_kept(*part, causal=True)

@@ -487,13 +487,16 @@ for rounding in range(4):
                 wrong.append((rounding, flush, num_threads, same))
 
 # What C itself raises and leaves: nothing.
-from fastattn import _core, _validate
+from fastattn import _core
+from fastattn._options import set_named
+from fastattn._problem import of_arrays
+from fastattn._results import place_results
 for flags in (0, mode.divbyzero()):
-    arguments, _, _ = _validate.core_arguments(
-        *problems[0], **{**fa.attention.__kwdefaults__, "num_threads": 2}
-    )
+    problem = of_arrays(*problems[0])
+    set_named(problem, {"num_threads": 2})
+    place_results(problem, None, False)
     mode.set_flags(flags)
-    _core.attention(*arguments)
+    _core.attention(problem)
     assert mode.get_flags() == flags
 assert not wrong, wrong
 print("ok")

@@ -15,6 +15,10 @@ import numpy as np
 import pytest
 
 import fastattn as fa
+from fastattn import _core
+from fastattn._options import set_named
+from fastattn._problem import of_arrays
+from fastattn._results import place_results
 
 pytestmark = pytest.mark.any_kernel_set
 
@@ -195,27 +199,25 @@ def test_dtypes_that_change():
 
 def test_the_door_compares_with_the_plan():
     """The check behind the races, without one."""
-    from fastattn import _core, _validate
-
     q = np.zeros((1, 2, 6, 4), np.float32)
     k = np.zeros((1, 2, 5, 4), np.float32)
-    options = {name: None for name in ("scale", "softcap", "alibi_slopes", "window", "q_offset")}
-    options |= {"segment_ids": None, "sinks": None, "softmax_axis": "keys", "causal": False}
-    options |= {"return_lse": True, "out": None, "num_threads": 1, "kv_lengths": [3]}
-    options |= {"bias": np.zeros((6, 5)), "mask": True, "residual": np.zeros_like(q)}
-    arguments, _, _ = _validate.core_arguments(q, k, k, **options)
-    call = dict(zip(_validate.CORE_ARGUMENTS, arguments, strict=True))
-    _core.attention(**call)
+    options = {"bias": np.zeros((6, 5)), "mask": True, "residual": np.zeros_like(q)}
+    problem = of_arrays(q, k, k)
+    set_named(problem, {**options, "num_threads": 1, "kv_lengths": [3]})
+    place_results(problem, None, True)
+    _core.attention(problem)
     names = ("q", "k", "v", "out", "lse", "residual", "bias", "mask", "kv_lengths")
     for name in names:
-        array = call[name]
+        array = getattr(problem, name)
         for other in (array.reshape(-1), array[..., :0], array[np.newaxis], array[..., ::-1][1:]):
             if other.shape != array.shape:
+                setattr(problem, name, other)
                 with pytest.raises(ValueError, match=f"`{name}` {CHANGED}, but has"):
-                    _core.attention(**{**call, name: other})
-        wider = array.astype(np.complex128)
+                    _core.attention(problem)
+        setattr(problem, name, array.astype(np.complex128))
         with pytest.raises(ValueError, match=f"`{name}` {CHANGED}, but has elements"):
-            _core.attention(**{**call, name: wider})
+            _core.attention(problem)
+        setattr(problem, name, array)
 
 
 class Shrinks:

@@ -867,7 +867,7 @@ def test_opcheck(name):
     torch.library.opcheck(_torch_ops.FORWARD_AND_KEPT, detached)
     out, lse, weighing, *exact = _torch_ops.FORWARD_AND_KEPT(*detached)
     kept = (weighing, exact[0] if exact else None)
-    options = dict(zip(_torch_ops.OPTIONS, arguments[3:], strict=True))
+    options = dict(zip(_torch_ops.ARGUMENTS, arguments[3:], strict=True))
     given = [True, False, True, options["bias"] is not None, options["sinks"] is not None]
     backward = (torch.randn_like(out), None, out, lse, *kept, *detached, given)
     torch.library.opcheck(_torch_ops.BACKWARD, backward)
