@@ -298,6 +298,8 @@ def test_arrays_of_other_sizes_are_refused_by_name(name: str, wrong: np.ndarray)
     with pytest.raises(ValueError, match=f"`{name}` must keep its shape and dtype"):
         attention_backward_of_kept(grad_out, q, k, v, out, lse, kept._replace(**{name: wrong}))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastattn.backward._core_kept", lambda call, kept: {name: wrong})
+        patch.setattr(
+            "fastattn.backward._give_kept", lambda problem, kept: setattr(problem, name, wrong)
+        )
         with pytest.raises(ValueError, match=f"`{name}` must keep its shape and dtype"):
             attention_and_kept(q, k, v)
