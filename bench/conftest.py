@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fastattn import config
+from fastattn import _config
 from fastattn.bench.check import check
 from fastattn.bench.contenders import CONTENDERS, installed
 from fastattn.bench.forms import Unsupported
@@ -68,7 +68,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-benchmark
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
-    machine_info["kernels"] = config.ISA
+    machine_info["kernels"] = _config.ISA
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def measure(benchmark: Any, workload: Workload, contender: str) -> Callable[[], 
         # The reference holds whole score matrices, as NumPy's plain attention does.
         if reason := too_large("numpy" if contender == "reference" else contender, called):
             pytest.skip(reason)
-        num_threads = called.num_threads or config.default_num_threads()
+        num_threads = called.num_threads or _config.default_num_threads()
         try:
             call = MAKERS[contender](called, num_threads)
         except Unsupported as reason:

@@ -5,8 +5,8 @@ import json
 import sys
 
 from fastattn import demo, selftest
+from fastattn._config import show_config
 from fastattn.bench import cli as bench
-from fastattn.config import show_config
 
 
 def _info(arguments: argparse.Namespace) -> int:

@@ -149,7 +149,7 @@ cdef int read_output(
 cdef const int64_t *read_starts(
     views *held, const char *name, object array, int64_t count, int64_t total
 ) except NULL:
-    """Where each of `count` packed sequences begins, a private copy that varlen.py checked."""
+    """Where each of `count` packed sequences begins, a private copy that _varlen.py checked."""
     cdef Py_buffer *view = acquire(held, array, PyBUF_SIMPLE)
     cdef const int64_t *starts = <const int64_t *>view.buf
     if view.len != (count + 1) * <int64_t>sizeof(int64_t) or starts[count] != total:
@@ -424,7 +424,7 @@ def attention_backward(
 cdef const int64_t *read_indices(
     views *held, object array, int64_t *count, int64_t all_of_them
 ) except? NULL:
-    """Private copies that weights.py checked; None is all."""
+    """Private copies that _weights.py checked; None is all."""
     cdef Py_buffer *view
     count[0] = all_of_them
     if array is None:

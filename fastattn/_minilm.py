@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastattn import reference
-from fastattn.attention import attention
-from fastattn.layers import MultiHeadAttention, _project
+from fastattn._attention import attention
+from fastattn._layers import MultiHeadAttention, _project
 
 Array = NDArray[Any]
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastattn import _core
+from fastattn._attention import AttentionOptions, _refuse_unknown, attention
 from fastattn._rounding import in_default_float_mode, round_once
 from fastattn._validate import (
     CORE_ARGUMENTS,
@@ -25,7 +26,6 @@ from fastattn._validate import (
     integer_array,
     refuse_overlap,
 )
-from fastattn.attention import AttentionOptions, _refuse_unknown, attention
 
 Lengths = NDArray[np.int64]
 # The assignments ``(target, key, value)`` of a change; see `_core.Gate.change`.

@@ -24,7 +24,7 @@ import numpy as np
 from numpy import ndarray
 from numpy.typing import ArrayLike, NDArray
 
-from fastattn import _core, config
+from fastattn import _config, _core
 
 Array = NDArray[Any]
 Shape = tuple[int, ...]
@@ -140,7 +140,7 @@ def core_arguments(
     if return_lse is not False:
         return_lse = flag("return_lse", return_lse)
     if num_threads is None:
-        num_threads = config.default_num_threads()
+        num_threads = _config.default_num_threads()
     elif type(num_threads) is not int or not 1 <= num_threads <= MAX_C_INT:
         num_threads = min(count("num_threads", num_threads), MAX_C_INT)
     dropout_value, seed_value = 0.0, 0
@@ -188,7 +188,7 @@ def core_arguments(
         core_q, core_k, core_v, core_out = map(core_view, (q, k, v, result))
         core_residual = None if residual is None else core_view(residual)
     arguments = (
-        config.ISA,
+        _config.ISA,
         core_q,
         core_k,
         core_v,

@@ -27,9 +27,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastattn import _minilm, config, reference
-from fastattn.attention import attention, self_attention
-from fastattn.layers import MultiHeadAttention
+from fastattn import _config, _minilm, reference
+from fastattn._attention import attention, self_attention
+from fastattn._layers import MultiHeadAttention
 
 Array = NDArray[Any]
 
@@ -155,7 +155,7 @@ def _run(args: argparse.Namespace) -> None:
         f"Encoder  {name}: {len(encoder.layers)} layers, {encoder.num_heads} heads of "
         f"{_minilm.HEAD_DIM}, {num_weights / 1e6:.1f} million weights, in NumPy\n"
         "         with fastattn.MultiHeadAttention in every layer (kernel set "
-        f"{config.ISA}, {args.threads or config.default_num_threads()} threads)"
+        f"{_config.ISA}, {args.threads or _config.default_num_threads()} threads)"
     )
 
     # The query goes first: its run also reads the weights from the disk.
@@ -464,7 +464,7 @@ def _measure_in_process(
     search_path = os.pathsep.join([str(Path(__file__).parent.parent), *filter(None, sys.path)])
     result = subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": search_path, "FASTATTN_ISA": config.ISA},
+        env={**os.environ, "PYTHONPATH": search_path, "FASTATTN_ISA": _config.ISA},
         capture_output=True,
         text=True,
         check=False,

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from fastattn import _core, config, reference
-from fastattn.attention import attention
+from fastattn import _config, _core, reference
+from fastattn._attention import attention
 
 Array = NDArray[Any]
 Options = dict[str, Any]
@@ -114,12 +114,12 @@ CASES: Mapping[str, Callable[[np.random.Generator, str], Case]] = {
 
 @contextmanager
 def _kernel_set(isa: str) -> Iterator[None]:
-    selected = config.ISA
-    config.ISA = isa
+    selected = _config.ISA
+    _config.ISA = isa
     try:
         yield
     finally:
-        config.ISA = selected
+        _config.ISA = selected
 
 
 def _largest_score(case: Case) -> float:

@@ -13,8 +13,8 @@ from test_backward_scores import assert_beside, draw, masked_by
 
 import fastattn as fa
 from fastattn import _core
-from fastattn.backward import Kept, attention_and_kept, attention_backward_of_kept
-from fastattn.varlen import _heads_first, _packed_arguments
+from fastattn._backward import Kept, attention_and_kept, attention_backward_of_kept
+from fastattn._varlen import _heads_first, _packed_arguments
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
 each_axis = pytest.mark.parametrize("axis", ["keys", "queries"])
@@ -305,6 +305,6 @@ def test_arrays_of_other_sizes_are_refused_by_name(name: str, wrong: np.ndarray)
     with pytest.raises(ValueError, match=f"`{name}` must keep its shape and dtype"):
         attention_backward_of_kept(grad_out, q, k, v, out, lse, kept._replace(**{name: wrong}))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastattn.backward._core_kept", lambda call, kept: {name: wrong})
+        patch.setattr("fastattn._backward._core_kept", lambda call, kept: {name: wrong})
         with pytest.raises(ValueError, match=f"`{name}` must keep its shape and dtype"):
             attention_and_kept(q, k, v)

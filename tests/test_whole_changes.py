@@ -14,11 +14,11 @@ from process import output_of
 from support import compile_c
 
 import fastattn as fa
-from fastattn import _storage, _validate, cache, paged_cache
+from fastattn import _cache, _paged_cache, _storage, _validate
 
 pytestmark = pytest.mark.any_kernel_set
 
-TRACED = {module.__file__ for module in (_storage, _validate, cache, paged_cache)}
+TRACED = {module.__file__ for module in (_cache, _paged_cache, _storage, _validate)}
 
 
 def observe(cache: Any) -> list[Any]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastattn import config
+from fastattn import _config
 from fastattn.bench import plots, report, runner
 from fastattn.bench.contenders import CONTENDERS, installed
 from fastattn.bench.grid import (
@@ -172,7 +172,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise BenchError(f"--plot needs matplotlib: {INSTALL_EXTRAS}")
     workloads, contenders = _chosen_workloads(args), _chosen_contenders(args)
-    num_threads = args.threads or config.default_num_threads()
+    num_threads = args.threads or _config.default_num_threads()
     rounds = args.rounds or (QUICK_ROUNDS if args.quick else DEFAULT_ROUNDS)
     # Found out before the minutes of measuring, not after.
     if args.json is not None:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from fastattn import reference as specification
+from fastattn._layers import MultiHeadAttention
 from fastattn.bench.forms import (
     Call,
     grouped,
@@ -18,7 +19,6 @@ from fastattn.bench.forms import (
     takes_part,
 )
 from fastattn.bench.workloads import Array, Workload, real_dtype
-from fastattn.layers import MultiHeadAttention
 
 
 def reference(workload: Workload, num_threads: int) -> Call:

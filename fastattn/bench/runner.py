@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from fastattn import _core, config
+from fastattn import _config, _core
 from fastattn.bench.check import check
 from fastattn.bench.contenders import CONTENDERS, environment
 from fastattn.bench.forms import Unsupported
@@ -209,14 +209,14 @@ def probe_peak(dtype: str, num_threads: int) -> float:
     True
     """
     double = dtype == "float64"
-    _, flops_of_a_round = _core.probe_fma(config.ISA, double, 8, num_threads)
+    _, flops_of_a_round = _core.probe_fma(_config.ISA, double, 8, num_threads)
     flops_of_a_round /= 8 * num_threads
-    scalar = config.ISA == "scalar"
+    scalar = _config.ISA == "scalar"
     goal = PEAK_FLOPS_PER_THREAD_SCALAR if scalar else PEAK_FLOPS_PER_THREAD
     rounds = int(goal / flops_of_a_round)
     peak, start = 0.0, time.perf_counter()
     while peak == 0 or time.perf_counter() - start < PEAK_SECONDS:
-        seconds, flops = _core.probe_fma(config.ISA, double, rounds, num_threads)
+        seconds, flops = _core.probe_fma(_config.ISA, double, rounds, num_threads)
         peak = max(peak, flops / seconds)
     return peak
 
@@ -573,12 +573,12 @@ def machine() -> dict[str, Any]:
         return found[1].strip() if found else None
 
     cpu = "/sys/devices/system/cpu/cpu0"
-    shown = config.show_config("dicts")
+    shown = _config.show_config("dicts")
     return {
         "cpu": read("/proc/cpuinfo", r"^model name\s*:(.+)$") or platform.processor() or None,
         "architecture": platform.machine(),
-        "cpus": config.affinity_cpus(),
-        "cgroup_cpus": config.cgroup_cpus(),
+        "cpus": _config.affinity_cpus(),
+        "cgroup_cpus": _config.cgroup_cpus(),
         "l2": read(f"{cpu}/cache/index2/size"),
         "l3": read(f"{cpu}/cache/index3/size"),
         "memory": read("/proc/meminfo", r"^MemTotal:(.+)$"),
@@ -587,7 +587,7 @@ def machine() -> dict[str, Any]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "fastattn": shown["fastattn"]["version"],
-        "kernels": config.ISA,
+        "kernels": _config.ISA,
         "compiler": shown["build"]["compiler"],
         "flags": shown["build"]["flags"],
         "numpy": np.__version__,

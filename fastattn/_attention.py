@@ -12,7 +12,7 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastattn import _core, _validate, config
+from fastattn import _config, _core, _validate
 from fastattn._rounding import round_once
 
 Array = NDArray[Any]
@@ -737,7 +737,7 @@ def explain(
 
 def _threads_reason(asked: int | None, allowed: int, used: int) -> str:
     source = f"{allowed} allowed by "
-    source += config._thread_rule()[1] if asked is None else "num_threads"
+    source += _config._thread_rule()[1] if asked is None else "num_threads"
     if used == allowed:
         return source
     if not _core.has_openmp():

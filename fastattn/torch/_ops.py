@@ -20,14 +20,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastattn._validate import BFLOAT16_BITS
-from fastattn.attention import attention
-from fastattn.backward import (
+from fastattn._attention import attention
+from fastattn._backward import (
     MAX_HEAD_DIM,
     Kept,
     attention_and_kept,
     attention_backward_of_kept,
 )
+from fastattn._validate import BFLOAT16_BITS
 
 Array = NDArray[Any]
 # What has a gradient, in the order of the operators' arguments.

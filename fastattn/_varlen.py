@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn import _core, _validate
-from fastattn.backward import compute_gradients, wanted_gradients
+from fastattn._backward import compute_gradients, wanted_gradients
 from fastattn.reference import Gradients
 
 Array = NDArray[Any]

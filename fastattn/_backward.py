@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn import _core, _validate
+from fastattn._attention import attention
 from fastattn._rounding import in_default_float_mode, round_once
-from fastattn.attention import attention
 from fastattn.reference import Gradients
 
 Array = NDArray[Any]

@@ -12,8 +12,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fastattn._attention import attention, merge_attention
 from fastattn._validate import as_array, check_out, count, float_array
-from fastattn.attention import attention, merge_attention
 
 Array = NDArray[Any]
 
