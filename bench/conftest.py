@@ -1,6 +1,6 @@
 """What the benchmarks share: who computes a workload, and what a measured time means.
 
-The workloads are those of ``python -m fastattn bench``, ``fastattn/bench/grid.py``.  A benchmark
+The workloads are those of ``python -m fastattn bench``, ``fastattn/_bench/grid.py``.  A benchmark
 says by the marker `workloads` which of them it measures, and calls `measure`.
 """
 
@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from fastattn import _config
-from fastattn.bench.check import check
-from fastattn.bench.contenders import CONTENDERS, installed
-from fastattn.bench.forms import Unsupported
-from fastattn.bench.grid import GRID
-from fastattn.bench.plain import reference
-from fastattn.bench.runner import probe_bandwidth, probe_peak, rates, too_large
-from fastattn.bench.workloads import Workload
+from fastattn._bench.check import check
+from fastattn._bench.contenders import CONTENDERS, installed
+from fastattn._bench.forms import Unsupported
+from fastattn._bench.grid import GRID
+from fastattn._bench.plain import reference
+from fastattn._bench.runner import probe_bandwidth, probe_peak, rates, too_large
+from fastattn._bench.workloads import Workload
 
 MAKERS = {
     "fastattn": CONTENDERS["fastattn"].make,

@@ -8,13 +8,6 @@ import pytest
 from fastattn import _config, _core
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line(
-        "markers",
-        "any_kernel_set: needs no particular kernel set, runs once with the default one",
-    )
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     # `kernel_set` is autouse: a test that is not marked runs once on each set of this CPU.
     if "kernel_set" in metafunc.fixturenames:

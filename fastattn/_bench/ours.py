@@ -5,12 +5,12 @@ from typing import Any
 import numpy as np
 
 from fastattn._attention import attention
+from fastattn._bench.forms import Call, pack, starts
+from fastattn._bench.workloads import Workload, real_dtype
 from fastattn._cache import KVCache
 from fastattn._layers import MultiHeadAttention
 from fastattn._paged_cache import PagedKVCache
 from fastattn._varlen import attention_varlen
-from fastattn.bench.forms import Call, pack, starts
-from fastattn.bench.workloads import Workload, real_dtype
 
 # Tokens of a page: the usual size of serving systems (vLLM's default).
 PAGE_SIZE = 16

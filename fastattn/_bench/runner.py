@@ -25,10 +25,10 @@ from typing import Any
 import numpy as np
 
 from fastattn import _config, _core
-from fastattn.bench.check import check
-from fastattn.bench.contenders import CONTENDERS, environment
-from fastattn.bench.forms import Unsupported
-from fastattn.bench.workloads import Workload, lacks
+from fastattn._bench.check import check
+from fastattn._bench.contenders import CONTENDERS, environment
+from fastattn._bench.forms import Unsupported
+from fastattn._bench.workloads import Workload, lacks
 
 #: Raised when the meaning of the JSON changes.
 SCHEMA = 3
@@ -93,7 +93,7 @@ def resident_bytes(field: str, reset_peak: bool = False) -> int | None:
 
     Examples
     --------
-    >>> from fastattn.bench.runner import resident_bytes
+    >>> from fastattn._bench.runner import resident_bytes
     >>> (resident_bytes("VmRSS") or 1) > 0
     True
     """
@@ -137,7 +137,7 @@ def turn(run: Callable[[], object]) -> float:
 
     Examples
     --------
-    >>> from fastattn.bench.runner import turn
+    >>> from fastattn._bench.runner import turn
     >>> turn(lambda: sum(range(1000))) > 0
     True
     """
@@ -204,7 +204,7 @@ def probe_peak(dtype: str, num_threads: int) -> float:
 
     Examples
     --------
-    >>> from fastattn.bench.runner import probe_peak
+    >>> from fastattn._bench.runner import probe_peak
     >>> probe_peak("float32", 1) > 0
     True
     """
@@ -238,7 +238,7 @@ def probe_bandwidth(num_threads: int, num_bytes: int = READ_BYTES) -> float:
 
     Examples
     --------
-    >>> from fastattn.bench.runner import probe_bandwidth
+    >>> from fastattn._bench.runner import probe_bandwidth
     >>> probe_bandwidth(1, 1 << 20) > 0
     True
     """
@@ -378,8 +378,8 @@ def too_large(name: str, workload: Workload) -> str | None:
 
     Examples
     --------
-    >>> from fastattn.bench.runner import too_large
-    >>> from fastattn.bench.workloads import prefill
+    >>> from fastattn._bench.runner import too_large
+    >>> from fastattn._bench.workloads import prefill
     >>> too_large("numpy", prefill("", 1, 1, 2**15, 64))
     'more than 268,435,456 scores, fastattn only'
     """
@@ -422,8 +422,8 @@ def rates(
 
     Examples
     --------
-    >>> from fastattn.bench.runner import rates
-    >>> from fastattn.bench.workloads import prefill
+    >>> from fastattn._bench.runner import rates
+    >>> from fastattn._bench.workloads import prefill
     >>> rates(prefill("", 1, 1, 1000, 50), 0.01, 100e9, None)
     {'gflops': 20.0, 'share_of_peak': 0.2}
     """
@@ -560,7 +560,7 @@ def machine() -> dict[str, Any]:
 
     Examples
     --------
-    >>> from fastattn.bench.runner import machine
+    >>> from fastattn._bench.runner import machine
     >>> machine()["cpus"] >= 1
     True
     """
@@ -610,7 +610,7 @@ def run(
     workloads : sequence of Workload
         What is computed.
     contenders : mapping
-        Name to version, as `fastattn.bench.contenders.installed` returns.
+        Name to version, as `fastattn._bench.contenders.installed` returns.
     num_threads : int
         Of every contender.
     rounds : int
