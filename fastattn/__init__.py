@@ -9,18 +9,19 @@
 `fastattn.reference` is the specification: the same functions in readable float64 NumPy.
 """
 
-from typing import TYPE_CHECKING
+# Under another name, so that `dir` shows the public names alone.
+import typing as _typing
 
 from fastattn import reference
-from fastattn.attention import Explanation, attention, explain, merge_attention, self_attention
-from fastattn.backward import attention_backward
-from fastattn.cache import KVCache
-from fastattn.config import show_config
-from fastattn.layers import MultiHeadAttention
-from fastattn.paged_cache import OutOfPagesError, PagedKVCache
+from fastattn._attention import Explanation, attention, explain, merge_attention, self_attention
+from fastattn._backward import attention_backward
+from fastattn._cache import KVCache
+from fastattn._config import show_config
+from fastattn._layers import MultiHeadAttention
+from fastattn._paged_cache import OutOfPagesError, PagedKVCache
+from fastattn._varlen import attention_varlen, attention_varlen_backward
+from fastattn._weights import attention_weights
 from fastattn.reference import Gradients
-from fastattn.varlen import attention_varlen, attention_varlen_backward
-from fastattn.weights import attention_weights
 
 __all__ = [
     "Explanation",
@@ -43,7 +44,7 @@ __all__ = [
 
 __version__: str
 
-if not TYPE_CHECKING:  # for a type checker, any name would be an attribute
+if not _typing.TYPE_CHECKING:  # for a type checker, any name would be an attribute
 
     def __getattr__(name):
         if name == "__version__":

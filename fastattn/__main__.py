@@ -1,12 +1,10 @@
-"""The command line: ``python -m fastattn info | selftest | demo | bench``."""
+"""The command line: ``python -m fastattn info | selftest | bench``."""
 
 import argparse
 import json
 import sys
 
-from fastattn import demo, selftest
-from fastattn.bench import cli as bench
-from fastattn.config import show_config
+from fastattn._config import show_config
 
 
 def _info(arguments: argparse.Namespace) -> int:
@@ -18,7 +16,9 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _selftest(arguments: argparse.Namespace) -> int:
-    return 1 if selftest.run(sys.stdout) else 0
+    from fastattn import _selftest
+
+    return 1 if _selftest.run(sys.stdout) else 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,6 +43,12 @@ def main(argv: list[str] | None = None) -> int:
     ...
     0
     """
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["bench"]:  # with options of its own, in modules that no other command loads
+        from fastattn._bench import cli
+
+        return cli.main(argv[1:])
+
     parser = argparse.ArgumentParser(prog="python -m fastattn", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
@@ -53,14 +59,9 @@ def main(argv: list[str] | None = None) -> int:
     check = commands.add_parser("selftest", help="check this installation in a few seconds")
     check.set_defaults(run=_selftest)
 
-    show = commands.add_parser("demo", help="find sentences with a real encoder, and measure it")
-    demo.add_arguments(show)
-    show.set_defaults(run=demo.run)
-
-    measure = commands.add_parser(
+    commands.add_parser(
         "bench", help="time attention beside other libraries' and the machine's peak"
     )
-    bench.add_arguments(measure)
 
     arguments = parser.parse_args(argv)
     status: int = arguments.run(arguments)

@@ -437,7 +437,7 @@ def attention_backward(
 cdef const int64_t *read_indices(
     views *held, object array, int64_t *count, int64_t all_of_them
 ) except? NULL:
-    """Private copies that weights.py checked; None is all."""
+    """Private copies that _weights.py checked; None is all."""
     cdef Py_buffer *view
     count[0] = all_of_them
     if array is None:

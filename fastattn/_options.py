@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastattn import _core, _validate, config
+from fastattn import _config, _core, _validate
 from fastattn._problem import Problem
 from fastattn._validate import MAX_C_INT, MAX_POSITION, Array, Shape
 
@@ -309,7 +309,7 @@ def set_options(problem: Problem, values: tuple[Any, ...]) -> None:
             "`dropout_seed` must be an int where `dropout_p` is greater than 0, got None"
         )
     if problem.num_threads == 0:
-        problem.num_threads = config.default_num_threads()
+        problem.num_threads = _config.default_num_threads()
 
 
 def set_named(problem: Problem, options: Mapping[str, Any]) -> None:

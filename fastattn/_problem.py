@@ -15,7 +15,7 @@ import numpy as np
 from numpy import ndarray
 from numpy.typing import ArrayLike, NDArray
 
-from fastattn import _core, _validate, config
+from fastattn import _config, _core, _validate
 from fastattn._validate import BFLOAT16_BITS, FLOAT16, FLOAT32, FLOAT64, Array, Shape
 
 Int64s = NDArray[np.int64]
@@ -155,7 +155,7 @@ def _problem(
     dtype = q.dtype
     if dtype.itemsize == 2:
         q, k, v = _validate.core_view(q), _validate.core_view(k), _validate.core_view(v)
-    problem = Problem(config.ISA, q, k, v, q_shape, v_shape[-3], v_shape[-2], v_shape[-1])
+    problem = Problem(_config.ISA, q, k, v, q_shape, v_shape[-3], v_shape[-2], v_shape[-1])
     problem.dtype = dtype
     problem.like = like
     problem.single_head = single_head

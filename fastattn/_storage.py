@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastattn import _core
+from fastattn._attention import AttentionOptions
 from fastattn._options import refuse_unknown, set_named
 from fastattn._problem import of_cache, of_pages
 from fastattn._results import place_results
@@ -24,7 +25,6 @@ from fastattn._validate import (
     float_array,
     integer_array,
 )
-from fastattn.attention import AttentionOptions
 
 Lengths = NDArray[np.int64]
 # The assignments ``(target, key, value)`` of a change; see `_core.Gate.change`.

@@ -5,29 +5,22 @@ import zlib
 import numpy as np
 import pytest
 
-from fastattn import _core, config
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line(
-        "markers",
-        "any_kernel_set: needs no particular kernel set, runs once with the default one",
-    )
+from fastattn import _config, _core
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     # `kernel_set` is autouse: a test that is not marked runs once on each set of this CPU.
     if "kernel_set" in metafunc.fixturenames:
         once = metafunc.definition.get_closest_marker("any_kernel_set") is not None
-        isas = (config.ISA,) if once else _core.available_isas()
+        isas = (_config.ISA,) if once else _core.available_isas()
         metafunc.parametrize("kernel_set", isas, indirect=True)
 
 
 @pytest.fixture(autouse=True)
 def kernel_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Name of the kernel set that calls in this test use."""
-    isa: str = getattr(request, "param", config.ISA)  # doctests are not parametrized
-    monkeypatch.setattr(config, "ISA", isa)
+    isa: str = getattr(request, "param", _config.ISA)  # doctests are not parametrized
+    monkeypatch.setattr(_config, "ISA", isa)
     return isa
 
 

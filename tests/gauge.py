@@ -1,20 +1,10 @@
-"""The accuracy gauge: attention written straight from the formulas, in any precision, beside the
-size of the rounding error that a backward-stable computation may show.
+"""Attention written straight from the formulas, in any precision, and the gauge of its errors.
 
 `naive_attention` computes every option by materialising the scores, so it serves three ways:
 in float64 (float32 results) or longdouble (float64 results) it is the value to compare with; in
 float32 it is the naive computation whose error ours may not exceed twice; and its `out_unit` and
-`lse_unit` scale the errors.  It shares no code with fastattn.reference, which the tests compare
-with it.
-
-With u the unit roundoff of the result and P the softmax weights, an error is measured as
-
-    C_O = max |O - O64| / (u * K_i * (P|V|) + u * |residual|)
-    K_i = 1 + max_j (|scale| * sum_c |q_ic k_jc| + |bias_ij| + |alibi_ij|), |sink| included
-
-because a relative error of u in a score s changes its weight by a factor 1 + u |s|, and the sum
-that makes up a score may be wrong by u sum |q||k| however small it comes out.  For a softmax over
-the queries the weights of a column share the column's K.
+`lse_unit` scale the errors, as fastattn._gauge explains.  It shares no code with
+fastattn.reference, which the tests compare with it.
 
 The errors of gradients are measured in units of
 
@@ -31,12 +21,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fastattn._gauge import UNIT_ROUNDOFF, WEIGHT_FLOOR, Exact, largest, lse_gauge, out_gauge
+
 Array = NDArray[Any]
-
-UNIT_ROUNDOFF = {np.dtype(np.float32): 2.0**-24, np.dtype(np.float64): 2.0**-53}
-
-# The kernels' exp2 is 0 below this (csrc/kernels/exp2_template.h): each weight may be wrong by it.
-WEIGHT_FLOOR = 2.0**-104
 
 # Positions past this are clipped, as in fastattn: sums of two then stay within int64.
 MAX_POSITION = 2**60
@@ -55,16 +42,6 @@ MAX_QUERIES_GAUGE = 8.0
 
 # The same of gradients.  Naive float32 measures up to 0.61, 0.75 and 4.4 of the first three.
 MAX_GRADIENT_GAUGES = {"q": 2.0, "k": 2.0, "v": 8.0, "bias": 2.0, "sinks": 2.0}
-
-
-class Naive(NamedTuple):
-    """Result of `naive_attention`; shapes as `fastattn.attention` returns them."""
-
-    out: Array
-    lse: Array
-    out_unit: Array  # K (P|V|) + |residual|, the shape of out
-    lse_unit: Array  # K + |lse|, the shape of lse
-    floor_unit: Array  # sum_j |v_j|, broadcastable to the shape of out
 
 
 def _with_heads(x: Array) -> Array:
@@ -188,7 +165,7 @@ def naive_attention(
     residual: Array | None = None,
     softmax_axis: str = "keys",
     **options: Any,
-) -> Naive:
+) -> Exact:
     """Attention by full score matrices, every step rounded to `dtype`."""
     all_2d = q.ndim == k.ndim == v.ndim == 2
     with np.errstate(all="ignore"):
@@ -205,8 +182,8 @@ def naive_attention(
 
     axis = -1 if softmax_axis == "keys" else -2
     lse, lse_unit = np.squeeze(steps.lse, axis), np.squeeze(lse_unit, axis)
-    result = Naive(out, lse, out_unit, lse_unit, floor_unit)
-    return Naive(*(x[0] for x in result)) if all_2d else result
+    result = Exact(out, lse, out_unit, lse_unit, floor_unit)
+    return Exact(*(x[0] for x in result)) if all_2d else result
 
 
 def weights_gauge(weights: Array, expected: Array, q: Array, k: Array, **options: Any) -> float:
@@ -215,7 +192,7 @@ def weights_gauge(weights: Array, expected: Array, q: Array, k: Array, **options
         gain = _naive_weights(q, k, k, **options).gain
     gain = gain[0] if weights.ndim == 2 else gain
     error = np.abs(weights - expected) - WEIGHT_FLOOR
-    return _largest(error, UNIT_ROUNDOFF[weights.dtype] * gain * expected)
+    return largest(error, UNIT_ROUNDOFF[weights.dtype] * gain * expected)
 
 
 class NaiveGradients(NamedTuple):
@@ -334,38 +311,15 @@ def gradient_gauges(gradients: Any, exact: NaiveGradients) -> dict[str, float]:
         assert gradient.shape == value.shape, name
         error = np.abs(gradient - value) - WEIGHT_FLOOR * exact.floors[name]
         unit = UNIT_ROUNDOFF[computed_in] * exact.units[name]
-        gauges[name] = _largest(error, unit)
+        gauges[name] = largest(error, unit)
     return gauges
-
-
-def out_gauge(out: Array, exact: Naive) -> float:
-    """C_O of `out`, a float32 or float64 result, against the value in higher precision."""
-    error = np.abs(out - exact.out) - WEIGHT_FLOOR * exact.floor_unit
-    return _largest(error, UNIT_ROUNDOFF[out.dtype] * exact.out_unit)
-
-
-def lse_gauge(lse: Array, exact: Naive) -> float:
-    """The same for lse: |lse - lse64| / (u (K + |lse64|)).  -inf must meet -inf."""
-    assert np.array_equal(np.isneginf(lse), np.isneginf(exact.lse)), "lse -inf in other rows"
-    finite = np.isfinite(exact.lse)
-    error = np.abs(np.where(finite, lse, 0) - np.where(finite, exact.lse, 0))
-    return _largest(error, UNIT_ROUNDOFF[lse.dtype] * exact.lse_unit)
-
-
-def _largest(error: Array, unit: Array) -> float:
-    """The largest error / unit; a NaN error and an error where none is allowed are infinite."""
-    if error.size == 0:
-        return 0.0
-    with np.errstate(all="ignore"):
-        ratio = np.where(error <= 0, 0, error / unit)
-    return float(np.max(np.where(np.isnan(ratio), np.inf, ratio)))
 
 
 def assert_close(
     out: Array,
     lse: Array | None,
     expected: tuple[Array, Array],
-    exact: Naive,
+    exact: Exact,
     max_gauge: float = MAX_GAUGE,
 ) -> None:
     """Assert that out and lse lie within the gauge of `expected`, with the units of `exact`."""

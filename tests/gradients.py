@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 import fastattn as fa
-from fastattn.backward import attention_and_kept, attention_backward_of_kept
+from fastattn._backward import attention_and_kept, attention_backward_of_kept
 
 NAMES = ("q", "k", "v", "bias", "sinks")
 

@@ -5,13 +5,13 @@ from contextlib import contextmanager
 
 import pytest
 
-from fastattn import config
+from fastattn import _config
 
 
 @contextmanager
 def operations_of_narrow_types() -> Iterator[None]:
     """Compute float32 as narrower types are, which amx leaves to avx512's operations."""
     with pytest.MonkeyPatch.context() as patch:
-        if config.ISA == "amx":
-            patch.setattr(config, "ISA", "avx512")
+        if _config.ISA == "amx":
+            patch.setattr(_config, "ISA", "avx512")
         yield

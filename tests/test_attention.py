@@ -1,5 +1,5 @@
 """Every option of fastattn.attention against fastattn.reference, over shapes that are a multiple
-of no block.  The tolerance is the gauge of tests/gauge.py: four times the rounding error that the
+of no block.  The tolerance is that of fastattn._gauge: four times the rounding error that the
 formulas themselves allow."""
 
 from collections.abc import Callable

@@ -10,7 +10,7 @@ from test_guard_pages import HEAD_DIMS, LAYOUTS, TAILS, GuardedMemory, memory
 
 import fastattn as fa
 from fastattn import _results
-from fastattn.backward import attention_and_kept, attention_backward_of_kept
+from fastattn._backward import attention_and_kept, attention_backward_of_kept
 
 __all__ = ["memory"]  # a fixture
 

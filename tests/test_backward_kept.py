@@ -13,10 +13,10 @@ from test_backward_scores import assert_beside, draw, masked_by
 
 import fastattn as fa
 from fastattn import _core
+from fastattn._backward import Kept, attention_and_kept, attention_backward_of_kept
 from fastattn._options import set_named
 from fastattn._problem import of_packed
 from fastattn._results import place_results
-from fastattn.backward import Kept, attention_and_kept, attention_backward_of_kept
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
 each_axis = pytest.mark.parametrize("axis", ["keys", "queries"])
@@ -299,7 +299,7 @@ def test_arrays_of_other_sizes_are_refused_by_name(name: str, wrong: np.ndarray)
         attention_backward_of_kept(grad_out, q, k, v, out, lse, kept._replace(**{name: wrong}))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "fastattn.backward._give_kept", lambda problem, kept: setattr(problem, name, wrong)
+            "fastattn._backward._give_kept", lambda problem, kept: setattr(problem, name, wrong)
         )
         with pytest.raises(ValueError, match=f"`{name}` must keep its shape and dtype"):
             attention_and_kept(q, k, v)

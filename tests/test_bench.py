@@ -14,9 +14,9 @@ from process import run_python
 
 from fastattn import _core
 from fastattn.__main__ import main
-from fastattn.bench import cli, contenders, report, runner
-from fastattn.bench.grid import DECODE_DTYPES, DECODE_GROWTH, GROWTH, KINDS
-from fastattn.bench.workloads import decode, prefill
+from fastattn._bench import cli, contenders, report, runner
+from fastattn._bench.grid import DECODE_DTYPES, DECODE_GROWTH, GROWTH, KINDS
+from fastattn._bench.workloads import decode, prefill
 
 pytestmark = pytest.mark.xdist_group("bench")  # one measurement is for all tests
 
@@ -145,7 +145,7 @@ def test_a_stopped_process_is_ended():
 
 KILLED_COMMAND = """
 import os, signal
-from fastattn.bench import runner
+from fastattn._bench import runner
 
 child = runner._Child(runner._serve_probes, "float32", 0, num_threads=1)
 child.ask("peak")
@@ -301,7 +301,7 @@ def test_summary(measured):
 @pytest.mark.any_kernel_set
 def test_plot(measured, tmp_path):
     pytest.importorskip("matplotlib")
-    from fastattn.bench import plots
+    from fastattn._bench import plots
 
     tiny, _, read, *_ = measured["results"]
 

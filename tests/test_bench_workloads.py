@@ -8,9 +8,9 @@ from process import output_of
 
 import fastattn as fa
 from fastattn import reference
-from fastattn.bench import contenders, forms, ours, plain, workloads
-from fastattn.bench.check import TOLERANCES, check
-from fastattn.bench.grid import (
+from fastattn._bench import contenders, forms, ours, plain, workloads
+from fastattn._bench.check import TOLERANCES, check
+from fastattn._bench.grid import (
     DECODE_DTYPES,
     DECODE_GROWTH,
     GRID,
@@ -20,7 +20,7 @@ from fastattn.bench.grid import (
     SCALING,
     chosen,
 )
-from fastattn.bench.workloads import OPTIONS, decode, prefill
+from fastattn._bench.workloads import OPTIONS, decode, prefill
 
 pytestmark = pytest.mark.any_kernel_set
 
@@ -347,11 +347,11 @@ def test_the_fastest_way_is_measured():
 # In a process of its own: the libraries set the threads of the whole process.
 CHECK_PEER = """
 import sys
-from fastattn.bench import contenders
-from fastattn.bench.check import check
-from fastattn.bench.forms import Unsupported
+from fastattn._bench import contenders
+from fastattn._bench.check import check
+from fastattn._bench.forms import Unsupported
 from test_bench_workloads import FORMS, LAYER, OPTIONS, prefill
-from fastattn.bench.workloads import lacks
+from fastattn._bench.workloads import lacks
 
 found = {}
 for option in OPTIONS:

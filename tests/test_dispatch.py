@@ -13,7 +13,7 @@ from fastattn import _core
 
 pytestmark = pytest.mark.any_kernel_set
 
-SELECTED = "from fastattn import _core, config; print(_core.selected_isa(), config.ISA)"
+SELECTED = "from fastattn import _config, _core; print(_core.selected_isa(), _config.ISA)"
 
 # Kept by setup.py for these tests; the build without switches, whatever build is being tested.
 OBJECTS = Path(__file__).parents[1] / "build" / "objects" / "csrc"

@@ -1,9 +1,13 @@
 """What `import fastattn` leaves behind: its own modules, and nothing else."""
 
+import ast
+import importlib.util
 import json
 
 import pytest
 from process import output_of
+
+import fastattn
 
 pytestmark = pytest.mark.any_kernel_set
 
@@ -53,7 +57,42 @@ def test_optional_library_is_not_imported(library: str) -> None:
     assert "kernels:" in output_of("-c", code)
 
 
+@pytest.mark.parametrize(
+    ("module", "library"), [("reference", "numpy"), ("plot", "matplotlib"), ("torch", "torch")]
+)
+def test_dir_shows_the_public_names_alone(module: str, library: str) -> None:
+    if importlib.util.find_spec(library) is None:
+        pytest.skip(f"needs {library}")
+    code = (
+        f"import json, fastattn, fastattn.{module}; "
+        "print(json.dumps([name for name in dir(fastattn) if name[0] != '_']))"
+    )
+    assert json.loads(output_of("-c", code)) == sorted({*fastattn.__all__, module})
+
+
+def test_a_function_is_not_a_module_too() -> None:
+    for name in fastattn.__all__:
+        if name != "reference":
+            assert importlib.util.find_spec(f"fastattn.{name}") is None
+
+
+@pytest.mark.parametrize(
+    ("code", "loaded"),
+    [
+        ("import fastattn", set()),
+        ("from fastattn.__main__ import main; main(['info'])", set()),
+        ("from fastattn.__main__ import main; main(['selftest'])", {"_selftest", "_gauge"}),
+    ],
+    ids=["import", "info", "selftest"],
+)
+def test_what_the_command_line_runs_is_loaded_by_it_alone(code: str, loaded: set[str]) -> None:
+    code += "\nimport sys; print([n for n in sys.modules if n.startswith('fastattn.')])"
+    modules = ast.literal_eval(output_of("-c", code).splitlines()[-1])
+    commands = {"_selftest", "_bench", "_gauge"}
+    assert {name.split(".")[1] for name in modules} & commands == loaded
+
+
 def test_the_command_line_needs_no_optional_library() -> None:
-    blocked = ["torch", "tokenizers", "matplotlib", "tqdm"]
-    code = f"import sys; sys.modules.update(dict.fromkeys({blocked!r})); import fastattn.__main__"
-    assert output_of("-c", code) == ""
+    blocked = ["torch", "ml_dtypes", "matplotlib", "tqdm"]
+    code = f"import sys; sys.modules.update(dict.fromkeys({blocked!r})); "
+    assert output_of("-c", code + "import fastattn.__main__, fastattn._bench.cli") == ""

@@ -11,14 +11,13 @@ from gauge import (
     MAX_GRADIENT_GAUGES,
     MAX_ONE_SIGN_GAUGE,
     MAX_QUERIES_GAUGE,
-    UNIT_ROUNDOFF,
-    WEIGHT_FLOOR,
     naive_attention,
     naive_gradients,
 )
 
 import fastattn as fa
-from fastattn import config
+from fastattn import _config
+from fastattn._gauge import UNIT_ROUNDOFF, WEIGHT_FLOOR
 
 # Naive float64 measures up to 5.1 itself (test_accuracy.py).
 MAX_GAUGE_FLOAT64 = 8.0
@@ -378,7 +377,7 @@ def test_random_calls(first: int, dtype: Any) -> None:
 def max_gauge(v: np.ndarray, softmax_axis: str) -> float:
     if v.dtype == np.float64:
         return MAX_GAUGE_FLOAT64
-    if config.ISA == "scalar":
+    if _config.ISA == "scalar":
         return MAX_GAUGE_ONE_LANE
     if softmax_axis == "queries":
         return MAX_QUERIES_GAUGE

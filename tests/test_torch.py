@@ -9,13 +9,13 @@ torch = pytest.importorskip("torch")
 
 import fastattn as fa  # noqa: E402
 import fastattn.torch as ft  # noqa: E402
-from fastattn import _torch_ops  # noqa: E402
-from fastattn._rounding import round_once  # noqa: E402
-from fastattn._validate import BFLOAT16_BITS  # noqa: E402
-from fastattn.backward import (  # noqa: E402
+from fastattn._backward import (  # noqa: E402
     attention_and_kept,
     attention_backward_of_kept,
 )
+from fastattn._rounding import round_once  # noqa: E402
+from fastattn._validate import BFLOAT16_BITS  # noqa: E402
+from fastattn.torch import _ops  # noqa: E402
 
 sdpa = torch.nn.functional.scaled_dot_product_attention
 
@@ -48,13 +48,13 @@ def calls(monkeypatch):
     seen = []
 
     def record(name):
-        function = getattr(_torch_ops, name)
+        function = getattr(_ops, name)
 
         def recording(*args, **options):
             seen.append(options)
             return function(*args, **options)
 
-        monkeypatch.setattr(_torch_ops, name, recording)
+        monkeypatch.setattr(_ops, name, recording)
 
     record("attention")
     record("attention_and_kept")
@@ -220,7 +220,7 @@ def test_nothing_is_copied(monkeypatch):
         seen.extend(arrays)
         return fa.attention(*arrays, **options)
 
-    monkeypatch.setattr(_torch_ops, "attention", recording)
+    monkeypatch.setattr(_ops, "attention", recording)
     ft.attention(q, q, q)
     assert [x.__array_interface__["data"][0] for x in seen] == [q.data_ptr()] * 3
 
@@ -342,7 +342,7 @@ def test_other_devices_are_refused():
         with pytest.raises(TypeError, match=message):
             ft.attention(x, **others)
         with pytest.raises(TypeError, match=message):  # of the operator itself
-            _torch_ops.FORWARD(x, *others.values(), *_torch_ops.DEFAULTS.values())
+            _ops.FORWARD(x, *others.values(), *_ops.DEFAULTS.values())
     far = torch.zeros((), device="meta")
     for name, option in {
         "bias": far,
@@ -643,13 +643,13 @@ def test_a_single_key_has_no_gradient_of_scores(call, dtype):
 
 def test_only_the_gradients_that_are_needed_are_computed(monkeypatch):
     asked = []
-    backward = _torch_ops.attention_backward_of_kept
+    backward = _ops.attention_backward_of_kept
 
     def recording(*args, needs, **options):
         asked.append(needs)
         return backward(*args, needs=needs, **options)
 
-    monkeypatch.setattr(_torch_ops, "attention_backward_of_kept", recording)
+    monkeypatch.setattr(_ops, "attention_backward_of_kept", recording)
     q, k, v = leaves()
     ft.attention(q.detach(), k, v.detach(), sinks=leaf(4)).sum().backward()
     residual = leaf(2, 4, 7, 6)
@@ -690,13 +690,13 @@ def test_16_bit_gradients_beside_pytorchs_exact_path(dtype, masked):
 
 def test_only_calls_with_gradients_keep_something_for_them(monkeypatch):
     asked = []
-    forward = _torch_ops.attention_and_kept
+    forward = _ops.attention_and_kept
 
     def recording(*args, **options):
         asked.append(len(asked))
         return forward(*args, **options)
 
-    monkeypatch.setattr(_torch_ops, "attention_and_kept", recording)
+    monkeypatch.setattr(_ops, "attention_and_kept", recording)
     q, k, v = leaves()
     with torch.no_grad():
         ft.attention(q, k, v)
@@ -852,9 +852,9 @@ def operator_arguments(name, requires_grad=True):
         seen.append(args)
         return FORWARD(*args)
 
-    FORWARD = _torch_ops.FORWARD
+    FORWARD = _ops.FORWARD
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_torch_ops, "FORWARD", recording)
+        patch.setattr(_ops, "FORWARD", recording)
         ft.attention(q, k, v, **learned, **options)
     return seen[0]
 
@@ -862,15 +862,15 @@ def operator_arguments(name, requires_grad=True):
 @pytest.mark.parametrize("name", GRADIENT_CASES)
 def test_opcheck(name):
     arguments = operator_arguments(name)
-    torch.library.opcheck(_torch_ops.FORWARD, arguments)
+    torch.library.opcheck(_ops.FORWARD, arguments)
     detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
-    torch.library.opcheck(_torch_ops.FORWARD_AND_KEPT, detached)
-    out, lse, weighing, *exact = _torch_ops.FORWARD_AND_KEPT(*detached)
+    torch.library.opcheck(_ops.FORWARD_AND_KEPT, detached)
+    out, lse, weighing, *exact = _ops.FORWARD_AND_KEPT(*detached)
     kept = (weighing, exact[0] if exact else None)
-    options = dict(zip(_torch_ops.ARGUMENTS, arguments[3:], strict=True))
+    options = dict(zip(_ops.ARGUMENTS, arguments[3:], strict=True))
     given = [True, False, True, options["bias"] is not None, options["sinks"] is not None]
     backward = (torch.randn_like(out), None, out, lse, *kept, *detached, given)
-    torch.library.opcheck(_torch_ops.BACKWARD, backward)
+    torch.library.opcheck(_ops.BACKWARD, backward)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -878,7 +878,7 @@ def test_opcheck_of_strides(dtype):
     """What is foretold of strides: of permuted, of broadcast and of narrow tensors."""
     base = torch.randn(2, 6, 4, 8, dtype=dtype)
     prefix = torch.randn(6, 1, 8, dtype=dtype).transpose(0, 1)
-    options = tuple(_torch_ops.DEFAULTS.values())
+    options = tuple(_ops.DEFAULTS.values())
     for q, k in [
         (base.transpose(1, 2), base.transpose(1, 2)),
         (base[:, :, :1].transpose(1, 2), prefix),
@@ -887,14 +887,14 @@ def test_opcheck_of_strides(dtype):
         (base[0, 0], base[0, 1]),
     ]:
         leaves = [x.detach().requires_grad_() for x in (q, k, k)]
-        torch.library.opcheck(_torch_ops.FORWARD, (*leaves, *options))
+        torch.library.opcheck(_ops.FORWARD, (*leaves, *options))
         leaves = [x.detach() for x in leaves]
-        torch.library.opcheck(_torch_ops.FORWARD_AND_KEPT, (*leaves, *options))
-        out, lse, weighing, *exact = _torch_ops.FORWARD_AND_KEPT(*leaves, *options)
+        torch.library.opcheck(_ops.FORWARD_AND_KEPT, (*leaves, *options))
+        out, lse, weighing, *exact = _ops.FORWARD_AND_KEPT(*leaves, *options)
         kept = (weighing, exact[0] if exact else None)
         needs = [True, True, True, False, False]
         torch.library.opcheck(
-            _torch_ops.BACKWARD, (out, None, out, lse, *kept, *leaves, *options, needs)
+            _ops.BACKWARD, (out, None, out, lse, *kept, *leaves, *options, needs)
         )
 
 

@@ -14,13 +14,13 @@ from process import output_of
 from support import compile_c
 
 import fastattn as fa
-from fastattn import _options, _problem, _results, _storage, _validate, cache, paged_cache
+from fastattn import _options, _problem, _results, _storage, _validate
 
 pytestmark = pytest.mark.any_kernel_set
 
 TRACED = {
     module.__file__
-    for module in (_options, _problem, _results, _storage, _validate, cache, paged_cache)
+    for module in (_options, _problem, _results, _storage, _validate, _cache, _paged_cache)
 }
 
 

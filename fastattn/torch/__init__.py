@@ -24,7 +24,8 @@ from torch import Tensor
 from fastattn import _validate
 from fastattn._enabled import Enabled
 from fastattn._options import BY_NAME, given
-from fastattn._torch_ops import (
+from fastattn._weights import attention_weights as weights_of_arrays
+from fastattn.torch._ops import (
     as_array,
     attend,
     autocast,
@@ -32,9 +33,8 @@ from fastattn._torch_ops import (
     out_of_place,
     transforms_active,
 )
-from fastattn._torch_routing import Route, disable, enable, explain, is_enabled
-from fastattn._torch_sdpa import DTYPES, drawn_seed, scaled_dot_product_attention
-from fastattn.weights import attention_weights as weights_of_arrays
+from fastattn.torch._routing import Route, disable, enable, explain, is_enabled
+from fastattn.torch._sdpa import DTYPES, drawn_seed, scaled_dot_product_attention
 
 __all__ = [
     "Enabled",

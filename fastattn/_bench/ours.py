@@ -4,13 +4,13 @@ from typing import Any
 
 import numpy as np
 
-from fastattn.attention import attention
-from fastattn.bench.forms import Call, pack, starts
-from fastattn.bench.workloads import Workload, real_dtype
-from fastattn.cache import KVCache
-from fastattn.layers import MultiHeadAttention
-from fastattn.paged_cache import PagedKVCache
-from fastattn.varlen import attention_varlen
+from fastattn._attention import attention
+from fastattn._bench.forms import Call, pack, starts
+from fastattn._bench.workloads import Workload, real_dtype
+from fastattn._cache import KVCache
+from fastattn._layers import MultiHeadAttention
+from fastattn._paged_cache import PagedKVCache
+from fastattn._varlen import attention_varlen
 
 # Tokens of a page: the usual size of serving systems (vLLM's default).
 PAGE_SIZE = 16

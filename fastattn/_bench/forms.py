@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastattn.bench.workloads import Array, Workload
+from fastattn._bench.workloads import Array, Workload
 
 # Runs of each of several ways to the same result, of which the fastest is measured.
 TRIALS = 3
@@ -47,7 +47,7 @@ def fastest(calls: Sequence[Call]) -> Call:
     Examples
     --------
     >>> import time
-    >>> from fastattn.bench.forms import Call, fastest
+    >>> from fastattn._bench.forms import Call, fastest
     >>> slow, quick = (Call(lambda s=s: time.sleep(s), print) for s in (0.01, 0))
     >>> fastest([slow, quick]) is quick
     True

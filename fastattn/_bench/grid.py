@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fastattn.bench.workloads import Workload, decode, prefill
+from fastattn._bench.workloads import Workload, decode, prefill
 
 SHORT_DTYPES = {"float16": "f16", "bfloat16": "bf16"}
 
@@ -181,7 +181,7 @@ def chosen(text: str) -> list[Workload]:
 
     Examples
     --------
-    >>> from fastattn.bench.grid import chosen
+    >>> from fastattn._bench.grid import chosen
     >>> [workload.name for workload in chosen("scaling-2k")]
     ['scaling-2k', 'scaling-2k-causal']
     """

@@ -8,10 +8,10 @@ from typing import Any
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn import _core, _validate
+from fastattn._backward import as_arrays, compute_gradients
 from fastattn._options import Window, given, set_named
 from fastattn._problem import of_packed
 from fastattn._results import place_results, read_results
-from fastattn.backward import as_arrays, compute_gradients
 from fastattn.reference import Gradients
 
 Array = NDArray[Any]

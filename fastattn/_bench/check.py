@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 
 from fastattn import reference
-from fastattn.bench.forms import Call
-from fastattn.bench.workloads import Array, Workload
+from fastattn._bench.forms import Call
+from fastattn._bench.workloads import Array, Workload
+from fastattn._gauge import in_units
 
 # Largest difference as a share of the largest element of a row, which is a few times their usual
 # size.  float32: long sums in other orders.  16-bit: one rounding of the result, and, in peers, one
@@ -53,8 +54,7 @@ def _near(found: Array, expected: Array, workload: Workload) -> None:
     size = np.abs(expected).max(axis=-1, keepdims=True)
     # A row whose gradients cancel is as exact as the others, not as its own small size.
     size = np.maximum(size, np.sqrt(np.mean(expected**2)))
-    wrong = np.abs(found - expected) > tolerance * size
-    wrong |= ~np.isfinite(found)
+    wrong = in_units(np.abs(found - expected), tolerance * size) > 1
     if wrong.any():
         at = tuple(map(int, np.argwhere(wrong)[0]))
         raise AssertionError(f"{found[at]:.6g} instead of {expected[at]:.6g} at {at}")

@@ -20,15 +20,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastattn._options import OPTIONS, Option
-from fastattn._validate import BFLOAT16_BITS, real_array
-from fastattn.attention import attention
-from fastattn.backward import (
+from fastattn._attention import attention
+from fastattn._backward import (
     MAX_HEAD_DIM,
     Kept,
     attention_and_kept,
     attention_backward_of_kept,
 )
+from fastattn._options import OPTIONS, Option
+from fastattn._validate import BFLOAT16_BITS, real_array
 
 Array = NDArray[Any]
 # What has a gradient, in the order of the operators' arguments.

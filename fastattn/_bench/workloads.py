@@ -252,7 +252,7 @@ def lacks(workload: Workload) -> str | None:
 
     Examples
     --------
-    >>> from fastattn.bench.workloads import lacks, prefill
+    >>> from fastattn._bench.workloads import lacks, prefill
     >>> lacks(prefill("small", 1, 2, 128, 64)) is None
     True
     """

@@ -24,11 +24,11 @@ from typing import Any
 
 import numpy as np
 
-from fastattn import _core, config
-from fastattn.bench.check import check
-from fastattn.bench.contenders import CONTENDERS, environment
-from fastattn.bench.forms import Unsupported
-from fastattn.bench.workloads import Workload, lacks
+from fastattn import _config, _core
+from fastattn._bench.check import check
+from fastattn._bench.contenders import CONTENDERS, environment
+from fastattn._bench.forms import Unsupported
+from fastattn._bench.workloads import Workload, lacks
 
 #: Raised when the meaning of the JSON changes.
 SCHEMA = 3
@@ -93,7 +93,7 @@ def resident_bytes(field: str, reset_peak: bool = False) -> int | None:
 
     Examples
     --------
-    >>> from fastattn.bench.runner import resident_bytes
+    >>> from fastattn._bench.runner import resident_bytes
     >>> (resident_bytes("VmRSS") or 1) > 0
     True
     """
@@ -137,7 +137,7 @@ def turn(run: Callable[[], object]) -> float:
 
     Examples
     --------
-    >>> from fastattn.bench.runner import turn
+    >>> from fastattn._bench.runner import turn
     >>> turn(lambda: sum(range(1000))) > 0
     True
     """
@@ -204,19 +204,19 @@ def probe_peak(dtype: str, num_threads: int) -> float:
 
     Examples
     --------
-    >>> from fastattn.bench.runner import probe_peak
+    >>> from fastattn._bench.runner import probe_peak
     >>> probe_peak("float32", 1) > 0
     True
     """
     double = dtype == "float64"
-    _, flops_of_a_round = _core.probe_fma(config.ISA, double, 8, num_threads)
+    _, flops_of_a_round = _core.probe_fma(_config.ISA, double, 8, num_threads)
     flops_of_a_round /= 8 * num_threads
-    scalar = config.ISA == "scalar"
+    scalar = _config.ISA == "scalar"
     goal = PEAK_FLOPS_PER_THREAD_SCALAR if scalar else PEAK_FLOPS_PER_THREAD
     rounds = int(goal / flops_of_a_round)
     peak, start = 0.0, time.perf_counter()
     while peak == 0 or time.perf_counter() - start < PEAK_SECONDS:
-        seconds, flops = _core.probe_fma(config.ISA, double, rounds, num_threads)
+        seconds, flops = _core.probe_fma(_config.ISA, double, rounds, num_threads)
         peak = max(peak, flops / seconds)
     return peak
 
@@ -238,7 +238,7 @@ def probe_bandwidth(num_threads: int, num_bytes: int = READ_BYTES) -> float:
 
     Examples
     --------
-    >>> from fastattn.bench.runner import probe_bandwidth
+    >>> from fastattn._bench.runner import probe_bandwidth
     >>> probe_bandwidth(1, 1 << 20) > 0
     True
     """
@@ -378,8 +378,8 @@ def too_large(name: str, workload: Workload) -> str | None:
 
     Examples
     --------
-    >>> from fastattn.bench.runner import too_large
-    >>> from fastattn.bench.workloads import prefill
+    >>> from fastattn._bench.runner import too_large
+    >>> from fastattn._bench.workloads import prefill
     >>> too_large("numpy", prefill("", 1, 1, 2**15, 64))
     'more than 268,435,456 scores, fastattn only'
     """
@@ -422,8 +422,8 @@ def rates(
 
     Examples
     --------
-    >>> from fastattn.bench.runner import rates
-    >>> from fastattn.bench.workloads import prefill
+    >>> from fastattn._bench.runner import rates
+    >>> from fastattn._bench.workloads import prefill
     >>> rates(prefill("", 1, 1, 1000, 50), 0.01, 100e9, None)
     {'gflops': 20.0, 'share_of_peak': 0.2}
     """
@@ -560,7 +560,7 @@ def machine() -> dict[str, Any]:
 
     Examples
     --------
-    >>> from fastattn.bench.runner import machine
+    >>> from fastattn._bench.runner import machine
     >>> machine()["cpus"] >= 1
     True
     """
@@ -573,12 +573,12 @@ def machine() -> dict[str, Any]:
         return found[1].strip() if found else None
 
     cpu = "/sys/devices/system/cpu/cpu0"
-    shown = config.show_config("dicts")
+    shown = _config.show_config("dicts")
     return {
         "cpu": read("/proc/cpuinfo", r"^model name\s*:(.+)$") or platform.processor() or None,
         "architecture": platform.machine(),
-        "cpus": config.affinity_cpus(),
-        "cgroup_cpus": config.cgroup_cpus(),
+        "cpus": _config.affinity_cpus(),
+        "cgroup_cpus": _config.cgroup_cpus(),
         "l2": read(f"{cpu}/cache/index2/size"),
         "l3": read(f"{cpu}/cache/index3/size"),
         "memory": read("/proc/meminfo", r"^MemTotal:(.+)$"),
@@ -587,7 +587,7 @@ def machine() -> dict[str, Any]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "fastattn": shown["fastattn"]["version"],
-        "kernels": config.ISA,
+        "kernels": _config.ISA,
         "compiler": shown["build"]["compiler"],
         "flags": shown["build"]["flags"],
         "numpy": np.__version__,
@@ -610,7 +610,7 @@ def run(
     workloads : sequence of Workload
         What is computed.
     contenders : mapping
-        Name to version, as `fastattn.bench.contenders.installed` returns.
+        Name to version, as `fastattn._bench.contenders.installed` returns.
     num_threads : int
         Of every contender.
     rounds : int

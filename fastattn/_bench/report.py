@@ -40,7 +40,7 @@ def header(report: Mapping[str, Any]) -> str:
     Parameters
     ----------
     report : mapping
-        What `fastattn.bench.runner.run` returns, results or not.
+        What `fastattn._bench.runner.run` returns, results or not.
 
     Returns
     -------
@@ -127,7 +127,7 @@ def costs(report: Mapping[str, Any]) -> str:
     Parameters
     ----------
     report : mapping
-        What `fastattn.bench.runner.run` returns.
+        What `fastattn._bench.runner.run` returns.
 
     Returns
     -------
@@ -174,7 +174,7 @@ def speedups(report: Mapping[str, Any]) -> str:
     Parameters
     ----------
     report : mapping
-        What `fastattn.bench.runner.run` returns.
+        What `fastattn._bench.runner.run` returns.
 
     Returns
     -------
@@ -207,7 +207,7 @@ def summary(report: Mapping[str, Any]) -> str:
     Parameters
     ----------
     report : mapping
-        What `fastattn.bench.runner.run` returns.
+        What `fastattn._bench.runner.run` returns.
 
     Returns
     -------
@@ -261,7 +261,7 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[Cha
     Parameters
     ----------
     before, after : mapping
-        Reports of `fastattn.bench.runner.run`.
+        Reports of `fastattn._bench.runner.run`.
 
     Yields
     ------
@@ -292,7 +292,7 @@ def compare(
     Parameters
     ----------
     before, after : mapping
-        Reports of `fastattn.bench.runner.run`.
+        Reports of `fastattn._bench.runner.run`.
     threshold : float
         A call of fastattn that takes more than ``1 + threshold`` of its earlier time has
         regressed.  The other contenders show how far the machine itself differs.

@@ -173,8 +173,8 @@ def default_num_threads() -> int:
 
     Examples
     --------
-    >>> import fastattn.config
-    >>> fastattn.config.default_num_threads() >= 1
+    >>> from fastattn import _config
+    >>> _config.default_num_threads() >= 1
     True
     """
     return _thread_rule()[0]

@@ -12,9 +12,9 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fastattn._attention import attention, merge_attention
 from fastattn._results import check_out
 from fastattn._validate import as_array, count, float_array
-from fastattn.attention import attention, merge_attention
 
 Array = NDArray[Any]
 

@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastattn.bench.grid import DECODE_DTYPES, DECODE_GROWTH, GROWTH
-from fastattn.bench.workloads import Workload
+from fastattn._bench.grid import DECODE_DTYPES, DECODE_GROWTH, GROWTH
+from fastattn._bench.workloads import Workload
 
 # Told apart without colour vision: the Okabe-Ito palette, and a marker each.
 _STYLES = {
@@ -54,7 +54,7 @@ def plot(report: Mapping[str, Any], directory: Path) -> list[Path]:
     Parameters
     ----------
     report : mapping
-        What `fastattn.bench.runner.run` returns.
+        What `fastattn._bench.runner.run` returns.
     directory : Path
         Where to; made if it is not there.
 

@@ -18,23 +18,23 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
+from fastattn._attention import Explanation
+from fastattn._attention import explain as explain_arrays
+from fastattn._backward import MAX_HEAD_DIM
 from fastattn._enabled import Enabled
-from fastattn._torch_ops import (
+from fastattn.torch._ops import (
     DEFAULTS,
     as_array,
     has_tangent,
     numpy_options,
     transforms_active,
 )
-from fastattn._torch_sdpa import (
+from fastattn.torch._sdpa import (
     DTYPES,
     as_in_autocast,
     scaled_dot_product_attention,
     translated,
 )
-from fastattn.attention import Explanation
-from fastattn.attention import explain as explain_arrays
-from fastattn.backward import MAX_HEAD_DIM
 
 OPERATOR = torch.ops.aten.scaled_dot_product_attention.default
 # With autograd, and in torch.inference_mode, where tensors know nothing of it.

@@ -6,9 +6,9 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
-from fastattn.bench import ours, peers, plain
-from fastattn.bench.forms import Call
-from fastattn.bench.workloads import Workload
+from fastattn._bench import ours, peers, plain
+from fastattn._bench.forms import Call
+from fastattn._bench.workloads import Workload
 
 
 class Contender(NamedTuple):
@@ -42,7 +42,7 @@ def installed() -> dict[str, str]:
 
     Examples
     --------
-    >>> from fastattn.bench.contenders import installed
+    >>> from fastattn._bench.contenders import installed
     >>> list(installed())[:3]
     ['fastattn', 'numpy', 'blas']
     """
@@ -73,7 +73,7 @@ def environment(num_threads: int) -> dict[str, str]:
 
     Examples
     --------
-    >>> from fastattn.bench.contenders import environment
+    >>> from fastattn._bench.contenders import environment
     >>> environment(2)["OMP_NUM_THREADS"]
     '2'
     """

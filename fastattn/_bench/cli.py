@@ -5,14 +5,14 @@ import importlib.util
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastattn import config
-from fastattn.bench import plots, report, runner
-from fastattn.bench.contenders import CONTENDERS, installed
-from fastattn.bench.grid import (
+from fastattn import _config
+from fastattn._bench import plots, report, runner
+from fastattn._bench.contenders import CONTENDERS, installed
+from fastattn._bench.grid import (
     DECODE_DTYPES,
     DECODE_GROWTH,
     GRID,
@@ -21,7 +21,7 @@ from fastattn.bench.grid import (
     QUICK,
     chosen,
 )
-from fastattn.bench.workloads import Workload
+from fastattn._bench.workloads import Workload
 
 INSTALL_EXTRAS = 'pip install "fastattn[bench]"'
 
@@ -54,14 +54,20 @@ def _threshold(text: str) -> float:
     return value
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of the command.
+def main(argv: Sequence[str]) -> int:
+    """Run the command.
 
     Parameters
     ----------
-    parser : argparse.ArgumentParser
-        Of ``bench``.
+    argv : sequence of str
+        The arguments after ``bench``.
+
+    Returns
+    -------
+    int
+        The exit status.
     """
+    parser = argparse.ArgumentParser(prog="python -m fastattn bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a few workloads, about a minute")
     parser.add_argument(
         "--filter", metavar="TEXT",
@@ -81,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--plot", type=Path, metavar="DIR",
         help="measure what it takes too; write PNGs of speed, memory and decoding",
     )  # fmt: skip
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=_run)
 
     commands = parser.add_subparsers(metavar="compare", title="commands")
     comparison = commands.add_parser("compare", help="compare the JSON files of two runs")
@@ -91,44 +97,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threshold", type=_threshold, default=0.05, metavar="SHARE",
         help="slower by more than this is a regression, exit status 1 (default 0.05)",
     )  # fmt: skip
-    comparison.set_defaults(run=run_compare)
+    comparison.set_defaults(run=_run_compare)
 
-
-def run(args: argparse.Namespace) -> int:
-    """Measure, print, write.
-
-    Parameters
-    ----------
-    args : argparse.Namespace
-        Parsed options of `add_arguments`.
-
-    Returns
-    -------
-    int
-        The exit status.
-    """
-    return _guarded(_run, args)
-
-
-def run_compare(args: argparse.Namespace) -> int:
-    """Compare two runs.
-
-    Parameters
-    ----------
-    args : argparse.Namespace
-        Parsed options of `add_arguments`.
-
-    Returns
-    -------
-    int
-        The exit status: 1 if fastattn has become slower.
-    """
-    return _guarded(_run_compare, args)
-
-
-def _guarded(function: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+    args = parser.parse_args(argv)
     try:
-        return function(args)
+        status: int = args.run(args)
+        return status
     except (BenchError, runner.ChildDied) as error:
         print(f"fastattn bench: {error}", file=sys.stderr)
         return 1
@@ -172,7 +146,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise BenchError(f"--plot needs matplotlib: {INSTALL_EXTRAS}")
     workloads, contenders = _chosen_workloads(args), _chosen_contenders(args)
-    num_threads = args.threads or config.default_num_threads()
+    num_threads = args.threads or _config.default_num_threads()
     rounds = args.rounds or (QUICK_ROUNDS if args.quick else DEFAULT_ROUNDS)
     # Found out before the minutes of measuring, not after.
     if args.json is not None:

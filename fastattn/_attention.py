@@ -13,7 +13,7 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastattn import _core, _validate, config
+from fastattn import _config, _core, _validate
 from fastattn._options import OPTIONS, refuse_unknown, set_named, set_options
 from fastattn._problem import Problem, of_arrays
 from fastattn._results import check_out, empty_result, place_results, refuse_overlap
@@ -724,7 +724,7 @@ def _described(
 
 def _threads_reason(asked: int | None, allowed: int, used: int) -> str:
     source = f"{allowed} allowed by "
-    source += config._thread_rule()[1] if asked is None else "num_threads"
+    source += _config._thread_rule()[1] if asked is None else "num_threads"
     if used == allowed:
         return source
     if not _core.has_openmp():

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from fastattn import reference as specification
-from fastattn.bench.forms import (
+from fastattn._bench.forms import (
     Call,
     grouped,
     no_gradients,
@@ -17,8 +17,8 @@ from fastattn.bench.forms import (
     sequences,
     takes_part,
 )
-from fastattn.bench.workloads import Array, Workload, real_dtype
-from fastattn.layers import MultiHeadAttention
+from fastattn._bench.workloads import Array, Workload, real_dtype
+from fastattn._layers import MultiHeadAttention
 
 
 def reference(workload: Workload, num_threads: int) -> Call:

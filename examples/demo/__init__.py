@@ -1,0 +1,1 @@
+"""The demo: a real encoder finds sentences, every attention of it by fastattn."""
