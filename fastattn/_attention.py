@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn import _config, _core, _validate
+from fastattn._core import Problem
 from fastattn._options import OPTIONS, refuse_unknown, set_named, set_options
-from fastattn._problem import Problem, of_arrays
+from fastattn._problem import of_arrays
 from fastattn._results import check_out, empty_result, place_results, refuse_overlap
 from fastattn._rounding import round_once
 
@@ -323,8 +324,22 @@ def attention(
     set_options(
         problem,
         (
-            *(scale, softcap, bias, alibi_slopes, mask, causal, window, q_offset, kv_lengths),
-            *(segment_ids, sinks, softmax_axis, dropout_p, dropout_seed, residual, num_threads),
+            scale,
+            softcap,
+            bias,
+            alibi_slopes,
+            mask,
+            causal,
+            window,
+            q_offset,
+            kv_lengths,
+            segment_ids,
+            sinks,
+            softmax_axis,
+            dropout_p,
+            dropout_seed,
+            residual,
+            num_threads,
         ),
     )
     result, lse = place_results(problem, out, return_lse)

@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn import _core, _results, _validate
+from fastattn._core import Problem
 from fastattn._options import BY_NAME, Window, given, set_named
-from fastattn._problem import Problem, of_arrays
+from fastattn._problem import of_arrays
 from fastattn._results import place_results, read_results
 from fastattn._rounding import in_default_float_mode, round_once
 from fastattn.reference import Gradients
@@ -263,16 +264,17 @@ def compute_gradients(
             raise ValueError(
                 f"`{name}` must have {of} at most {MAX_HEAD_DIM} for gradients, got {width}"
             )
+    lse_dtype = _validate.lse_dtype(problem.dtype)
     grad = _validate.exact_array("grad_out", grad_out, problem.out_shape, problem.dtype)
-    to_core: dict[str, Array] = {"grad_out": problem.as_in_core(grad)}
+    to_core: dict[str, Array] = {"grad_out": problem.as_in_core(_validate.core_view(grad))}
     if grad_lse is not None:
         checked = _validate.exact_array(
-            "grad_lse", grad_lse, problem.lse_shape, problem.lse_dtype
+            "grad_lse", grad_lse, problem.lse_shape, lse_dtype
         )
         to_core["grad_lse"] = problem.with_heads(checked)
     grad_bias = None
     if "bias" in wanted:
-        grad_bias = _zeros(bias.shape, np.promote_types(problem.lse_dtype, bias.dtype))
+        grad_bias = _zeros(bias.shape, np.promote_types(lse_dtype, bias.dtype))
         if problem.bias is not None:
             to_core["grad_bias"] = _as_broadcast(grad_bias, problem.bias.shape)
     if 0 in problem.q_shape[:-1] or not (
@@ -287,7 +289,7 @@ def compute_gradients(
             to_core["sink_terms"] = _results.allocate(terms_shape, np.dtype(np.float64))
         finish: dict[str, Callable[[], Array]] = {}
         full = {"q": problem.q, "k": problem.k, "v": problem.v}
-        places = {name: _Place(x, full[name], problem.lse_dtype) for name, x in operands.items()}
+        places = {name: _Place(x, full[name], lse_dtype) for name, x in operands.items()}
         # One dtype for all three, in the core: where one is summed, all are in the accumulator's.
         exact = all(place.is_whole for name, place in places.items() if name in wanted)
         for name, place in places.items():

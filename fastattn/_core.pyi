@@ -9,6 +9,9 @@ from numpy.typing import NDArray
 Result = TypeVar("Result")
 
 class Problem:
+    dtype: np.dtype[Any]
+    like: NDArray[Any]
+    single_head: bool
     isa: str
     q: NDArray[Any]
     k: NDArray[Any]
@@ -54,7 +57,23 @@ class Problem:
         num_kv_heads: int,
         seqlen_k: int,
         head_dim_v: int,
+        like: NDArray[Any],
+        single_head: bool,
     ) -> None: ...
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def seqlen_q(self) -> int: ...
+    @property
+    def batch_shape(self) -> tuple[int, ...]: ...
+    @property
+    def entries(self) -> tuple[int, ...]: ...
+    @property
+    def out_shape(self) -> tuple[int, ...]: ...
+    @property
+    def lse_shape(self) -> tuple[int, ...]: ...
+    def as_in_core(self, array: NDArray[Any]) -> NDArray[Any]: ...
+    def with_heads(self, array: NDArray[Any]) -> NDArray[Any]: ...
 
 def attention(problem: Problem) -> None: ...
 def attention_backward(

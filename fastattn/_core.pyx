@@ -162,7 +162,14 @@ cdef class Problem:
 
     A front end of _problem.py makes one, _options.py adds what the caller chose, _results.py where
     results go.  An array that is not given is None.
+
+    Arrays of the core have the axes (batch..., heads, rows, columns).  A caller's have no head axis
+    where q, k and v are all 2-D, and heads second where sequences are packed.
     """
+    # What the caller's arrays are: the dtype of q, q itself, which results lie in memory like, and
+    # whether q, k and v are all 2-D.
+    cdef public object dtype, like
+    cdef public bint single_head
     cdef public str isa
     cdef public object q, k, v, k_scale, v_scale, page_table, q_starts, k_starts
     cdef public tuple q_shape
@@ -179,8 +186,9 @@ cdef class Problem:
 
     def __cinit__(
         self, str isa, q, k, v, tuple q_shape, int64_t num_kv_heads, int64_t seqlen_k,
-        int64_t head_dim_v,
+        int64_t head_dim_v, like, bint single_head,
     ):
+        self.like, self.dtype, self.single_head = like, like.dtype, single_head
         self.isa = isa
         self.q, self.k, self.v = q, k, v
         self.q_shape = q_shape
@@ -189,6 +197,51 @@ cdef class Problem:
         self.head_dim_v = head_dim_v
         self.scale = fa_default_scale(q_shape[len(q_shape) - 1])
         self.window_left = self.window_right = -1
+
+    @property
+    def num_heads(self):
+        return self.q_shape[len(self.q_shape) - 3]
+
+    @property
+    def seqlen_q(self):
+        return self.q_shape[len(self.q_shape) - 2]
+
+    @property
+    def batch_shape(self):
+        return self.q_shape[: len(self.q_shape) - 3]
+
+    @property
+    def entries(self):
+        """The shape of what each sequence has one of."""
+        return self.batch_shape if self.q_starts is None else (len(self.q_starts) - 1,)
+
+    @property
+    def out_shape(self):
+        """The caller's shape of the result."""
+        cdef Py_ssize_t n = len(self.q_shape)
+        if self.single_head:
+            return self.q_shape[n - 2], self.head_dim_v
+        if self.q_starts is not None:
+            return self.q_shape[1], self.q_shape[0], self.head_dim_v
+        if self.q_shape[n - 1] == self.head_dim_v:
+            return self.q_shape
+        return *self.q_shape[: n - 1], self.head_dim_v
+
+    @property
+    def lse_shape(self):
+        """The caller's shape of lse."""
+        rows = self.seqlen_k if self.softmax_over_queries else self.seqlen_q
+        return (rows,) if self.single_head else (*self.q_shape[: len(self.q_shape) - 2], rows)
+
+    def as_in_core(self, array):
+        """A view of an array of `out_shape`, or of more axes, with the core's axes."""
+        if self.q_starts is not None:
+            return array.swapaxes(0, 1)
+        return array[None] if self.single_head else array
+
+    def with_heads(self, array):
+        """A view of an array of `lse_shape`, or of that and more axes, with the core's axes."""
+        return array[None] if self.single_head else array
 
 
 cdef int fill(fa_attention_params *p, views *held, Problem problem) except -1:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn import _config, _core, _validate
-from fastattn._problem import Problem
+from fastattn._core import Problem
 from fastattn._validate import MAX_C_INT, MAX_POSITION, Array, Shape
 
 Window = Sequence[int | None]
@@ -156,7 +156,7 @@ def _as_scores(problem: Problem, name: str, array: Array) -> Array | None:
 
 
 def _as_heads(problem: Problem, name: str, array: Array) -> Array:
-    if problem.is_packed and array.ndim != 1:
+    if problem.q_starts is not None and array.ndim != 1:
         raise ValueError(f"`{name}` must have one dimension, (num_heads,), got {array.ndim}")
     return _validate.broadcast(name, array, problem.q_shape[:-2])
 
@@ -199,9 +199,8 @@ def _without_sinks(problem: Problem, name: str, over_queries: bool) -> bool:
 
 
 def _as_result(problem: Problem, name: str, array: Array) -> Array:
-    return problem.as_in_core(
-        _validate.exact_array(name, array, problem.out_shape, problem.dtype)
-    )
+    checked = _validate.exact_array(name, array, problem.out_shape, problem.dtype)
+    return problem.as_in_core(_validate.core_view(checked))
 
 
 # --- the table ----------------------------------------------------------------------------------

@@ -15,78 +15,11 @@ import numpy as np
 from numpy import ndarray
 from numpy.typing import ArrayLike, NDArray
 
-from fastattn import _config, _core, _validate
+from fastattn import _config, _validate
+from fastattn._core import Problem
 from fastattn._validate import BFLOAT16_BITS, FLOAT16, FLOAT32, FLOAT64, Array, Shape
 
 Int64s = NDArray[np.int64]
-
-
-class Problem(_core.Problem):
-    """What the core computes, and what its caller's arrays looked like.
-
-    Arrays of the core have the axes (batch..., heads, rows, columns).  A caller's have no head axis
-    where q, k and v are all 2-D, and heads second where sequences are packed.
-    """
-
-    __slots__ = ("dtype", "like", "single_head")
-
-    dtype: np.dtype[Any]  #: of q and of the result
-    like: Array  #: q as the caller gave it: results lie in memory as it does
-    single_head: bool  #: whether q, k and v are 2-D
-
-    @property
-    def is_packed(self) -> bool:
-        return self.q_starts is not None
-
-    @property
-    def num_heads(self) -> int:
-        heads: int = self.q_shape[-3]
-        return heads
-
-    @property
-    def seqlen_q(self) -> int:
-        rows: int = self.q_shape[-2]
-        return rows
-
-    @property
-    def batch_shape(self) -> Shape:
-        return self.q_shape[:-3]
-
-    @property
-    def entries(self) -> Shape:
-        """The shape of what each sequence has one of."""
-        return self.batch_shape if self.q_starts is None else (len(self.q_starts) - 1,)
-
-    @property
-    def out_shape(self) -> Shape:
-        """The caller's shape of the result."""
-        if self.single_head:
-            return (self.q_shape[-2], self.head_dim_v)
-        if self.q_starts is not None:
-            return (self.q_shape[1], self.q_shape[0], self.head_dim_v)
-        return (*self.q_shape[:-1], self.head_dim_v)
-
-    @property
-    def lse_shape(self) -> Shape:
-        """The caller's shape of lse."""
-        rows = self.seqlen_k if self.softmax_over_queries else self.q_shape[-2]
-        return (rows,) if self.single_head else (*self.q_shape[:-2], rows)
-
-    @property
-    def lse_dtype(self) -> np.dtype[Any]:
-        return _validate.lse_dtype(self.dtype)
-
-    def as_in_core(self, array: Array) -> Array:
-        """A view of an array of `out_shape` with the core's axes and element types."""
-        if self.dtype.itemsize == 2:
-            array = _validate.core_view(array)
-        if self.q_starts is not None:
-            return array.swapaxes(0, 1)
-        return array[np.newaxis] if self.single_head else array
-
-    def with_heads(self, array: Array) -> Array:
-        """A view of an array of `lse_shape`, or of that and more axes, with the core's axes."""
-        return array[np.newaxis] if self.single_head else array
 
 
 # --- front ends -------------------------------------------------------------------------------
@@ -97,11 +30,10 @@ def of_arrays(q: Any, k: Any, v: Any) -> Problem:
     shapes = _plain_shapes(q, k, v)
     if shapes is not None:
         q_shape, v_shape = shapes
-        like, single_head = q, False
-    else:
-        q, k, v, like, single_head = _operands(q, k, v)
-        q_shape, v_shape = q.shape, v.shape
-    return _problem(q, k, v, q_shape, v_shape, like, single_head)
+        num_kv_heads, seqlen_k, head_dim_v = v_shape[-3:]
+        return Problem(_config.ISA, q, k, v, q_shape, num_kv_heads, seqlen_k, head_dim_v, q, False)
+    q, k, v, like, single_head = _operands(q, k, v)
+    return _problem(q, k, v, q.shape, v.shape, like, single_head)
 
 
 def of_packed(
@@ -152,14 +84,11 @@ def _stored(q: Array, arrays: Sequence[Array], kv_lengths: Int64s, seqlen_k: int
 def _problem(
     q: Array, k: Array, v: Array, q_shape: Shape, v_shape: Shape, like: Array, single_head: bool
 ) -> Problem:
-    dtype = q.dtype
-    if dtype.itemsize == 2:
-        q, k, v = _validate.core_view(q), _validate.core_view(k), _validate.core_view(v)
-    problem = Problem(_config.ISA, q, k, v, q_shape, v_shape[-3], v_shape[-2], v_shape[-1])
-    problem.dtype = dtype
-    problem.like = like
-    problem.single_head = single_head
-    return problem
+    num_kv_heads, seqlen_k, head_dim_v = v_shape[-3:]
+    q, k, v = map(_validate.core_view, (q, k, v))
+    return Problem(
+        _config.ISA, q, k, v, q_shape, num_kv_heads, seqlen_k, head_dim_v, like, single_head
+    )
 
 
 # --- operands ---------------------------------------------------------------------------------

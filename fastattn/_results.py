@@ -11,7 +11,7 @@ from numpy import ndarray
 from numpy.typing import ArrayLike
 
 from fastattn import _validate
-from fastattn._problem import Problem
+from fastattn._core import Problem
 from fastattn._validate import Array, Shape
 
 # What np.shares_memory may spend on an exact answer.  Views into one packed array need less; what
@@ -34,10 +34,10 @@ def place_results(
         result = empty_result(problem.like, shape)
     else:
         result = check_out(out, shape, problem.dtype, "q")
-    problem.out = problem.as_in_core(result)
+    problem.out = problem.as_in_core(_validate.core_view(result))
     lse = None
     if return_lse is not False and _validate.flag("return_lse", return_lse):
-        lse = allocate(problem.lse_shape, problem.lse_dtype)
+        lse = allocate(problem.lse_shape, _validate.lse_dtype(problem.dtype))
         problem.lse = problem.with_heads(lse)
     if out is None:
         return result, lse
@@ -60,8 +60,10 @@ def place_results(
 def read_results(problem: Problem, out: ArrayLike, lse: ArrayLike) -> tuple[Array, Array]:
     """Give the problem the results of an earlier call with the same arguments, to be read."""
     result = _validate.exact_array("out", out, problem.out_shape, problem.dtype)
-    result_lse = _validate.exact_array("lse", lse, problem.lse_shape, problem.lse_dtype)
-    problem.out, problem.lse = problem.as_in_core(result), problem.with_heads(result_lse)
+    lse_dtype = _validate.lse_dtype(problem.dtype)
+    result_lse = _validate.exact_array("lse", lse, problem.lse_shape, lse_dtype)
+    problem.out = problem.as_in_core(_validate.core_view(result))
+    problem.lse = problem.with_heads(result_lse)
     return result, result_lse
 
 

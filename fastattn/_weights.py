@@ -156,7 +156,7 @@ sinks, softmax_axis, num_threads : optional
     if not single_head:
         num_chosen = num_heads if chosen_heads is None else chosen_heads.size
         shape = (*problem.batch_shape, num_chosen, *shape)
-    weights = allocate(shape, problem.lse_dtype, np.zeros)
+    weights = allocate(shape, _validate.lse_dtype(problem.dtype), np.zeros)
     _core.attention_weights(
         problem,
         weights,

@@ -14,7 +14,7 @@ from process import output_of
 from support import compile_c
 
 import fastattn as fa
-from fastattn import _options, _problem, _results, _storage, _validate
+from fastattn import _cache, _options, _paged_cache, _problem, _results, _storage, _validate
 
 pytestmark = pytest.mark.any_kernel_set
 

@@ -349,7 +349,7 @@ def _operator_arguments(options: dict[str, Any], q: Tensor) -> dict[str, Any]:
     for name, x in options.items():
         option = BY_NAME[name]
         names = [argument for argument, _ in option.torch]
-        if x is None:
+        if x is None and option.default is None:
             arguments |= dict.fromkeys(names)
         elif name == "segment_ids":
             for i, (argument, ids) in enumerate(zip(names, _pair(x), strict=True)):
