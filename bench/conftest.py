@@ -38,7 +38,7 @@ UNTIMED_LENGTH = 150
 
 def pytest_configure(config: pytest.Config) -> None:
     if not config.pluginmanager.hasplugin("benchmark"):
-        raise pytest.UsageError("benchmarks need pytest-benchmark: pip install --group bench")
+        raise pytest.UsageError("benchmarks need pytest-benchmark: pip install --group benchmarks")
     config.addinivalue_line("markers", "workloads(chosen): which of the grid are measured")
 
 

@@ -17,6 +17,8 @@ import pytest
 pytestmark = pytest.mark.any_kernel_set
 
 ROOT = Path(__file__).parents[1]
+# Debug information would double it.
+MAX_WHEEL_BYTES = 1_500_000
 
 
 def _files(*patterns: str) -> set[str]:
@@ -53,7 +55,8 @@ def test_sdist_is_complete(dist: Path) -> None:
         members = [member.name.partition("/")[2] for member in archive if member.isfile()]
     expected = _files(
         "*.md", "LICENSE", "MANIFEST.in", "Makefile", "pyproject.toml", "setup.py",
-        "fastattn/*.py", "fastattn/*.pyi", "fastattn/*.pyx", "fastattn/*.pxd", "fastattn/py.typed",
+        "fastattn/**/*.py", "fastattn/*.pyi", "fastattn/*.pyx", "fastattn/*.pxd",
+        "fastattn/py.typed",
         "csrc/**/*.[ch]", "csrc/**/*.md", "tests/**/*.py", "tests/**/*.[ch]",
         "bench/**/*.py", "bench/**/*.[ch]", "docs/**/*.md", "examples/**/*.py",
     )  # fmt: skip
@@ -66,6 +69,7 @@ def test_sdist_is_complete(dist: Path) -> None:
 @pytest.mark.packaging
 def test_wheel_holds_the_package_alone(dist: Path) -> None:
     [path] = dist.glob("*.whl")
+    assert path.stat().st_size <= MAX_WHEEL_BYTES
     names = set(zipfile.ZipFile(path).namelist())
     if sysconfig.get_config_var("Py_GIL_DISABLED"):
         assert "-abi3-" not in path.name
