@@ -1,0 +1,127 @@
+"""The table of options holds what is written out elsewhere: signatures, types, the stub, the
+operators of PyTorch and the documentation."""
+
+import ast
+import inspect
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fastattn as fa
+from fastattn import _attention, _core, _options
+from fastattn._options import ARRAYS, BY_NAME, DEFAULTS, NAMES, OPTIONS, PACKED, WEIGHTS, of_call
+
+pytestmark = pytest.mark.any_kernel_set
+
+ROOT = Path(__file__).resolve().parent.parent
+# What a function takes besides operands and options.
+RESULTS = {"return_lse", "out", "grad_lse", "needs"}
+CHOICES = {"rows", "heads", "pool", "reduce"}
+
+
+def without(names: tuple[str, ...], *left_out: str) -> list[str]:
+    return [name for name in names if name not in left_out]
+
+
+FUNCTIONS: dict[Callable[..., Any], list[str]] = {
+    fa.attention: list(of_call(ARRAYS)),
+    fa.attention_backward: list(of_call(ARRAYS)),
+    fa.attention_varlen: list(of_call(PACKED)),
+    fa.attention_varlen_backward: list(of_call(PACKED)),
+    fa.attention_weights: list(of_call(WEIGHTS)),
+    fa.reference.attention: without(of_call(ARRAYS), "num_threads"),
+}
+
+
+def written_out(function: Callable[..., Any]) -> dict[str, Any]:
+    """The options in a signature, with their defaults."""
+    parameters = inspect.signature(function).parameters.values()
+    return {
+        p.name: p.default
+        for p in parameters
+        if p.kind is p.KEYWORD_ONLY and p.name not in RESULTS | CHOICES
+    }
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_signatures_are_the_rows(function: Callable[..., Any]) -> None:
+    options = written_out(function)
+    assert list(options) == FUNCTIONS[function]
+    assert options == {name: BY_NAME[name].default for name in options}
+
+
+def test_types_are_the_rows() -> None:
+    assert sorted(_attention.AttentionOptions.__annotations__) == sorted([*NAMES, "out"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_call_refuses_a_wrong_kind_by_name(name: str) -> None:
+    """So an option that a function forgets to hand on is found."""
+    x = np.zeros((1, 2, 3, 4), np.float32)
+    packed = np.zeros((3, 2, 4), np.float32)
+    lse = np.zeros((1, 2, 3), np.float32)
+    calls: dict[str, list[Callable[..., Any]]] = {
+        ARRAYS: [
+            lambda **given: fa.attention(x, x, x, **given),
+            lambda **given: fa.attention_backward(x, x, x, x, x, lse, **given),
+            lambda **given: fa.explain(x, x, x, **given),
+        ],
+        PACKED: [
+            lambda **given: fa.attention_varlen(packed, packed, packed, [0, 3], [0, 3], **given),
+            lambda **given: fa.attention_varlen_backward(
+                *(packed,) * 5, lse[0], [0, 3], [0, 3], **given
+            ),
+        ],
+        WEIGHTS: [lambda **given: fa.attention_weights(x, x, **given)],
+    }
+    for kind, functions in calls.items():
+        for function in functions:
+            if kind in BY_NAME[name].calls:
+                with pytest.raises(TypeError, match=rf"`{name}(\[0\])?` must "):
+                    function(**{name: object()})
+            else:
+                with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+                    function(**{name: BY_NAME[name].default})
+
+
+def test_fields_are_those_of_the_stub_and_of_the_core() -> None:
+    stub = ast.parse((ROOT / "fastattn/_core.pyi").read_text(encoding="utf-8"))
+    (problem,) = (
+        x for x in stub.body if isinstance(x, ast.ClassDef) and x.name == _core.Problem.__name__
+    )
+    fields = {
+        statement.target.id
+        for statement in problem.body
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
+    }
+    methods = {x.name for x in problem.body if isinstance(x, ast.FunctionDef)}
+    public = {name for name in dir(_core.Problem) if not name.startswith("_")}
+    assert public == fields | methods - {"__init__"}
+    assert {field for option in OPTIONS for field in option.fields} <= fields
+
+
+def test_the_operators_arguments_are_the_rows() -> None:
+    pytest.importorskip("torch")
+    from fastattn.torch import _ops
+
+    schema = _ops.FORWARD._schema
+    arguments = {argument.name: str(argument.type) for argument in schema.arguments[3:]}
+    assert sorted(arguments) == sorted(name for option in OPTIONS for name, _ in option.torch)
+
+
+def test_the_documentation_has_the_rows() -> None:
+    text = (ROOT / "docs/options.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)
+    assert rows == [*NAMES, "return_lse", "out"]
+
+
+def test_defaults_are_told_by_identity() -> None:
+    assert _core.differing(DEFAULTS, DEFAULTS) == []
+    given = list(DEFAULTS)
+    given[NAMES.index("causal")] = True
+    assert _core.differing(tuple(given), DEFAULTS) == [NAMES.index("causal")]
+    assert _options.set_named.__doc__
