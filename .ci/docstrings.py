@@ -1,9 +1,9 @@
 """Check the public docstrings of fastattn: `make lint`.
 
-`[tool.numpydoc_validation]` of pyproject.toml names the checks.  numpydoc's own command looks at files, and so at
-internal functions alike, which need no sections; here it is given the objects that a user sees: what `fastattn.__all__`
-lists, and the public methods of its classes.  fastattn.torch and fastattn.keras are left out, because their libraries
-need not be installed.
+`[tool.numpydoc_validation]` of pyproject.toml names the checks.  numpydoc's own command looks at
+files, and so at internal functions alike, which need no sections; here it is given the objects that
+a user sees: what `fastattn.__all__` lists, and the public methods of its classes.  fastattn.torch
+and fastattn.keras are left out, because their libraries need not be installed.
 """
 
 import inspect
