@@ -76,11 +76,19 @@ bench-peers: $(BUILT) $(VENV)/extra-bench  ## the libraries that are installed t
 	$(PY) bench/import_time.py
 	$(PY) -m fastattn bench $(ARGS)
 
-lint: $(VENV)/group-lint  ## ruff, mypy --strict, clang-format, cython-lint
+lint: $(BUILT) $(VENV)/group-lint  ## style, types, stubs, docstrings and workflows
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/stubtest fastattn._core --ignore-disjoint-bases --allowlist .ci/stubtest.allow
+	$(PY) .ci/docstrings.py
 	$(VENV)/bin/clang-format --dry-run -Werror $$(find csrc tests bench -name '*.[ch]')
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cython-lint fastattn/*.pyx fastattn/*.pxd
+	$(VENV)/bin/zizmor --offline --quiet .github
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-issue-forms \
+	    $$(find .github/ISSUE_TEMPLATE -name '*.yml' ! -name config.yml)
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 
 # The sanitised module is kept apart from the one in the source tree.
 asan: $(BUILT) $(VENV)/group-test  ## run tests under AddressSanitizer and UBSan, C assertions on

@@ -655,7 +655,7 @@ def explain(
 
     Parameters
     ----------
-    q, k, v, **options
+    q, k, v, return_lse, **options
         As in `attention`, and validated the same way.  `out` is not written.
 
     Returns

@@ -101,6 +101,10 @@ class KVCache(TokenStore):
     MemoryError
         The storage cannot be allocated.
 
+    See Also
+    --------
+    PagedKVCache : Sequences that come and go, and share prefixes.
+
     Notes
     -----
     **Precision.**  Appended floats are converted to the storage's dtype with one rounding.  int8
@@ -122,10 +126,6 @@ class KVCache(TokenStore):
     reordered meanwhile.  A change that would overwrite what a running `attention` reads goes to new
     storage.  A method that fails, or is interrupted by Ctrl-C, leaves the cache as it was before or
     as it is after the change, nothing between.
-
-    See Also
-    --------
-    PagedKVCache : Sequences that come and go, and share prefixes.
 
     References
     ----------

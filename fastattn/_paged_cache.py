@@ -83,6 +83,10 @@ class PagedKVCache(TokenStore):
     MemoryError
         The storage cannot be allocated.
 
+    See Also
+    --------
+    KVCache : A fixed batch, contiguous.
+
     Notes
     -----
     A sequence of n tokens holds ``ceil(n / page_size)`` pages.  `fork` shares them; the pages count
@@ -97,10 +101,6 @@ class PagedKVCache(TokenStore):
     or freed meanwhile.  Pages that it reads are free again when it is done; until then an append
     may find too few.  A method that fails, or is interrupted by Ctrl-C, leaves the cache as it was
     before or as it is after the change, every page accounted for.
-
-    See Also
-    --------
-    KVCache : A fixed batch, contiguous.
 
     References
     ----------
