@@ -32,15 +32,23 @@
 /* What rows of a key block are visited for. */
 enum purpose { EVERYTHING, GRAD_V, THE_REST };
 
+/* A key block of a unit (backward_sums.h), and the head that meets it. */
 struct key_block {
+    /* The first head of the unit. */
+    int64_t unit_head;
+    int64_t group;
+    /* Keys [key, key + keys) of the arrays. */
+    int64_t key, keys;
     const struct fa_head *head;
-    int64_t head_index, group;
-    int64_t key, keys, live; /* of the arrays, and valid ones */
+    /* How many of the keys are valid for the head. */
+    int64_t live;
     enum purpose purpose;
-    char *grad_v; /* where its gradients are added up */
-    char *sums; /* of grad_q: of this head and group; NULL: not wanted */
+    /* Where gradients of its values are added up. */
+    char *grad_v;
+    /* Sums of grad_q of this head and group; NULL: they are not wanted. */
+    char *sums;
+    /* A thread's workspace holds its keys and values. */
     bool packed;
-    bool finite; /* all keys are */
 };
 
 /* x *= factor, of rows whose elements lie side by side. */
@@ -63,31 +71,29 @@ static void scale_panels(const struct fa_geometry *g, char *panels, int64_t padd
     }
 }
 
-/* Rows [first, first + rows) of q and grad_out, in the forms that the products take.  Returns whether q and
- * grad_out are finite. */
-static void load_tile_rows(const struct fa_backward *b, const struct key_block *block,
-                           struct fa_backward_workspace *ws, int64_t first, int64_t rows,
-                           bool *q_finite, bool *grad_finite)
+/* Rows of q and grad_out, in the forms that the products take. */
+static void load_rows(const struct fa_backward *b, struct fa_backward_workspace *ws,
+                      const struct fa_head_rows *rows)
 {
     const struct fa_geometry *g = &b->geometry;
     const struct fa_attention_params *p = &b->params->attention;
+    const size_t count = (size_t)rows->count;
     struct fa_rows from = {
         .row = ws->row, .col_stride = b->params->grad_out.col, .dtype = p->dtype};
     const size_t panel_stride = FA_BACKWARD_ROWS * g->engine->nr;
 
-    fa_load_rows(block->head, &ws->tile, first, rows);
-    fa_backward_load_grad(b, block->head_index, ws, first, rows);
-    *grad_finite = b->engine->pack(ws->grad_out_panels, panel_stride, (size_t)rows,
-                                   (size_t)p->head_dim_v, &from);
-    for (int64_t r = 0; r < rows; r++) {
-        ws->row[r] = block->head->q + fa_row_offset(g, &p->q, first + r);
+    fa_load_rows(&ws->forward, rows);
+    fa_backward_load_grad(b, ws, rows);
+    ws->grad_finite =
+        b->engine->pack(ws->grad_out_panels, panel_stride, count, (size_t)p->head_dim_v, &from);
+    for (int64_t r = 0; r < rows->count; r++) {
+        ws->row[r] = rows->head->q + fa_row_offset(g, &p->q, rows->first + r);
     }
     if (g->value_exponent != 0) {
-        scale_panels(g, ws->grad_out_panels, b->padded_v, rows);
+        scale_panels(g, ws->grad_out_panels, b->padded_v, rows->count);
     }
     from.col_stride = p->q.col;
-    *q_finite =
-        b->engine->pack(ws->q_panels, panel_stride, (size_t)rows, (size_t)p->head_dim, &from);
+    ws->q_finite = b->engine->pack(ws->q_panels, panel_stride, count, (size_t)p->head_dim, &from);
 }
 
 static void multiply(const struct fa_backward *b, const struct fa_product *product, bool transposed,
@@ -102,16 +108,17 @@ static void multiply(const struct fa_backward *b, const struct fa_product *produ
     }
 }
 
+/* The products of the rows' weights and gradients of scores, in columns `keys`. */
 static void add_products(const struct fa_backward *b, const struct key_block *block,
-                         struct fa_backward_workspace *ws, int64_t first, int64_t rows,
-                         struct fa_key_range keys, bool q_finite, bool grad_finite)
+                         struct fa_backward_workspace *ws, const struct fa_head_rows *rows,
+                         struct fa_key_range keys)
 {
     const struct fa_geometry *g = &b->geometry;
     const int64_t size = (int64_t)g->ops->size, nr = (int64_t)g->engine->nr;
     const size_t row_panel = FA_BACKWARD_ROWS * (size_t)nr;
     struct fa_product product = {
         .rows = (size_t)(keys.hi - keys.lo),
-        .depth = (size_t)rows,
+        .depth = (size_t)rows->count,
         .panels = (size_t)(b->padded_v / nr),
         .a = ws->weights + keys.lo * size,
         .a_stride = (size_t)g->score_stride,
@@ -123,7 +130,7 @@ static void add_products(const struct fa_backward *b, const struct key_block *bl
     };
     const bool needs_v = b->params->grad_v.data != NULL || block->purpose == GRAD_V;
     if (needs_v && block->purpose != THE_REST) {
-        multiply(b, &product, true, grad_finite);
+        multiply(b, &product, true, ws->grad_finite);
     }
     if (block->purpose == GRAD_V) {
         return;
@@ -134,37 +141,37 @@ static void add_products(const struct fa_backward *b, const struct key_block *bl
         product.b = ws->q_panels;
         product.c = ws->grad_k + keys.lo * b->padded_k * size;
         product.c_row = (size_t)b->padded_k;
-        multiply(b, &product, true, q_finite);
+        multiply(b, &product, true, ws->q_finite);
     }
     if (block->sums != NULL) {
         const int64_t live = fa_min(keys.hi, block->live) - keys.lo;
         product = (struct fa_product){
-            .rows = (size_t)rows,
+            .rows = (size_t)rows->count,
             .depth = (size_t)live,
             .panels = (size_t)(b->padded_k / nr),
             .a = ws->gradients + keys.lo * size,
             .a_stride = (size_t)g->score_stride,
             .b = ws->k_values + keys.lo * nr * size,
             .b_panel = (size_t)(g->block_k * nr),
-            .c = block->sums + first * b->padded_k * size,
+            .c = block->sums + rows->first * b->padded_k * size,
             .c_row = (size_t)b->padded_k,
             .accumulate = true,
             .into_chain = (size_t)keys.lo % FA_CHAIN,
         };
-        multiply(b, &product, false, block->finite);
+        multiply(b, &product, false, ws->keys_finite);
     }
 }
 
 /* Rows of accumulated gradients of keys or values to caller memory. */
 static void store_keys(struct fa_backward *b, const struct key_block *block,
-                       const struct fa_array *to, const char *acc, int64_t padded, int64_t cols,
-                       double factor)
+                       const struct fa_array *to, const char *acc, int64_t cols, double factor)
 {
     const struct fa_geometry *g = &b->geometry;
-    if (to->data == NULL || fa_backward_is_stored(b, block->head_index)) {
+    const int64_t padded = fa_round_up(cols, (int64_t)g->engine->nr);
+    if (to->data == NULL || fa_backward_is_stored(b, block->unit_head)) {
         return;
     }
-    char *out = fa_array_of(g, to, block->head_index, true) + block->key * to->row;
+    char *out = fa_array_of(g, to, block->unit_head, true) + block->key * to->row;
     for (int64_t j = 0; j < block->keys; j++) {
         const struct fa_row_result result = {
             .cols = (size_t)cols,
@@ -175,7 +182,7 @@ static void store_keys(struct fa_backward *b, const struct key_block *block,
             .mends = g->value_exponent != 0,
         };
         if (!g->ops->store_scaled(acc + j * padded * (int64_t)g->ops->size, factor, &result)) {
-            fa_backward_leave(b, block->head_index);
+            fa_backward_leave(b, block->unit_head);
         }
     }
 }
@@ -188,9 +195,9 @@ static void pack_block(const struct fa_backward *b, struct key_block *block,
         return;
     }
     fa_backward_pack(b, block->head, ws, block->key, block->live);
-    block->finite =
+    ws->keys_finite =
         b->engine->pack(ws->k_values, (size_t)g->block_k * g->engine->nr, (size_t)block->live,
-                        (size_t)g->params->head_dim, &ws->tile.keys);
+                        (size_t)g->params->head_dim, &ws->forward.keys);
     block->packed = true;
 }
 
@@ -203,9 +210,9 @@ static bool visit_rows(struct fa_job *job, int thread, struct key_block *block,
     const bool weights_only = block->purpose == GRAD_V;
     for (int64_t first = 0; block->live > 0 && first < block->head->rows;
          first += FA_BACKWARD_ROWS) {
-        const int64_t rows = fa_min(FA_BACKWARD_ROWS, block->head->rows - first);
-        const struct fa_key_range seen = fa_rows_keys(block->head, first, first + rows - 1);
-        bool q_finite, grad_finite;
+        const int64_t count = fa_min(FA_BACKWARD_ROWS, block->head->rows - first);
+        const struct fa_head_rows rows = {block->head, first, count};
+        const struct fa_key_range seen = fa_rows_keys(&rows);
         if (seen.lo >= block->key + block->live || seen.hi <= block->key) {
             continue;
         }
@@ -213,22 +220,21 @@ static bool visit_rows(struct fa_job *job, int thread, struct key_block *block,
             return false;
         }
         pack_block(b, block, ws);
-        load_tile_rows(b, block, ws, first, rows, &q_finite, &grad_finite);
-        const struct fa_key_range keys = fa_backward_tile(b, block->head, block->head_index, ws,
-                                                          first, rows, block->key, weights_only);
+        load_rows(b, ws, &rows);
+        const struct fa_key_range keys = fa_backward_tile(b, ws, &rows, weights_only);
         if (keys.hi <= keys.lo) {
             continue;
         }
         if (g->params->softcap > 0 && !weights_only) {
             const int64_t at = keys.lo * (int64_t)g->ops->size;
             g->ops->scale_gradients(ws->gradients + at, ws->slope + at, (size_t)g->score_stride,
-                                    (size_t)rows, (size_t)(keys.hi - keys.lo));
+                                    (size_t)count, (size_t)(keys.hi - keys.lo));
         }
         if (g->scales_scores && !weights_only) {
-            multiply_rows((double *)(void *)ws->gradients + keys.lo, g->score_stride, rows,
+            multiply_rows((double *)(void *)ws->gradients + keys.lo, g->score_stride, count,
                           keys.hi - keys.lo, g->params->scale);
         }
-        add_products(b, block, ws, first, rows, keys, q_finite, grad_finite);
+        add_products(b, block, ws, &rows, keys);
     }
     return true;
 }
@@ -263,14 +269,14 @@ static struct column column_at(const struct fa_backward *b, const struct key_blo
 {
     const struct fa_geometry *g = &b->geometry;
     const struct fa_array *lse = &b->params->lse, *kept = &b->params->weighing;
-    const char *from = fa_array_of(g, kept, block->head_index, false);
+    const char *from = fa_array_of(g, kept, block->head->index, false);
     struct column column = {
-        .lse = fa_read_lse(g, fa_array_of(g, lse, block->head_index, false) + key * lse->row),
+        .lse = fa_read_lse(g, fa_array_of(g, lse, block->head->index, false) + key * lse->row),
     };
     column.is_kept = from != NULL && fa_weighing_kept(b, from + key * kept->row, &column.kept);
     column.wants_statistics =
         !column.is_kept && fa_statistics_wanted(b, column.lse, count_queries(block->head, key),
-                                                fa_backward_seqlen_k(g, block->head_index));
+                                                fa_backward_seqlen_k(g, block->head->index));
     return column;
 }
 
@@ -282,8 +288,8 @@ static bool weigh_columns(struct fa_job *job, int thread, struct key_block *bloc
     const struct fa_geometry *g = &b->geometry, *before = &fa_first_run(b)->geometry;
     const struct fa_doubt doubt = fa_head_doubt(block->head, 0);
     const int64_t size = (int64_t)g->ops->size, size_before = (int64_t)before->ops->size;
-    char *excess = fa_first_run(b)->excess + fa_column_at(before, block->head_index, block->key);
-    const int64_t at = fa_column_at(g, block->head_index, block->key);
+    char *excess = fa_first_run(b)->excess + fa_column_at(before, block->head->index, block->key);
+    const int64_t at = fa_column_at(g, block->head->index, block->key);
     bool wanted = false;
 
     for (int64_t j = 0; j < block->live; j++) {
@@ -291,7 +297,7 @@ static bool weigh_columns(struct fa_job *job, int thread, struct key_block *bloc
     }
     if (wanted) {
         pack_block(b, block, ws);
-        if (!fa_backward_column_statistics(job, thread, block->head, ws, block->key)) {
+        if (!fa_backward_column_statistics(job, thread, block->head, ws)) {
             return false;
         }
     }
@@ -307,7 +313,7 @@ static bool weigh_columns(struct fa_job *job, int thread, struct key_block *bloc
             const bool left = by_sums && (!isfinite(sums.total) ||
                                           fa_is_doubtful(doubt, sums.top, sums.total == 0));
             if (left) {
-                fa_backward_leave(b, block->head_index);
+                fa_backward_leave(b, block->head->index);
             }
             weighing = fa_weigh(b, excess + j * size_before, column.is_kept ? &column.kept : NULL,
                                 by_sums ? &sums : NULL, !left, column.lse);
@@ -329,8 +335,8 @@ static void find_column_deltas(const struct fa_backward *b, const struct key_blo
     const struct fa_array *grad_lse = &b->params->grad_lse;
     const int64_t size = (int64_t)g->ops->size, nr = (int64_t)g->engine->nr;
     const int64_t dim = g->params->head_dim_v;
-    const int64_t at = fa_column_at(g, block->head_index, block->key);
-    const char *from = fa_array_of(g, grad_lse, block->head_index, false);
+    const int64_t at = fa_column_at(g, block->head->index, block->key);
+    const char *from = fa_array_of(g, grad_lse, block->head->index, false);
 
     for (int64_t first = 0; first < block->live; first += nr) {
         const int64_t keys = fa_min(nr, block->live - first);
@@ -340,7 +346,7 @@ static void find_column_deltas(const struct fa_backward *b, const struct key_blo
             .panels = 1,
             .a = ws->head_grad_v + first * b->padded_v * size,
             .a_stride = (size_t)b->padded_v,
-            .b = ws->tile.v + first * dim * size,
+            .b = ws->forward.v + first * dim * size,
             .b_panel = (size_t)(dim * nr),
             .c = ws->value_products,
             .c_row = (size_t)nr,
@@ -393,12 +399,12 @@ static char *sums_of(const struct fa_backward *b, char *unit_sums, int64_t membe
 
 /* One key block against all heads that read it. */
 static bool visit_key_block(struct fa_job *job, int thread, struct key_block *block,
-                            struct fa_backward_workspace *ws, int64_t members, char *unit_sums)
+                            struct fa_backward_workspace *ws, char *unit_sums)
 {
     struct fa_backward *b = job->context;
     const struct fa_geometry *g = &b->geometry;
     const struct fa_attention_params *p = &b->params->attention;
-    const int64_t size = (int64_t)g->ops->size, first_head = block->head_index;
+    const int64_t size = (int64_t)g->ops->size, members = fa_backward_members(g);
     bool done = true;
 
     memset(ws->grad_k, 0, (size_t)(g->block_k * b->padded_k * size));
@@ -406,10 +412,9 @@ static bool visit_key_block(struct fa_job *job, int thread, struct key_block *bl
     block->packed = false;
     for (int64_t i = 0; done && i < members; i++) {
         struct fa_head head;
-        block->head_index = first_head + i;
         block->head = &head;
         block->sums = sums_of(b, unit_sums, i, block->group);
-        fa_head_init(&head, g, block->head_index);
+        fa_head_init(&head, g, block->unit_head + i);
         block->live = fa_min(block->keys, head.kv_length - block->key);
         if (fa_over_queries(g)) {
             done = visit_rows_twice(job, thread, block, ws);
@@ -419,11 +424,9 @@ static bool visit_key_block(struct fa_job *job, int thread, struct key_block *bl
             done = visit_rows(job, thread, block, ws);
         }
     }
-    block->head_index = first_head;
     if (done) {
-        store_keys(b, block, &b->params->grad_k, ws->grad_k, b->padded_k, p->head_dim,
-                   fa_backward_factor(g));
-        store_keys(b, block, &b->params->grad_v, ws->grad_v, b->padded_v, p->head_dim_v, 1);
+        store_keys(b, block, &b->params->grad_k, ws->grad_k, p->head_dim, fa_backward_factor(g));
+        store_keys(b, block, &b->params->grad_v, ws->grad_v, p->head_dim_v, 1);
     }
     return done;
 }
@@ -446,9 +449,9 @@ static void run_group(struct fa_job *job, int64_t index, int thread)
     struct fa_backward_workspace ws = fa_backward_workspace_of(b, thread);
     const int64_t members = fa_backward_members(g), unit = index / b->groups;
     const int64_t groups = fa_backward_groups(g, unit * members);
-    struct key_block block = {.head_index = unit * members, .group = index % b->groups};
+    struct key_block block = {.unit_head = unit * members, .group = index % b->groups};
 
-    if (block.group >= groups || fa_backward_is_done(b, block.head_index)) {
+    if (block.group >= groups || fa_backward_is_done(b, block.unit_head)) {
         return;
     }
     char *unit_sums = b->sums == NULL ? NULL : fa_sums_enter(b->sums, unit, groups);
@@ -457,11 +460,11 @@ static void run_group(struct fa_job *job, int64_t index, int thread)
                (size_t)(g->rows * b->padded_k * (int64_t)g->ops->size));
     }
     /* Dealt out in turn, because under a causal mask the first blocks are seen by the most rows. */
-    const int64_t seqlen_k = fa_backward_seqlen_k(g, block.head_index);
+    const int64_t seqlen_k = fa_backward_seqlen_k(g, block.unit_head);
     for (int64_t i = block.group; i * g->block_k < seqlen_k; i += groups) {
         block.key = i * g->block_k;
         block.keys = fa_min(g->block_k, seqlen_k - block.key);
-        if (!visit_key_block(job, thread, &block, &ws, members, unit_sums)) {
+        if (!visit_key_block(job, thread, &block, &ws, unit_sums)) {
             return;
         }
     }

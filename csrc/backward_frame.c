@@ -39,7 +39,7 @@ static void take_buffers(struct fa_memory *memory, const struct fa_backward *b,
     const int64_t size = (int64_t)g->ops->size, rows = FA_BACKWARD_ROWS;
     const int64_t nr = (int64_t)g->engine->nr;
     const bool over_queries = fa_over_queries(g);
-    fa_take_workspace(memory, g, &ws->tile);
+    fa_take_workspace(memory, g, &ws->forward);
     ws->grad_out = fa_take(memory, rows, g->params->head_dim_v, size);
     ws->q_panels = fa_take(memory, rows, b->padded_k, size);
     ws->grad_out_panels = fa_take(memory, rows, b->padded_v, size);

@@ -19,8 +19,13 @@
 
 /* One thread's buffers. */
 struct fa_backward_workspace {
-    struct fa_workspace
-        tile; /* of the forward pass, with block_q = FA_BACKWARD_ROWS; v holds V like k holds K */
+    /* As of the forward pass, with a block_q of FA_BACKWARD_ROWS.  v holds V as k holds K, and the
+     * scores and slopes of a tile are those of its rows in `weights` and `slope`. */
+    struct fa_workspace forward;
+    /* First key of the block whose keys and values it holds. */
+    int64_t block_key;
+    /* Whether all that q_panels, grad_out_panels and k_values hold is finite. */
+    bool q_finite, grad_finite, keys_finite;
     char *grad_out; /* real [FA_BACKWARD_ROWS][head_dim_v] */
     char *q_panels; /* real [head_dim / nr][FA_BACKWARD_ROWS][nr] */
     char *grad_out_panels; /* real [head_dim_v / nr][FA_BACKWARD_ROWS][nr] */

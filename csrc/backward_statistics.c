@@ -199,9 +199,9 @@ static void fold(const struct fa_geometry *g, const struct fa_backward_workspace
 {
     const int64_t size = (int64_t)g->ops->size, vl = (int64_t)g->ops->vl;
     for (int64_t r = 0; r < rows; r++) {
-        const char *row_sum = (const char *)ws->tile.part.row_sum + r * vl * size;
+        const char *row_sum = (const char *)ws->forward.split.row_sum + r * vl * size;
         const char *row_products = ws->row_products + r * vl * size;
-        double top = fa_read_real(g, (const char *)ws->tile.part.row_max + r * size);
+        double top = fa_read_real(g, (const char *)ws->forward.split.row_max + r * size);
         double total = 0, products = 0;
         for (int64_t i = 0; i < vl; i++) {
             total += fa_read_real(g, row_sum + i * size);
@@ -221,86 +221,88 @@ static void fold(const struct fa_geometry *g, const struct fa_backward_workspace
 }
 
 /* One key block against the tiles that hold a wanted row. */
-static void sum_block(const struct fa_backward *b, const struct fa_head *head,
-                      struct fa_backward_workspace *ws, int64_t first, int64_t rows,
-                      const bool *wanted, int64_t block_key)
+static void sum_block(const struct fa_backward *b, struct fa_backward_workspace *ws,
+                      const struct fa_head_rows *rows, const bool *wanted, int64_t block_key)
 {
-    const struct fa_geometry *g = head->geometry;
+    const struct fa_geometry *g = &b->geometry;
     const int64_t size = (int64_t)g->ops->size, vl = (int64_t)g->ops->vl;
     const size_t ld = (size_t)g->score_stride;
     bool packed = false;
-    for (int64_t r = 0; r < rows; r += g->tile_q) {
-        const int64_t count = fa_min(g->tile_q, rows - r);
-        const struct fa_key_range keys = fa_rows_keys(head, first + r, first + r + count - 1);
-        struct fa_workspace part;
+    for (int64_t r = 0; r < rows->count; r += g->tile_q) {
+        const struct fa_head_rows of_tile = fa_tile_rows(rows, r);
+        const struct fa_key_range keys = fa_rows_keys(&of_tile);
         struct fa_tile tile;
         bool any = false;
-        for (int64_t i = r; i < r + count; i++) {
+        for (int64_t i = r; i < r + of_tile.count; i++) {
             any = any || wanted[i];
         }
         if (!any || keys.lo >= block_key + g->block_k || keys.hi <= block_key) {
             continue;
         }
         if (!packed) {
-            fa_backward_pack(b, head, ws, block_key,
-                             fa_min(g->block_k, head->kv_length - block_key));
+            const int64_t live = fa_min(g->block_k, rows->head->kv_length - block_key);
+            fa_backward_pack(b, rows->head, ws, block_key, live);
             packed = true;
         }
-        if (!fa_backward_scores(b, &tile, &part, head, ws, first + r, count, r, block_key, false)) {
+        if (!fa_backward_scores(&tile, ws, rows, r)) {
             continue;
         }
         /* To a row, its products are what acc is in the forward pass: one vector wide. */
         const struct fa_state state = {
-            .row_max = (char *)ws->tile.part.row_max + r * size,
-            .row_sum = (char *)ws->tile.part.row_sum + r * vl * size,
+            .row_max = (char *)ws->forward.split.row_max + r * size,
+            .row_sum = (char *)ws->forward.split.row_sum + r * vl * size,
             .acc = ws->row_products + r * vl * size,
         };
-        char *scores = fa_tile_score_data(&tile, &part);
-        const char *gradients = ws->gradients + (scores - ws->weights);
-        g->ops->softmax_update(scores, ld, (size_t)count, (size_t)tile.columns, &state, (size_t)vl);
-        g->ops->add_row_products(state.acc, scores, gradients, ld, (size_t)count,
-                                 (size_t)tile.columns);
+        char *scores = fa_tile_score_data(&tile, &ws->forward);
+        const char *gradients = fa_backward_weight_gradients(b, &tile, ws);
+        const size_t count = (size_t)tile.rows, columns = (size_t)tile.columns;
+        g->ops->softmax_update(scores, ld, count, columns, &state, (size_t)vl);
+        g->ops->add_row_products(state.acc, scores, gradients, ld, count, columns);
     }
 }
 
-bool fa_backward_row_statistics(struct fa_job *job, int thread, const struct fa_head *head,
-                                int64_t head_index, struct fa_backward_workspace *ws, int64_t first,
-                                int64_t rows, const bool *wanted, struct fa_statistics *of)
+bool fa_backward_row_statistics(struct fa_job *job, int thread, struct fa_backward_workspace *ws,
+                                const struct fa_head_rows *rows, const bool *wanted,
+                                struct fa_statistics *of)
 {
     const struct fa_backward *b = job->context;
     const struct fa_geometry *g = &b->geometry;
-    const struct fa_key_range keys = fa_rows_keys(head, first, first + rows - 1);
-    const struct fa_state begin = {ws->tile.part.row_max, ws->tile.part.row_sum, ws->row_products};
-    for (int64_t r = 0; r < rows; r++) {
+    const struct fa_key_range keys = fa_rows_keys(rows);
+    const struct fa_state begin = {
+        .row_max = ws->forward.split.row_max,
+        .row_sum = ws->forward.split.row_sum,
+        .acc = ws->row_products,
+    };
+    for (int64_t r = 0; r < rows->count; r++) {
         of[r] = (struct fa_statistics){.top = -INFINITY};
     }
-    fa_load_rows(head, &ws->tile, first, rows);
-    fa_backward_load_grad(b, head_index, ws, first, rows);
+    fa_load_rows(&ws->forward, rows);
+    fa_backward_load_grad(b, ws, rows);
     for (int64_t lo = keys.lo / g->split_k * g->split_k; lo < keys.hi; lo += g->split_k) {
-        g->ops->softmax_begin((size_t)rows, &begin, g->ops->vl);
+        g->ops->softmax_begin((size_t)rows->count, &begin, g->ops->vl);
         for (int64_t key = lo; key < fa_min(lo + g->split_k, keys.hi); key += g->block_k) {
             if (fa_job_checkpoint(job, thread)) {
                 return false;
             }
             g->engine->enter();
-            sum_block(b, head, ws, first, rows, wanted, key);
+            sum_block(b, ws, rows, wanted, key);
             g->engine->leave();
         }
-        fold(g, ws, rows, of);
+        fold(g, ws, rows->count, of);
     }
     return true;
 }
 
 bool fa_backward_column_statistics(struct fa_job *job, int thread, const struct fa_head *head,
-                                   struct fa_backward_workspace *ws, int64_t block_key)
+                                   struct fa_backward_workspace *ws)
 {
     const struct fa_geometry *g = head->geometry;
-    const int64_t size = (int64_t)g->ops->size;
+    const struct fa_head_rows all = {.head = head, .count = head->rows};
+    const int64_t size = (int64_t)g->ops->size, block_key = ws->block_key;
     g->ops->column_begin(ws->col_max, ws->col_sum, (size_t)g->block_k);
     for (int64_t first = 0; first < head->rows; first += g->tile_q) {
-        const int64_t rows = fa_min(g->tile_q, head->rows - first);
-        const struct fa_key_range keys = fa_rows_keys(head, first, first + rows - 1);
-        struct fa_workspace part;
+        const struct fa_head_rows rows = fa_tile_rows(&all, first);
+        const struct fa_key_range keys = fa_rows_keys(&rows);
         struct fa_tile tile;
         if (fa_job_checkpoint(job, thread)) {
             return false;
@@ -309,11 +311,10 @@ bool fa_backward_column_statistics(struct fa_job *job, int thread, const struct 
             continue;
         }
         g->engine->enter();
-        fa_load_rows(head, &ws->tile, first, rows);
-        if (fa_backward_scores(job->context, &tile, &part, head, ws, first, rows, 0, block_key,
-                               true)) {
-            g->ops->column_update(fa_tile_score_data(&tile, &part), (size_t)g->score_stride,
-                                  (size_t)rows, (size_t)tile.columns,
+        fa_load_rows(&ws->forward, &rows);
+        if (fa_backward_scores(&tile, ws, &rows, 0)) {
+            g->ops->column_update(fa_tile_score_data(&tile, &ws->forward), (size_t)g->score_stride,
+                                  (size_t)tile.rows, (size_t)tile.columns,
                                   ws->col_max + tile.begin * size, ws->col_sum + tile.begin * size);
         }
         g->engine->leave();

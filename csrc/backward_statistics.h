@@ -25,12 +25,12 @@ bool fa_weighing_kept(const struct fa_backward *backward, const char *at, struct
 double fa_kept_sink_weight(const struct fa_weighing *kept, double sink);
 /* Those of the rows from `first` on, FA_BACKWARD_ROWS at most, that are wanted; the others' are
  * arbitrary.  Without sinks.  False: stopped. */
-bool fa_backward_row_statistics(struct fa_job *job, int thread, const struct fa_head *head,
-                                int64_t head_index, struct fa_backward_workspace *ws, int64_t first,
-                                int64_t rows, const bool *wanted, struct fa_statistics *of);
+bool fa_backward_row_statistics(struct fa_job *job, int thread, struct fa_backward_workspace *ws,
+                                const struct fa_head_rows *rows, const bool *wanted,
+                                struct fa_statistics *of);
 /* Those of all keys of the block that ws holds: top and total, into ws->col_max and ws->col_sum.
  * False: stopped. */
 bool fa_backward_column_statistics(struct fa_job *job, int thread, const struct fa_head *head,
-                                   struct fa_backward_workspace *ws, int64_t block_key);
+                                   struct fa_backward_workspace *ws);
 
 #endif

@@ -28,21 +28,25 @@ static inline int64_t fa_ceil_div(int64_t a, int64_t b) { return a / b + (a % b 
 /* a rounded up to a multiple of step > 0, for a far from INT64_MAX. */
 static inline int64_t fa_round_up(int64_t a, int64_t step) { return fa_ceil_div(a, step) * step; }
 
-/* *total += count * size, rounded up to FA_ALIGNMENT.  False when it leaves int64. */
-static inline bool fa_add_bytes(int64_t *total, int64_t count, int64_t size)
+/* False when the result leaves int64. */
+static inline bool fa_add(int64_t a, int64_t b, int64_t *sum)
 {
-    int64_t bytes;
-    if (__builtin_mul_overflow(count, size, &bytes) ||
-        __builtin_add_overflow(bytes, FA_ALIGNMENT - 1, &bytes)) {
-        return false;
-    }
-    bytes -= bytes % FA_ALIGNMENT;
-    return !__builtin_add_overflow(*total, bytes, total);
+    return !__builtin_add_overflow(a, b, sum);
 }
 
 static inline bool fa_multiply(int64_t a, int64_t b, int64_t *product)
 {
     return !__builtin_mul_overflow(a, b, product);
+}
+
+/* *total += count * size, rounded up to FA_ALIGNMENT.  False when it leaves int64. */
+static inline bool fa_add_bytes(int64_t *total, int64_t count, int64_t size)
+{
+    int64_t bytes;
+    if (!fa_multiply(count, size, &bytes) || !fa_add(bytes, FA_ALIGNMENT - 1, &bytes)) {
+        return false;
+    }
+    return fa_add(*total, bytes - bytes % FA_ALIGNMENT, total);
 }
 
 /* In a loop that waits for another thread's write: lets the core's other thread run meanwhile. */

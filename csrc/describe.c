@@ -36,10 +36,11 @@ static int64_t head_key_blocks(const struct fa_head *head)
 
 /* Tiles of some rows that some key takes part in. */
 static int64_t count_tiles(struct fa_job *job, int thread, struct fa_workspace *ws,
-                           const struct fa_head *head, int64_t row, int64_t rows)
+                           const struct fa_head_rows *rows)
 {
+    const struct fa_head *head = rows->head;
     const struct fa_geometry *g = head->geometry;
-    const struct fa_key_range keys = fa_rows_keys(head, row, row + rows - 1);
+    const struct fa_key_range keys = fa_rows_keys(rows);
     const int64_t first = keys.lo / g->block_k, last = fa_ceil_div(keys.hi, g->block_k);
     if (keys.lo >= keys.hi) {
         return 0;
@@ -50,7 +51,7 @@ static int64_t count_tiles(struct fa_job *job, int thread, struct fa_workspace *
     int64_t count = 0;
     for (int64_t block = first; block < last && !fa_job_checkpoint(job, thread); block++) {
         struct fa_tile tile;
-        count += fa_tile_init(&tile, head, ws, row, rows, 0, block * g->block_k);
+        count += fa_tile_init(&tile, ws, rows, 0, block * g->block_k);
     }
     return count;
 }
@@ -65,13 +66,15 @@ static void run_count(struct fa_job *job, int64_t index, int thread)
     struct fa_head head;
     int64_t total = 0, computed = 0;
     fa_head_init(&head, g, place / count->heads * g->heads + place % count->heads);
-    const int64_t first = block * g->block_q, last = fa_min(first + g->block_q, head.rows);
-    for (int64_t row = first; row < last; row += g->tile_q) {
+    const int64_t first = block * g->block_q;
+    const struct fa_head_rows all = {&head, first, fa_min(g->block_q, head.rows - first)};
+    for (int64_t r = 0; r < all.count; r += g->tile_q) {
+        const struct fa_head_rows rows = fa_tile_rows(&all, r);
         if (fa_job_checkpoint(job, thread)) {
             return;
         }
         total += head_key_blocks(&head);
-        computed += count_tiles(job, thread, &ws, &head, row, fa_min(g->tile_q, last - row));
+        computed += count_tiles(job, thread, &ws, &rows);
     }
     atomic_fetch_add_explicit(&count->total, total, memory_order_relaxed);
     atomic_fetch_add_explicit(&count->computed, computed, memory_order_relaxed);
@@ -179,7 +182,7 @@ static enum fa_status describe(const struct fa_attention_params *params,
         (params->softmax_axis == FA_SOFTMAX_QUERIES && !fa_columns_bytes(&g, &columns))) {
         return FA_OVERFLOW;
     }
-    const int64_t more[] = {bytes.workspaces, bytes.given_back, bytes.parts, bytes.arrived,
+    const int64_t more[] = {bytes.workspaces, bytes.given_back, bytes.states, bytes.arrived,
                             columns};
     for (size_t i = 0; i < sizeof more / sizeof *more; i++) {
         if (!fa_add_bytes(&total, more[i], 1)) {

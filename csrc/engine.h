@@ -233,6 +233,15 @@ static inline const struct fa_tile_ops *fa_ops_for(const struct fa_kernels *kern
     return dtype == FA_F64 ? kernels->f64 : kernels->f32;
 }
 
+/* `rounds` rounds of multiply-adds in a type.  x - 2 x changes only its sign, so that no number becomes
+ * infinite or subnormal, which is slow on some CPUs. */
+static inline double fa_multiply_add(const struct fa_kernels *kernels, enum fa_dtype dtype,
+                                     int64_t rounds)
+{
+    return dtype == FA_F64 ? kernels->probe_fma_f64(rounds, -2.0)
+                           : kernels->probe_fma_f32(rounds, -2.0);
+}
+
 /* The best engine for a call that computes by `ops`. */
 static inline const struct fa_engine *fa_engine_for(const struct fa_kernels *kernels,
                                                     const struct fa_tile_ops *ops,

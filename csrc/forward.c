@@ -6,7 +6,7 @@
  *       for each block of block_k keys                            absolute boundaries
  *         for each tile of tile_q rows
  *           scores = q k^T, options applied                       ws->scores, L1
- *           weights in place; row_max, row_sum and acc kept up    online softmax, ws->part
+ *           weights in place; row_max, row_sum and acc kept up    online softmax, ws->split
  *           acc += weights v
  *       fold the split into the rows' total                       ws->total
  *     store acc / row_sum + residual, lse
@@ -61,7 +61,7 @@ static void add_weighted_values(const struct fa_tile *tile, struct fa_workspace 
             .b = ws->v +
                  (int64_t)engine->value_elements((size_t)(tile->begin + keys.lo)) * nr * size,
             .b_panel = (size_t)(g->value_depth * nr),
-            .c = fa_state_from(g, &ws->part, tile->row_offset + r).acc,
+            .c = fa_state_from(g, &ws->split, tile->row_offset + r).acc,
             .c_row = (size_t)g->block_dv,
             .accumulate = true,
             .into_chain = (size_t)(tile->begin + keys.lo) % FA_CHAIN,
@@ -84,15 +84,15 @@ static void add_weighted_values(const struct fa_tile *tile, struct fa_workspace 
 
 /* `beside`: a product to compute at the same time, or NULL. */
 static void weigh_tile(const struct fa_forward *forward, const struct fa_tile *tile,
-                       struct fa_workspace *ws, int64_t head_index, const struct fa_product *beside)
+                       struct fa_workspace *ws, const struct fa_product *beside)
 {
     const struct fa_geometry *g = forward->geometry;
     const struct fa_engine *engine = g->engine;
     const int64_t size = (int64_t)g->ops->size;
     char *scores = fa_tile_score_data(tile, ws);
     if (forward->columns.col_max != NULL) {
-        int64_t at =
-            fa_column_offset(g, head_index, tile->block_key / g->block_k) + tile->begin * size;
+        const int64_t key_block = tile->block_key / g->block_k;
+        const int64_t at = fa_column_offset(g, tile->head->index, key_block) + tile->begin * size;
         engine->weigh_columns(scores, (size_t)g->score_stride, (size_t)tile->rows,
                               (size_t)tile->columns, forward->columns.col_max + at,
                               forward->columns.col_inverse + at);
@@ -104,7 +104,7 @@ static void weigh_tile(const struct fa_forward *forward, const struct fa_tile *t
     FA_ASSERT(beside == NULL || group >= tile->rows); /* once, not once per group */
     for (int64_t r = 0; r < tile->rows; r += group) {
         const struct fa_key_range keys = fa_group_keys(tile, r);
-        const struct fa_state state = fa_state_from(g, &ws->part, tile->row_offset + r);
+        const struct fa_state state = fa_state_from(g, &ws->split, tile->row_offset + r);
         engine->softmax(&(struct fa_softmax){
             .scores = scores + (r * g->score_stride + keys.lo) * size,
             .ld = (size_t)g->score_stride,
@@ -131,6 +131,11 @@ static void scale_weights(const struct fa_tile *tile, struct fa_workspace *ws)
     }
 }
 
+static struct fa_head_rows rows_of(const struct fa_task *task)
+{
+    return (struct fa_head_rows){&task->head, task->first_row, task->rows};
+}
+
 /* The bias of the tile that follows: of the rows from r on, or of the first rows and the next block. */
 static void want_next(const struct fa_task *task, struct fa_workspace *ws, int64_t r,
                       int64_t block_key)
@@ -139,8 +144,8 @@ static void want_next(const struct fa_task *task, struct fa_workspace *ws, int64
         r = 0;
         block_key += task->head.geometry->block_k;
     }
-    const int64_t tile_q = task->head.geometry->tile_q;
-    fa_want_bias(&task->head, ws, task->first_row + r, fa_min(tile_q, task->rows - r), block_key);
+    const struct fa_head_rows all = rows_of(task), rows = fa_tile_rows(&all, r);
+    fa_want_bias(ws, &rows, block_key);
 }
 
 /* Find and pack the keys when the first tile needs them. */
@@ -162,10 +167,10 @@ static void prepare_block(struct block *block, const struct fa_task *task, struc
 static bool find_tile(struct fa_tile *tile, const struct fa_task *task, struct fa_workspace *ws,
                       int64_t block_key, int64_t *r)
 {
-    const int64_t tile_q = task->head.geometry->tile_q;
-    for (; *r < task->rows; *r += tile_q) {
-        const int64_t rows = fa_min(tile_q, task->rows - *r);
-        if (fa_tile_init(tile, &task->head, ws, task->first_row + *r, rows, *r, block_key)) {
+    const struct fa_head_rows all = rows_of(task);
+    for (; *r < all.count; *r += task->head.geometry->tile_q) {
+        const struct fa_head_rows rows = fa_tile_rows(&all, *r);
+        if (fa_tile_init(tile, ws, &rows, *r, block_key)) {
             return true;
         }
     }
@@ -195,7 +200,6 @@ static void attend_block(const struct fa_forward *forward, const struct fa_task 
     while (more) {
         int64_t next_r = r + g->tile_q;
         struct fa_product product;
-        tile.few = block.few;
         prepare_block(&block, task, ws);
         want_next(task, ws, fa_min(next_r, task->rows), block_key);
         fa_tile_scores(&tile, ws, ready);
@@ -205,7 +209,7 @@ static void attend_block(const struct fa_forward *forward, const struct fa_task 
         if (ready) {
             product = fa_tile_product_ahead(&next, ws);
         }
-        weigh_tile(forward, &tile, ws, task->head_index, ready ? &product : NULL);
+        weigh_tile(forward, &tile, ws, ready ? &product : NULL);
         /* After row_sum: what is dropped stays in the denominator. */
         fa_draw_dropout(&tile, ws);
         fa_apply_dropout(&tile, ws, fa_tile_score_data(&tile, ws), g->engine->drop_weights);
@@ -221,18 +225,18 @@ static void attend_block(const struct fa_forward *forward, const struct fa_task 
     }
 }
 
-/* Keys [lo, hi) of the head against all rows of the task, from nothing into ws->part.  False: stopped. */
+/* Keys [lo, hi) of the head against all rows of the task, from nothing into ws->split.  False: stopped. */
 static bool attend_keys(struct fa_job *job, int thread, const struct fa_task *task,
                         struct fa_workspace *ws, int64_t lo, int64_t hi)
 {
     const struct fa_forward *forward = job->context;
     const struct fa_geometry *g = forward->geometry;
-    const struct fa_key_range keys =
-        fa_rows_keys(&task->head, task->first_row, task->first_row + task->rows - 1);
+    const struct fa_head_rows rows = rows_of(task);
+    const struct fa_key_range keys = fa_rows_keys(&rows);
     hi = fa_min(hi, keys.hi);
     lo = fa_max(lo, keys.lo) / g->block_k * g->block_k;
 
-    g->ops->softmax_begin((size_t)task->rows, &ws->part, (size_t)g->block_dv);
+    g->ops->softmax_begin((size_t)task->rows, &ws->split, (size_t)g->block_dv);
     for (int64_t block = lo; block < hi; block += g->block_k) {
         if (fa_job_checkpoint(job, thread)) {
             return false;
@@ -261,7 +265,7 @@ static void give_back(struct fa_forward *forward, const struct fa_task *task, in
     given_back_of(forward, task)[r] = (uint8_t)why;
     atomic_store_explicit(&forward->any_given_back, true, memory_order_relaxed);
     if (forward->columns.head_given_back != NULL) {
-        atomic_store_explicit(forward->columns.head_given_back + task->head_index, true,
+        atomic_store_explicit(forward->columns.head_given_back + task->head.index, true,
                               memory_order_relaxed);
     }
 }
@@ -408,13 +412,13 @@ static void run_whole(struct fa_job *job, const struct fa_task *task, struct fa_
 {
     struct fa_forward *forward = job->context;
     const struct fa_geometry *g = forward->geometry;
-    const struct fa_key_range keys =
-        fa_rows_keys(&task->head, task->first_row, task->first_row + task->rows - 1);
+    const struct fa_head_rows own = rows_of(task);
+    const struct fa_key_range keys = fa_rows_keys(&own);
     const size_t rows = (size_t)task->rows, ldacc = (size_t)g->block_dv;
     const bool one = keys.hi <= keys.lo || keys.lo / g->split_k == (keys.hi - 1) / g->split_k;
     if (one) {
         if (attend_keys(job, thread, task, ws, keys.lo, keys.hi)) {
-            store_rows(forward, task, &ws->part, ws->look_at_acc);
+            store_rows(forward, task, &ws->split, ws->look_at_acc);
         }
         return;
     }
@@ -423,12 +427,12 @@ static void run_whole(struct fa_job *job, const struct fa_task *task, struct fa_
             return;
         }
         if (lo <= keys.lo) { /* the first split is the total so far */
-            const struct fa_state first = ws->part;
-            ws->part = ws->total;
+            const struct fa_state first = ws->split;
+            ws->split = ws->total;
             ws->total = first;
             g->ops->softmax_begin(rows, &ws->rest, ldacc);
         } else {
-            g->ops->softmax_fold(rows, &ws->total, &ws->rest, &ws->part, ldacc);
+            g->ops->softmax_fold(rows, &ws->total, &ws->rest, &ws->split, ldacc);
         }
     }
     store_rows(forward, task, &ws->total, ws->look_at_acc);
@@ -441,9 +445,9 @@ static void run_split(struct fa_job *job, int64_t index, const struct fa_task *t
     struct fa_forward *forward = job->context;
     const struct fa_geometry *g = forward->geometry;
     const int64_t lo = task->first_split * g->split_k, first = task->first_in_group;
-    char *parts = forward->parts + first * forward->part_bytes;
+    char *states = forward->states + first * forward->state_bytes;
 
-    ws->part = fa_state_at(g, g->block_q, forward->parts + index * forward->part_bytes);
+    ws->split = fa_state_at(g, g->block_q, forward->states + index * forward->state_bytes);
     if (!attend_keys(job, thread, task, ws, lo, lo + task->splits * g->split_k)) {
         return;
     }
@@ -451,14 +455,14 @@ static void run_split(struct fa_job *job, int64_t index, const struct fa_task *t
     if (before + 1 < task->group_size) {
         return;
     }
-    const struct fa_state total = fa_state_at(g, g->block_q, parts);
+    const struct fa_state total = fa_state_at(g, g->block_q, states);
     const size_t rows = (size_t)task->rows, ldacc = (size_t)g->block_dv;
     if (task->group_size > 1) {
         g->ops->softmax_begin(rows, &ws->rest, ldacc);
     }
     for (int64_t i = 1; i < task->group_size; i++) {
-        const struct fa_state part = fa_state_at(g, g->block_q, parts + i * forward->part_bytes);
-        g->ops->softmax_fold(rows, &total, &ws->rest, &part, ldacc);
+        const struct fa_state split = fa_state_at(g, g->block_q, states + i * forward->state_bytes);
+        g->ops->softmax_fold(rows, &total, &ws->rest, &split, ldacc);
     }
     store_rows(forward, task, &total, true);
 }
@@ -488,8 +492,9 @@ static void run_task(struct fa_job *job, int64_t index, int thread)
         return;
     }
     ws.look_at_acc = forward->columns.col_max != NULL || forward->geometry->params->dropout_p > 0;
+    const struct fa_head_rows rows = rows_of(&task);
     forward->geometry->engine->enter();
-    fa_load_rows(&task.head, &ws, task.first_row, task.rows);
+    fa_load_rows(&ws, &rows);
     if (forward->plan.by_splits) {
         run_split(job, index, &task, &ws, thread);
     } else {
@@ -518,19 +523,19 @@ bool fa_forward_count(const struct fa_geometry *geometry, const struct fa_plan *
     if (!plan->by_splits) {
         return true;
     }
-    return fa_state_bytes(g, g->block_q, &bytes->part) &&
-           fa_multiply(bytes->part, plan->num_tasks, &bytes->parts) &&
+    return fa_state_bytes(g, g->block_q, &bytes->state) &&
+           fa_multiply(bytes->state, plan->num_tasks, &bytes->states) &&
            fa_add_bytes(&bytes->arrived, plan->num_tasks, (int64_t)sizeof(atomic_int));
 }
 
 /* The states of all tasks, where each has one split. */
-static enum fa_status allocate_parts(struct fa_forward *forward,
-                                     const struct fa_forward_bytes *bytes)
+static enum fa_status allocate_states(struct fa_forward *forward,
+                                      const struct fa_forward_bytes *bytes)
 {
-    forward->part_bytes = bytes->part;
-    forward->parts = fa_allocate(bytes->parts);
+    forward->state_bytes = bytes->state;
+    forward->states = fa_allocate(bytes->states);
     forward->arrived = fa_allocate(bytes->arrived);
-    if (forward->parts == NULL || forward->arrived == NULL) {
+    if (forward->states == NULL || forward->arrived == NULL) {
         return FA_NO_MEMORY;
     }
     for (int64_t i = 0; i < forward->plan.num_tasks; i++) {
@@ -570,7 +575,7 @@ static enum fa_status allocate(struct fa_forward *forward)
         };
         status = fa_columns_allocate(&forward->columns);
     }
-    return status == FA_OK && forward->plan.by_splits ? allocate_parts(forward, &bytes) : status;
+    return status == FA_OK && forward->plan.by_splits ? allocate_states(forward, &bytes) : status;
 }
 
 static enum fa_status run_passes(struct fa_forward *forward)
@@ -598,7 +603,7 @@ static void release(struct fa_forward *forward)
 {
     fa_release(forward->workspaces);
     fa_columns_release(&forward->columns);
-    fa_release(forward->parts);
+    fa_release(forward->states);
     fa_release(forward->arrived);
     fa_release(forward->given_back);
     fa_release(forward->elements_left);

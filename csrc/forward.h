@@ -16,10 +16,10 @@ struct fa_forward {
     struct fa_plan plan;
     char *workspaces;    /* num_threads of them */
     struct fa_columns columns; /* softmax over queries; else its arrays are NULL */
-    /* With plan.by_splits, else NULL: a state of block_q rows for every task, part_bytes apart, and for every
+    /* With plan.by_splits, else NULL: a state of block_q rows for every task, state_bytes apart, and for every
      * group of tasks, at its first, how many of them are done. */
-    char *parts;
-    int64_t part_bytes;
+    char *states;
+    int64_t state_bytes;
     atomic_int *arrived;
     /* Rows that were given back (enum fa_stored): [num_tasks][block_q], of the tasks that store them, and whether there
      * is any; NULL if none may be. */
@@ -37,9 +37,9 @@ struct fa_forward {
 };
 
 /* Bytes of what a run allocates besides fa_columns_bytes: the buffers of all threads, a byte for each row that it may
- * give back, and with plan->by_splits a state for each task, `part` each, and as many counters. */
+ * give back, and with plan->by_splits a state for each task, `state` each, and as many counters. */
 struct fa_forward_bytes {
-    int64_t workspaces, given_back, part, parts, arrived;
+    int64_t workspaces, given_back, state, states, arrived;
 };
 
 /* again: of a second run.  False: they leave int64. */

@@ -250,6 +250,7 @@ void fa_head_init(struct fa_head *head, const struct fa_geometry *geometry, int6
     const int64_t kv_ndim = paged ? 0 : n; /* pages have no batch axis of their own */
     *head = (struct fa_head){
         .geometry = geometry,
+        .index = index,
         .entry = entry,
         .first_head = first_head,
         .q = locate(&p->q, at, n, first_head, q_start),
@@ -299,10 +300,12 @@ struct fa_key_range fa_token_keys(const struct fa_head *head, int64_t token)
     return keys;
 }
 
-struct fa_key_range fa_rows_keys(const struct fa_head *head, int64_t first, int64_t last)
+struct fa_key_range fa_rows_keys(const struct fa_head_rows *rows)
 {
+    const struct fa_geometry *g = rows->head->geometry;
+    const int64_t last = rows->first + rows->count - 1;
     return (struct fa_key_range){
-        .lo = fa_token_keys(head, fa_row_token(head->geometry, first)).lo,
-        .hi = fa_token_keys(head, fa_row_token(head->geometry, last)).hi,
+        .lo = fa_token_keys(rows->head, fa_row_token(g, rows->first)).lo,
+        .hi = fa_token_keys(rows->head, fa_row_token(g, last)).hi,
     };
 }

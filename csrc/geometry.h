@@ -72,6 +72,8 @@ void fa_geometry_choose(struct fa_geometry *geometry, const int64_t *heads, int6
 /* One (batch entry, head) of the call: where its arrays start. */
 struct fa_head {
     const struct fa_geometry *geometry;
+    /* 0 <= index < batch * heads. */
+    int64_t index;
     int64_t entry, first_head; /* batch entry, first of the stacked query heads */
     const char *q, *k, *v, *bias, *mask, *residual, *alibi_slopes, *sinks;
     const char *q_segment_ids, *k_segment_ids, *k_scale, *v_scale, *page_table;
@@ -184,7 +186,23 @@ struct fa_key_range {
 
 struct fa_key_range fa_token_keys(const struct fa_head *head, int64_t token);
 
-/* Keys that any row in [first, last] may see. */
-struct fa_key_range fa_rows_keys(const struct fa_head *head, int64_t first, int64_t last);
+/* Rows [first, first + count) of a head. */
+struct fa_head_rows {
+    const struct fa_head *head;
+    int64_t first, count;
+};
+
+/* The rows of a tile among them: from the r-th on, tile_q or what is left. */
+static inline struct fa_head_rows fa_tile_rows(const struct fa_head_rows *rows, int64_t r)
+{
+    return (struct fa_head_rows){
+        .head = rows->head,
+        .first = rows->first + r,
+        .count = fa_min(rows->head->geometry->tile_q, rows->count - r),
+    };
+}
+
+/* Keys that any of the rows may see.  There is at least one row. */
+struct fa_key_range fa_rows_keys(const struct fa_head_rows *rows);
 
 #endif

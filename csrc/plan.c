@@ -15,7 +15,8 @@ struct fa_key_range fa_head_splits(const struct fa_head *head)
     if (head->rows == 0) {
         return (struct fa_key_range){0, 0};
     }
-    const struct fa_key_range keys = fa_rows_keys(head, 0, head->rows - 1);
+    const struct fa_head_rows rows = {.head = head, .count = head->rows};
+    const struct fa_key_range keys = fa_rows_keys(&rows);
     return (struct fa_key_range){.lo = keys.lo / split_k, .hi = fa_ceil_div(keys.hi, split_k)};
 }
 
@@ -94,7 +95,7 @@ static enum fa_status number_tasks(struct fa_plan *plan)
         }
         plan->first[i] = plan->num_tasks;
         if (!fa_multiply(tasks, g->heads, &tasks) ||
-            __builtin_add_overflow(plan->num_tasks, tasks, &plan->num_tasks)) {
+            !fa_add(plan->num_tasks, tasks, &plan->num_tasks)) {
             return FA_OVERFLOW;
         }
     }
@@ -166,10 +167,10 @@ struct fa_task fa_plan_task(const struct fa_plan *plan, int64_t index)
     const int64_t place = find_place(plan, index);
     const int64_t tasks = (plan->first[place + 1] - plan->first[place]) / g->heads;
     int64_t within = index - plan->first[place];
-    struct fa_task task = {.head_index = plan->entry[place] * g->heads + within / tasks};
+    struct fa_task task;
+    fa_head_init(&task.head, g, plan->entry[place] * g->heads + within / tasks);
     within %= tasks;
 
-    fa_head_init(&task.head, g, task.head_index);
     const struct fa_key_range splits = fa_head_splits(&task.head);
     task.first_split = splits.lo;
     task.splits = splits.hi - splits.lo;

@@ -7,7 +7,6 @@
 /* A task: block_q rows of one head, some columns of v, and all the keys or one split of them. */
 struct fa_task {
     struct fa_head head;
-    int64_t head_index;
     int64_t first_col, cols;
     int64_t first_row, rows;
     int64_t first_split, splits; /* of the task */

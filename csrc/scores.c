@@ -111,16 +111,16 @@ static bool gather_mask(struct fa_tile *tile, struct fa_workspace *ws, bool use_
     return any;
 }
 
-bool fa_tile_init(struct fa_tile *tile, const struct fa_head *head, struct fa_workspace *ws,
-                  int64_t first_row, int64_t rows, int64_t row_offset, int64_t block_key)
+bool fa_tile_init(struct fa_tile *tile, struct fa_workspace *ws, const struct fa_head_rows *rows,
+                  int64_t row_offset, int64_t block_key)
 {
+    const struct fa_head *head = rows->head;
     const struct fa_geometry *g = head->geometry;
-    const int64_t last_row = first_row + rows - 1;
-    const struct fa_key_range keys = fa_rows_keys(head, first_row, last_row);
+    const struct fa_key_range keys = fa_rows_keys(rows);
     const int64_t lo = fa_max(keys.lo, block_key), hi = fa_min(keys.hi, block_key + g->block_k);
     const int64_t panel = (int64_t)g->engine->nr;
 
-    FA_ASSERT(rows >= 1 && rows <= g->tile_q);
+    FA_ASSERT(rows->count >= 1 && rows->count <= g->tile_q);
     if (lo >= hi) {
         return false;
     }
@@ -128,8 +128,8 @@ bool fa_tile_init(struct fa_tile *tile, const struct fa_head *head, struct fa_wo
     const int64_t live = hi - block_key - begin;
     *tile = (struct fa_tile){
         .head = head,
-        .first_row = first_row,
-        .rows = rows,
+        .first_row = rows->first,
+        .rows = rows->count,
         .row_offset = row_offset,
         .block_key = block_key,
         .begin = begin,
@@ -138,8 +138,9 @@ bool fa_tile_init(struct fa_tile *tile, const struct fa_head *head, struct fa_wo
     };
     /* Both ends of the range grow with the row: the last row has the highest lo, the first the lowest
      * hi. */
+    const int64_t last_row = rows->first + rows->count - 1;
     const int64_t lo_max = fa_token_keys(head, fa_row_token(g, last_row)).lo;
-    const int64_t hi_min = fa_token_keys(head, fa_row_token(g, first_row)).hi;
+    const int64_t hi_min = fa_token_keys(head, fa_row_token(g, rows->first)).hi;
     tile->use_range = lo_max > block_key + begin || hi_min < block_key + begin + tile->columns;
     const enum overlap segments = compare_segments(tile, ws);
     if (segments == NONE || (segments == ALL && head->mask == NULL)) {
@@ -160,9 +161,12 @@ struct fa_key_range fa_group_keys(const struct fa_tile *tile, int64_t r)
     if (!tile->use_range) {
         return (struct fa_key_range){.lo = 0, .hi = tile->keys};
     }
-    const int64_t last = fa_min(r + fa_tile_group(tile), tile->rows) - 1;
-    struct fa_key_range keys =
-        fa_rows_keys(tile->head, tile->first_row + r, tile->first_row + last);
+    const struct fa_head_rows rows = {
+        .head = tile->head,
+        .first = tile->first_row + r,
+        .count = fa_min(fa_tile_group(tile), tile->rows - r),
+    };
+    struct fa_key_range keys = fa_rows_keys(&rows);
     keys.hi = fa_min(fa_max(keys.hi - first_key, 0), tile->keys);
     keys.lo = fa_min(fa_max(keys.lo - first_key, 0), keys.hi) / panel * panel;
     return keys;
@@ -248,9 +252,9 @@ float fa_softmax_factor(const struct fa_head *head)
                : 1;
 }
 
-void fa_load_rows(const struct fa_head *head, struct fa_workspace *ws, int64_t first_row,
-                  int64_t rows)
+void fa_load_rows(struct fa_workspace *ws, const struct fa_head_rows *rows)
 {
+    const struct fa_head *head = rows->head;
     const struct fa_geometry *g = head->geometry;
     const struct fa_attention_params *p = g->params;
     const double scale = g->scales_scores ? row_factor(p) : score_factor(p);
@@ -259,11 +263,10 @@ void fa_load_rows(const struct fa_head *head, struct fa_workspace *ws, int64_t f
     const struct fa_rows from = {.row = src, .col_stride = p->q.col, .dtype = p->dtype};
 
     ws->rows_ordinary = fabs(scale) <= FA_ORDINARY_FACTOR && p->head_dim <= FA_ORDINARY_DIM;
-    for (int64_t r = 0; r < rows; r += FA_MAX_TILE_Q) {
-        const int64_t count = fa_min(FA_MAX_TILE_Q, rows - r);
+    for (int64_t r = 0; r < rows->count; r += FA_MAX_TILE_Q) {
+        const int64_t count = fa_min(FA_MAX_TILE_Q, rows->count - r);
         for (int64_t i = 0; i < count; i++) {
-            const int64_t row = first_row + r + i;
-            src[i] = head->q + fa_row_offset(g, &p->q, row);
+            src[i] = head->q + fa_row_offset(g, &p->q, rows->first + r + i);
         }
         ws->rows_ordinary &=
             g->engine->load_rows(ws->q + r * g->depth * (int64_t)g->ops->size, (size_t)count,
@@ -306,21 +309,21 @@ static void edit_row(const struct fa_tile *tile, const struct fa_workspace *ws, 
     }
 }
 
-void fa_want_bias(const struct fa_head *head, struct fa_workspace *ws, int64_t first_row,
-                  int64_t rows, int64_t block_key)
+void fa_want_bias(struct fa_workspace *ws, const struct fa_head_rows *rows, int64_t block_key)
 {
+    const struct fa_head *head = rows->head;
     const struct fa_geometry *g = head->geometry;
     const struct fa_array *bias = &g->params->bias;
     const int64_t size = fa_dtype_size(g->params->bias_dtype);
     ws->wanted = (struct fa_wanted){0};
-    if (head->bias == NULL || bias->row == 0 || bias->col != size || rows <= 0) {
+    if (head->bias == NULL || bias->row == 0 || bias->col != size || rows->count <= 0) {
         return;
     }
-    const int64_t end = fa_rows_keys(head, first_row, first_row + rows - 1).hi;
-    ws->wanted.rows = (size_t)rows;
+    const int64_t end = fa_rows_keys(rows).hi;
+    ws->wanted.rows = (size_t)rows->count;
     ws->wanted.bytes = (size_t)(fa_max(0, fa_min(g->block_k, end - block_key)) * size);
-    for (int64_t r = 0; r < rows; r++) {
-        const int64_t row = first_row + r;
+    for (int64_t r = 0; r < rows->count; r++) {
+        const int64_t row = rows->first + r;
         ws->wanted.row[r] = head->bias + fa_row_offset(g, bias, row) + block_key * size;
     }
 }
@@ -355,7 +358,7 @@ static struct fa_product group_product(const struct fa_tile *tile, const struct 
 
 struct fa_product fa_tile_product_ahead(const struct fa_tile *tile, const struct fa_workspace *ws)
 {
-    FA_ASSERT(!tile->few && fa_tile_group(tile) >= tile->rows);
+    FA_ASSERT(ws->keys_packed && fa_tile_group(tile) >= tile->rows);
     return group_product(tile, ws, fa_tile_scores_in(tile, ws->scores_ahead), 0, tile->rows);
 }
 
@@ -388,12 +391,12 @@ static void group_scores(const struct fa_tile *tile, struct fa_workspace *ws, in
     if (!ready) {
         const struct fa_product product =
             group_product(tile, ws, fa_tile_score_data(tile, ws), r, rows);
-        if (tile->few) {
+        if (ws->keys_packed) {
+            g->engine->scores(&product, product_factor(head), &ws->wanted);
+        } else {
             const struct fa_rows from = fa_rows_from(&ws->keys, tile->begin + keys.lo);
             g->engine->few_scores(&product, (size_t)g->params->head_dim,
                                   (size_t)(keys.hi - keys.lo), &from, product_factor(head));
-        } else {
-            g->engine->scores(&product, product_factor(head), &ws->wanted);
         }
     }
     if (ws->keys.scale != NULL) {

@@ -11,7 +11,6 @@ struct fa_tile {
     const struct fa_head *head;
     int64_t first_row, rows; /* rows of the head */
     int64_t row_offset; /* of first_row in the workspace's blocks of rows */
-    bool few; /* so few rows that both products read the keys where they lie */
     int64_t block_key; /* first key of the key block */
     int64_t begin; /* first key of the tile within the block; a whole panel */
     int64_t keys; /* that any row may see, from begin on */
@@ -20,10 +19,11 @@ struct fa_tile {
     bool use_mask; /* workspace mask rules out some key */
 };
 
-/* Set up the tile of rows [first_row, first_row + rows) and the key block at block_key.  Reads mask and
- * segment ids into ws.  False: no key of the block takes part in any of the rows. */
-bool fa_tile_init(struct fa_tile *tile, const struct fa_head *head, struct fa_workspace *ws,
-                  int64_t first_row, int64_t rows, int64_t row_offset, int64_t block_key);
+/* Set up the tile of at most tile_q rows, which stand in the workspace from row_offset on, and the key
+ * block at block_key.  Reads mask and segment ids into ws.  False: no key of the block takes part in any
+ * of the rows. */
+bool fa_tile_init(struct fa_tile *tile, struct fa_workspace *ws, const struct fa_head_rows *rows,
+                  int64_t row_offset, int64_t block_key);
 
 /* The products are computed for groups of rows: all of the tile, or mr rows where the rows see different
  * keys, so that a diagonal costs little more than its useful half. */
@@ -32,15 +32,13 @@ int64_t fa_tile_group(const struct fa_tile *tile);
 /* Keys of the tile, from its first on, that its rows [r, r + group) may see; lo is a whole panel. */
 struct fa_key_range fa_group_keys(const struct fa_tile *tile, int64_t r);
 
-/* Scale rows [first_row, first_row + rows) of q into ws->q, and see whether they are ordinary (engine.h). */
-void fa_load_rows(const struct fa_head *head, struct fa_workspace *ws, int64_t first_row,
-                  int64_t rows);
+/* Scale rows of q into ws->q, and see whether they are ordinary (engine.h). */
+void fa_load_rows(struct fa_workspace *ws, const struct fa_head_rows *rows);
 
-/* Have the products fetch the bias of rows [first_row, first_row + rows) and the key block at block_key,
- * for the tile after the present one: it is read once, in stretches of a row that the hardware does not
- * foresee.  rows <= 0: of nothing. */
-void fa_want_bias(const struct fa_head *head, struct fa_workspace *ws, int64_t first_row,
-                  int64_t rows, int64_t block_key);
+/* Have the products fetch the bias of some rows and the key block at block_key, for the tile after the
+ * present one: the bias is read once, in stretches of a row that the hardware does not foresee.  A count
+ * of 0 or less wants nothing. */
+void fa_want_bias(struct fa_workspace *ws, const struct fa_head_rows *rows, int64_t block_key);
 
 /* Base-2 scores of the tile, -inf where a key takes no part, into ws->scores [rows][columns].  `ready`: their
  * product has been computed there. */
@@ -94,7 +92,7 @@ static inline char *fa_tile_scores_in(const struct fa_tile *tile, char *scores)
     return scores + tile->begin * (int64_t)tile->head->geometry->ops->size;
 }
 
-static inline void *fa_tile_score_data(const struct fa_tile *tile, struct fa_workspace *ws)
+static inline void *fa_tile_score_data(const struct fa_tile *tile, const struct fa_workspace *ws)
 {
     return fa_tile_scores_in(tile, ws->scores);
 }

@@ -97,6 +97,19 @@ struct fa_row_result {
     bool choose;
 };
 
+/* The finished columns of a key block, whose softmax is over the queries. */
+struct fa_column_result {
+    /* Columns that are keys, and columns that the statistics have. */
+    size_t cols, padded;
+    /* Nullable; cols elements of lse_dtype, lse_stride bytes apart. */
+    void *lse;
+    int64_t lse_stride;
+    /* FA_F32 or FA_F64. */
+    enum fa_dtype lse_dtype;
+    /* The scores have biases in them: see fa_natural. */
+    bool biased;
+};
+
 /* A row that left the range of its element type is given back instead of stored. */
 enum fa_stored {
     FA_STORED,
@@ -118,6 +131,19 @@ struct fa_row_terms {
     int64_t grad_stride, out_stride, residual_stride;
     size_t cols;
     enum fa_dtype dtype, out_dtype; /* of out and residual: out_dtype */
+};
+
+/* Rows of a score tile whose gradients are to be found. */
+struct fa_gradients {
+    /* real [rows][ld]: scores, replaced by weights. */
+    void *scores;
+    /* real [rows][ld]: gradients of weights, replaced by gradients of scores. */
+    void *gradients;
+    size_t ld, rows;
+    /* Whole panels. */
+    size_t cols;
+    /* real, an element for each row, or for each column with softmax over the queries. */
+    const void *shift, *factor, *delta;
 };
 
 struct fa_tile_ops {
@@ -166,14 +192,12 @@ struct fa_tile_ops {
      * where the weight is 0. */
     void (*add_row_products)(void *sums, const void *w, const void *d, size_t ld, size_t rows,
                              size_t n);
-    /* From scores s and gradients of weights d, weights and gradients of scores in their place:
-     * s = exp2(s - shift[row]) * factor[row], d = s * (d - delta[row]), both 0 where the weight
-     * is.  Returns a bit for each row, FA_MAX_TILE_Q at most, with a weight above 1/2. */
-    uint32_t (*score_gradients)(void *s, void *d, size_t ld, size_t rows, size_t n,
-                                const void *shift, const void *factor, const void *delta);
-    /* The same with a shift, a factor and a delta for each column; d nullable: weights only. */
-    void (*column_gradients)(void *s, void *d, size_t ld, size_t rows, size_t n, const void *shift,
-                             const void *factor, const void *delta);
+    /* weight = exp2(score - shift[row]) * factor[row], and the gradient of the score is weight *
+     * (gradient of the weight - delta[row]); both are 0 where the weight is.  Returns a bit for each
+     * row, FA_MAX_TILE_Q at most, with a weight above 1/2. */
+    uint32_t (*score_gradients)(const struct fa_gradients *tile);
+    /* The same with a shift, a factor and a delta for each column.  gradients NULL: weights only. */
+    void (*column_gradients)(const struct fa_gradients *tile);
     /* d *= slope */
     void (*scale_gradients)(void *d, const void *slope, size_t ld, size_t rows, size_t n);
     /* sum += x; n: multiple of vl. */
@@ -185,10 +209,9 @@ struct fa_tile_ops {
     void (*column_begin)(void *col_max, void *col_sum, size_t n);
     void (*column_update)(const void *s, size_t ld, size_t rows, size_t n, void *col_max,
                           void *col_sum);
-    /* Turn col_sum into reciprocals, and store n natural-log sums.  Where no query takes part, and in
-     * columns [n, padded), maximum and reciprocal become 0. */
-    void (*column_finish)(void *col_max, void *col_sum, size_t n, size_t padded, void *lse,
-                          int64_t lse_stride, enum fa_dtype lse_dtype, bool biased);
+    /* Turn col_sum into reciprocals, and store lse.  Where no query takes part, and in columns
+     * [cols, padded), maximum and reciprocal become 0. */
+    void (*column_finish)(void *col_max, void *col_sum, const struct fa_column_result *result);
     /* s = exp2(s - col_max) * col_inverse */
     void (*column_weights)(void *s, size_t ld, size_t rows, size_t n, const void *col_max,
                            const void *col_inverse);

@@ -18,7 +18,7 @@ struct fa_segment_range {
 /* One thread's buffers, FA_ALIGNMENT-aligned.  `real` is the element type of the geometry's ops. */
 struct fa_workspace {
     char *q;            /* real [block_q][depth]: scaled rows */
-    struct fa_state part;  /* [block_q] rows, ldacc block_dv: of one split */
+    struct fa_state split;  /* [block_q] rows, ldacc block_dv: of one split */
     struct fa_state total; /* of all splits so far */
     struct fa_state rest;  /* what rounding left of its sums */
     char *k;            /* real [block_k / nr][depth][nr]: packed keys */
@@ -38,6 +38,8 @@ struct fa_workspace {
     struct fa_wanted wanted; /* what the products fetch meanwhile */
     bool rows_ordinary,
         keys_ordinary; /* no score of these rows, or keys, passes the range of float32 */
+    /* The keys of the block are in k, packed; else the products read them where they lie. */
+    bool keys_packed;
     bool look_at_acc; /* a sum of values may have passed the range of `real` */
 };
 
