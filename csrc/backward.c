@@ -259,7 +259,8 @@ static int64_t count_queries(const struct fa_head *head, int64_t key)
 /* A key's softmax, as its lse and the forward pass have it. */
 struct column {
     double lse;
-    bool is_kept; /* what the forward pass kept is there, and needs no statistics */
+    /* what the forward pass kept is there, and needs no statistics */
+    bool is_kept;
     struct fa_weighing kept;
     bool wants_statistics;
 };
@@ -363,7 +364,8 @@ static void find_column_deltas(const struct fa_backward *b, const struct key_blo
     }
 }
 
-/* Softmax over the queries, one query head: gradients of values, from them delta, from that the rest. */
+/* Softmax over the queries, one query head: gradients of values, from them delta, from that the
+ * rest. */
 static bool visit_rows_twice(struct fa_job *job, int thread, struct key_block *block,
                              struct fa_backward_workspace *ws)
 {
@@ -560,8 +562,8 @@ static enum fa_status run_passes(struct fa_backward *b)
     if (status == FA_OK && main_pass) {
         status = run_pass(b, run_group, heads / fa_backward_members(g) * b->groups);
     }
-    /* A second run does that for all heads: their sums may meet in the same elements.  For float64 it mends what it
-     * finds. */
+    /* A second run does that for all heads: their sums may meet in the same elements.  For
+     * float64 it mends what it finds. */
     if (status == FA_OK && p->grad_bias.data != NULL &&
         (!atomic_load(&b->any_left) || p->attention.dtype == FA_F64)) {
         status = run_pass(b, fa_backward_bias, fa_backward_bias_tasks(b));
@@ -610,10 +612,10 @@ static void release(struct fa_backward *b)
     fa_sums_release(b->sums);
 }
 
-/* In float64 where the options leave no choice, or, for heads whose softmax or gradients left the range of their type,
- * in a second run.  For float64 that has grad_out and grad_lse divided by 2^value_exponent, and the gradients, which are
- * linear in them, multiplied again; of these only elements are stored that were not finite, because small ones lose
- * bits. */
+/* In float64 where the options leave no choice, or, for heads whose softmax or gradients left the
+ * range of their type, in a second run.  For float64 that has grad_out and grad_lse divided by
+ * 2^value_exponent, and the gradients, which are linear in them, multiplied again; of these only
+ * elements are stored that were not finite, because small ones lose bits. */
 static enum fa_status compute_gradients(const struct fa_backward_params *params,
                                         const struct fa_kernels *kernels)
 {

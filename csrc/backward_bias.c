@@ -1,9 +1,9 @@
 /* grad_bias: the gradients of scores, added up where the bias was broadcast.
  *
- * A task owns a part of one plane of the bias, that is of what a (batch entry, head) of it holds, and visits in
- * order all heads that read it: no two tasks write the same element, and every sum has one order.  Scores and
- * products with the values are computed once more, so this pass costs 2 products.
- */
+ * A task owns a part of one plane of the bias, that is of what a (batch entry, head) of it holds,
+ * and visits in order all heads that read it: no two tasks write the same element, and every sum
+ * has one order.  Scores and products with the values are computed once more, so this pass costs
+ * 2 products. / */
 #include "backward_bias.h"
 
 #include <math.h>
@@ -11,7 +11,8 @@
 
 #include "backward_tile.h"
 
-/* Rows of an area where the bias has one column: K and V of a key block are packed once for them. */
+/* Rows of an area where the bias has one column: K and V of a key block are packed once for them.
+ */
 #define AREA_ROWS (4 * FA_BACKWARD_ROWS)
 
 /* A plane is split by key blocks, or, where all keys read the same column, by tokens. */
@@ -30,8 +31,8 @@ static int64_t count_areas(const struct fa_geometry *g, const struct fa_array *b
     return bias->row == 0 ? 1 : fa_max(1, fa_ceil_div(g->params->seqlen_q, tokens_per_area(g)));
 }
 
-/* Elements of the bias: heads where it tells the stacked ones apart, tokens and keys where it tells those apart, else
- * one of each. */
+/* Elements of the bias: heads where it tells the stacked ones apart, tokens and keys where it
+ * tells those apart, else one of each. */
 struct area {
     int64_t members, first_token, tokens, first_key, keys;
 };
@@ -85,7 +86,8 @@ static bool owns_plane(const struct fa_geometry *g, const struct fa_array *bias,
     return true;
 }
 
-/* The next head in order that shares the plane of this one, whose owner begins the series; -1: there is none. */
+/* The next head in order that shares the plane of this one, whose owner begins the series; -1:
+ * there is none. */
 static int64_t next_head(const struct fa_geometry *g, const struct fa_array *bias, int64_t index)
 {
     const struct fa_attention_params *p = g->params;
@@ -226,8 +228,9 @@ static bool visit_head(struct fa_job *job, int thread, int64_t head_index, const
     return true;
 }
 
-/* grad_bias itself, in a first run that computes in its type or a narrower one.  Else memory of the thread: sums of
- * float64 that are rounded once and may pass the range of float32, or are divided by 2^value_exponent. */
+/* grad_bias itself, in a first run that computes in its type or a narrower one.  Else memory of
+ * the thread: sums of float64 that are rounded once and may pass the range of float32, or are
+ * divided by 2^value_exponent. */
 static struct sums sums_of(const struct fa_backward *b, const struct area *area, char *plane,
                            int thread)
 {

@@ -7,8 +7,8 @@
 /* shift, factor and delta of every row. */
 void fa_backward_prepare_rows(struct fa_job *job, int64_t index, int thread);
 
-/* grad_q of a head from its `groups` sums, each of rows times padded_k elements, g->rows apart; scratch: padded_k
- * elements. */
+/* grad_q of a head from its `groups` sums, each of rows times padded_k elements, g->rows apart;
+ * scratch: padded_k elements. */
 void fa_backward_store_rows(struct fa_backward *backward, int64_t head_index, const char *sums,
                             char *scratch);
 

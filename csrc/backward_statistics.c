@@ -5,8 +5,9 @@
  * of a row share: 8 u of them at lse 8, and where the scores are huge (a mask of finfo.min or
  * -1e9) log(n) is lost altogether.  A row of many keys with weights of the same order shows
  * nothing of 8 u beside the other roundings, and such are most rows of a long call.  The others,
- * where the forward pass did not keep its own shift and factor (fa_attention_params), have row_max, row_sum and delta summed from their own scores first, by the tiles that the main
- * pass computes again: 2 products more for the tiles that hold such a row.
+ * where the forward pass did not keep its own shift and factor (fa_attention_params), have
+ * row_max, row_sum and delta summed from their own scores first, by the tiles that the main pass
+ * computes again: 2 products more for the tiles that hold such a row.
  *
  *   top = row_max, total = sum exp2(s - top), products = sum exp2(s - top) * (grad_out v^T)
  *   weights = exp2(s - top) / total, delta = products / total
@@ -53,7 +54,8 @@ bool fa_statistics_wanted(const struct fa_backward *backward, double lse, int64_
         return false;
     }
     const bool flat = scores >= FLAT_SCORES && fabs(lse - log((double)scores)) <= FLAT;
-    /* lse may be of a first run's scores, and delta be lost among sums that passed the range of the results. */
+    /* lse may be of a first run's scores, and delta be lost among sums that passed the range of
+     * the results. */
     return backward->first != NULL || !flat ||
            fabs(lse) > (softmaxes >= MANY ? LARGE_LSE : SMALL_LSE);
 }
@@ -78,7 +80,8 @@ static double lse_again(const struct fa_geometry *g, const struct fa_statistics 
     return fa_natural(of->top, log2(of->total), is_biased(g), g->ops->size);
 }
 
-/* Whether lse is theirs alone.  Of more keys it is larger: where it is less, roundings made it so. */
+/* Whether lse is theirs alone.  Of more keys it is larger: where it is less, roundings made it
+ * so. */
 static bool agrees(const struct fa_backward *backward, const struct fa_statistics *of, double lse)
 {
     const struct fa_geometry *g = &backward->geometry;

@@ -41,12 +41,14 @@ static void clear_columns(const struct fa_geometry *g, struct fa_backward_worksp
     }
 }
 
-/* The gradient p (x - delta) of one score again, x being its element of grad_out v^T, where the weight p is above 1/2.
+/* The gradient p (x - delta) of one score again, x being its element of grad_out v^T, where the
+ * weight p is above 1/2.
  *
- * delta is the mean of the row's x by its weights.  Where p is near 1, the gradient is what little that mean leaves of
- * x; but a delta that comes from `out` has for this key not x in it, but y, the same product by row_delta's sum.  So the
- * difference of the two sums is taken out: p (x - delta - p (x - y)), which is exactly 0 in a row of one weight.  The
- * row's other weights are below 1/2, and do without. */
+ * delta is the mean of the row's x by its weights.  Where p is near 1, the gradient is what
+ * little that mean leaves of x; but a delta that comes from `out` has for this key not x in it,
+ * but y, the same product by row_delta's sum.  So the difference of the two sums is taken out: p
+ * (x - delta - p (x - y)), which is exactly 0 in a row of one weight.  The row's other weights
+ * are below 1/2, and do without. */
 static void refine_gradient(const struct fa_backward *b, const struct fa_tile *tile,
                             struct fa_backward_workspace *ws, int64_t r, int64_t column)
 {

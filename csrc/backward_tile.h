@@ -4,16 +4,16 @@
 
 #include "backward_frame.h"
 
-/* Weights and gradients of scores of some rows, FA_BACKWARD_ROWS at most, against the key block that ws
- * holds: in ws->weights and ws->gradients, 0 where a key takes no part.  ws holds the rows and their
- * grad_out, too.  weights_only: nothing in ws->gradients.  Returns the columns, whole panels, outside of
- * which there is nothing; lo == hi if there is none. */
+/* Weights and gradients of scores of some rows, FA_BACKWARD_ROWS at most, against the key block
+ * that ws holds: in ws->weights and ws->gradients, 0 where a key takes no part.  ws holds the
+ * rows and their grad_out, too.  weights_only: nothing in ws->gradients.  Returns the columns,
+ * whole panels, outside of which there is nothing; lo == hi if there is none. */
 struct fa_key_range fa_backward_tile(const struct fa_backward *backward,
                                      struct fa_backward_workspace *ws,
                                      const struct fa_head_rows *rows, bool weights_only);
 
-/* Set up the tile of the rows from the r-th of them on, and compute its scores, and the factors of its
- * dropout: ws->forward.scores is ws->weights at row r.  False: no key takes part. */
+/* Set up the tile of the rows from the r-th of them on, and compute its scores, and the factors
+ * of its dropout: ws->forward.scores is ws->weights at row r.  False: no key takes part. */
 bool fa_backward_scores(struct fa_tile *tile, struct fa_backward_workspace *ws,
                         const struct fa_head_rows *rows, int64_t r);
 

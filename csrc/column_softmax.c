@@ -7,9 +7,9 @@
  *       scores = q k^T, options applied
  *       running column maxima and sums, lanes along the keys
  *
- * The second pass is the loop nest of forward.c with weights exp2(score - maximum) / sum, computed from
- * the same scores bit for bit.  Three matrix products in all, and two numbers per key of memory.
- */
+ * The second pass is the loop nest of forward.c with weights exp2(score - maximum) / sum,
+ * computed from the same scores bit for bit.  Three matrix products in all, and two numbers per
+ * key of memory. / */
 #include "column_softmax.h"
 
 #include <math.h>
@@ -63,7 +63,8 @@ void fa_columns_release(struct fa_columns *columns)
     fa_release(columns->head_given_back);
 }
 
-/* Give back columns whose statistics left the range of their type, or lost what tells their scores apart. */
+/* Give back columns whose statistics left the range of their type, or lost what tells their
+ * scores apart. */
 static void give_back_columns(struct fa_columns *columns, const struct fa_head *head,
                               int64_t block_key, int64_t keys)
 {
@@ -102,7 +103,8 @@ static void store_lse_again(const struct fa_columns *columns, const struct fa_he
     }
 }
 
-/* Maximum and reciprocal sum are shift and factor; those of a column that was given back are NaN. */
+/* Maximum and reciprocal sum are shift and factor; those of a column that was given back are NaN.
+ */
 static void store_weighing(const struct fa_columns *columns, const struct fa_head *head,
                            int64_t block_key, int64_t keys)
 {

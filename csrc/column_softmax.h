@@ -10,17 +10,21 @@
 /* What the tasks of the first pass share, and what the second pass has of them. */
 struct fa_columns {
     const struct fa_geometry *geometry;
-    char *workspaces; /* of geometry->num_threads threads: the caller's */
-    /* Whether columns whose statistics left the range of float32 are given back, for a second run; such a column has a
-     * reciprocal sum of NaN, which gives back the rows that it takes part in. */
+    /* The caller's workspaces, for geometry->num_threads threads. */
+    char *workspaces;
+    /* Whether columns whose statistics left the range of float32 are given back, for a second
+     * run; such a column has a reciprocal sum of NaN, which gives back the rows that it takes
+     * part in. */
     bool gives_back;
-    bool
-        keeps_weighing; /* the backward pass computes the same scores, so that their weighing holds there */
-    const struct fa_columns
-        *first; /* NULL, or the first run, whose columns of that kind this one computes */
-    /* real [batch * heads][key_blocks * block_k]: the base-2 maximum and the reciprocal sum of every column. */
+    /* The backward pass computes the same scores, so that their weighing holds there. */
+    bool keeps_weighing;
+    /* NULL, or the first run.  A second run computes the columns that the first gave back. */
+    const struct fa_columns *first;
+    /* real [batch * heads][key_blocks * block_k]: the base-2 maximum and the reciprocal sum of
+     * every column. */
     char *col_max, *col_inverse;
-    /* With gives_back, else NULL: [batch * heads], whether rows or columns of a head were given back. */
+    /* [batch * heads], with gives_back, else NULL: whether rows or columns of a head were given
+     * back. */
     atomic_bool *head_given_back;
     atomic_bool any_given_back;
 };

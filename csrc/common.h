@@ -1,5 +1,5 @@
-/* Small things every C file needs: assertions, checked sizes, alignment, and most of what the compiler must extend C
- * by outside kernels/. */
+/* Small things every C file needs: assertions, checked sizes, alignment, and most of what the
+ * compiler must extend C by outside kernels/. */
 #ifndef FA_COMMON_H
 #define FA_COMMON_H
 
@@ -7,7 +7,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* Contracts that the Python side has already enforced; checked in test builds (FASTATTN_DEBUG=1). */
+/* Contracts that the Python side has already enforced; checked in test builds (FASTATTN_DEBUG=1).
+ */
 #ifdef FA_DEBUG
 #include <assert.h>
 #define FA_ASSERT(condition) assert(condition)

@@ -7,8 +7,10 @@
 struct count {
     const struct fa_geometry *geometry;
     char *workspaces;
-    int64_t heads;      /* of a batch entry, that are counted */
-    int64_t row_blocks; /* of a head */
+    /* of a batch entry, that are counted */
+    int64_t heads;
+    /* of a head */
+    int64_t row_blocks;
     _Atomic int64_t total, computed;
 };
 
@@ -133,8 +135,8 @@ static struct fa_attention_plan plan_of(const struct fa_geometry *g, int64_t num
     };
 }
 
-/* Of a call without results, whose sizes may be anything: the blocks of its widths, or of the widest that
- * can be counted with, and no tasks. */
+/* Of a call without results, whose sizes may be anything: the blocks of its widths, or of the
+ * widest that can be counted with, and no tasks. */
 static enum fa_status describe_nothing(const struct fa_attention_params *params,
                                        const struct fa_kernels *kernels,
                                        struct fa_attention_plan *plan)

@@ -47,19 +47,23 @@
 struct fa_wanted {
     const char *row[FA_MAX_TILE_Q];
     size_t rows, bytes;
-    size_t next_row, next_byte; /* not asked for yet */
+    /* The next byte to ask for. */
+    size_t next_row, next_byte;
 };
 
 /* Rows of caller memory, wherever each of them lies: of q or of a gradient, or the keys or
  * values of a block. */
 struct fa_rows {
-    const char *const *row; /* the first element of each */
-    /* Of these there may be more than are packed: they come next, and may be asked for. */
+    /* The first element of each row. */
+    const char *const *row;
+    /* There may be more rows than are packed: these come next, and may be asked for. */
     size_t located;
     int64_t col_stride;
     enum fa_dtype dtype;
-    const float *scale; /* of each row, up to a whole panel; NULL: 1.  Not part of the elements. */
-    size_t into_chain; /* place of the first row in its chain: below FA_CHAIN */
+    /* A factor of each row, which its elements do not have yet, up to a whole panel; NULL: 1. */
+    const float *scale;
+    /* The place of the first row in its chain: below FA_CHAIN. */
+    size_t into_chain;
 };
 
 /* c = (accumulate ? c : 0) + a b, in elements of the workspace's type, for i < rows, k < depth and
@@ -78,7 +82,8 @@ struct fa_product {
     void *c;
     size_t c_row;
     bool accumulate;
-    size_t into_chain; /* place of k = 0 in its chain: below FA_CHAIN */
+    /* The place of k = 0 in its chain: below FA_CHAIN. */
+    size_t into_chain;
 };
 
 /* Elements of queries, scaled or not, and of keys that are below 2^FA_ORDINARY_EXPONENT are
@@ -103,34 +108,45 @@ enum fa_pass { FA_FORWARD, FA_AGAIN };
 
 /* Where the factor between <q, k> and a score comes in. */
 enum fa_scale_at {
-    FA_SCALE_ROWS, /* load_rows multiplies q by it; the factor of every later slot is 1 */
-    FA_SCALE_LATE, /* `scores` multiplies by it, or `softmax` where no option comes between */
+    /* load_rows multiplies q by it, and the factor of every later slot is 1. */
+    FA_SCALE_ROWS,
+    /* `scores` multiplies by it, or `softmax` where no option comes between. */
+    FA_SCALE_LATE,
 };
 
 /* Rows of a score tile to be weighed. */
 struct fa_softmax {
-    void *scores; /* real [rows][ld]: replaced by weights in the form that `values` takes */
+    /* real [rows][ld]: replaced by weights in the form that `values` takes. */
+    void *scores;
     size_t ld, rows;
-    size_t cols; /* whole panels */
-    float factor; /* finite, above 0: the scores are to be multiplied by it first */
+    /* Whole panels. */
+    size_t cols;
+    /* A factor that the scores are to be multiplied by first: finite, and above 0. */
+    float factor;
     const struct fa_state *state;
     size_t ldacc;
     /* Scores of the next tile, to be computed meanwhile; NULL: none. */
     const struct fa_product *beside;
-    struct fa_wanted *wanted; /* as in `scores`, for `beside` */
+    /* As in `scores`, for `beside`. */
+    struct fa_wanted *wanted;
 };
 
 /* One way to do the products of attention.  No slot is NULL. */
 struct fa_engine {
-    const char *name; /* which explain() prints */
-    const struct fa_tile_ops *ops; /* of the scores between the products, and of the sums */
+    /* The name that explain() prints. */
+    const char *name;
+    /* The operations on scores between the products, and on sums. */
+    const struct fa_tile_ops *ops;
 
-    size_t tile_q; /* rows of a score tile: a multiple of mr, FA_MIN_TILE_Q to FA_MAX_TILE_Q */
+    /* Rows of a score tile: a multiple of mr, from FA_MIN_TILE_Q to FA_MAX_TILE_Q. */
+    size_t tile_q;
     /* Rows and columns of the register tile; nr, a panel, is a whole number of vectors. */
     size_t mr, nr;
-    size_t row_step; /* products touch rows of q, scores and acc up to a multiple of this */
+    /* Products touch rows of q, scores and acc up to a multiple of this. */
+    size_t row_step;
     enum fa_scale_at scale_at;
-    bool multiplies_beside; /* softmax takes a product beside it; FA_SCALE_ROWS then */
+    /* `softmax` takes a product beside it; scale_at is FA_SCALE_ROWS then. */
+    bool multiplies_beside;
 
     /* Whether the engine serves a call: reads its q, k and v, and has all that its options need. */
     bool (*takes)(const struct fa_attention_params *params, enum fa_pass pass);
@@ -194,7 +210,8 @@ struct fa_engine {
 /* One way to do the products of gradients, all of whose operands are `real`.  No slot is NULL. */
 struct fa_gradient_engine {
     const struct fa_tile_ops *ops;
-    size_t nr; /* columns of a panel */
+    /* Columns of a panel. */
+    size_t nr;
 
     /* dst[r][0..cols) = factor * from[r][...]. */
     bool (*load_rows)(void *dst, size_t rows, size_t cols, const struct fa_rows *from,
@@ -233,8 +250,8 @@ static inline const struct fa_tile_ops *fa_ops_for(const struct fa_kernels *kern
     return dtype == FA_F64 ? kernels->f64 : kernels->f32;
 }
 
-/* `rounds` rounds of multiply-adds in a type.  x - 2 x changes only its sign, so that no number becomes
- * infinite or subnormal, which is slow on some CPUs. */
+/* `rounds` rounds of multiply-adds in a type.  x - 2 x changes only its sign, so that no number
+ * becomes infinite or subnormal, which is slow on some CPUs. */
 static inline double fa_multiply_add(const struct fa_kernels *kernels, enum fa_dtype dtype,
                                      int64_t rounds)
 {

@@ -11,18 +11,18 @@
  *       fold the split into the rows' total                       ws->total
  *     store acc / row_sum + residual, lse
  *
- * Where rows are few and keys are many, as in decoding, a task is one split: its state stays in memory,
- * and the task that finishes last folds all of them, in order.
+ * Where rows are few and keys are many, as in decoding, a task is one split: its state stays in
+ * memory, and the task that finishes last folds all of them, in order.
  *
- * A row whose scores or sums left the range of float32 is given back instead of stored, and a second pass computes it
- * with the operations of float64.  A row of float64 has its values scaled down there, so that an average of finite
- * numbers is finite.  Only what a row attends to decides that.
+ * A row whose scores or sums left the range of float32 is given back instead of stored, and a
+ * second pass computes it with the operations of float64.  A row of float64 has its values scaled
+ * down there, so that an average of finite numbers is finite.  Only what a row attends to decides
+ * that.
  *
- * K and V of a block are packed when the first tile needs them: once per block_q rows, which costs
- * 2.5 / block_q + 0.5 / block_q of the products, or three times that where an engine splits
+ * K and V of a block are packed when the first tile needs them: once per block_q rows, which
+ * costs 2.5 / block_q + 0.5 / block_q of the products, or three times that where an engine splits
  * operands.  Every row's result depends on its own scores and on boundaries of blocks and splits
- * only, so threads, batch and neighbours leave no trace in its bits.
- */
+ * only, so threads, batch and neighbours leave no trace in its bits. / */
 #include "forward.h"
 
 #include <math.h>
@@ -34,10 +34,14 @@
 
 /* A block of keys, as the tiles of a task find it. */
 struct block {
-    int64_t key, keys; /* [key, key + keys) */
-    bool few;          /* read where it lies, not packed */
-    bool ready;        /* located, and packed if it is to be */
-    bool finite;       /* no value needs matmul_skip_zeros; with few: not known */
+    /* [key, key + keys) */
+    int64_t key, keys;
+    /* read where it lies, not packed */
+    bool few;
+    /* located, and packed if it is to be */
+    bool ready;
+    /* no value needs matmul_skip_zeros; with few: not known */
+    bool finite;
 };
 
 /* acc[tile rows] += weights v */
@@ -98,7 +102,8 @@ static void weigh_tile(const struct fa_forward *forward, const struct fa_tile *t
                               forward->columns.col_inverse + at);
         return;
     }
-    /* In a cut tile only what some row of the group may see has been computed, and the rest weighs 0. */
+    /* In a cut tile only what some row of the group may see has been computed, and the rest
+     * weighs 0. */
     const int64_t group = fa_tile_group(tile);
     const float factor = fa_softmax_factor(tile->head);
     FA_ASSERT(beside == NULL || group >= tile->rows); /* once, not once per group */
@@ -119,7 +124,8 @@ static void weigh_tile(const struct fa_forward *forward, const struct fa_tile *t
     }
 }
 
-/* Scales of integer values, and of values computed again, join the weights, once row_sum has them without. */
+/* Scales of integer values, and of values computed again, join the weights, once row_sum has them
+ * without. */
 static void scale_weights(const struct fa_tile *tile, struct fa_workspace *ws)
 {
     const struct fa_geometry *g = tile->head->geometry;
@@ -136,7 +142,8 @@ static struct fa_head_rows rows_of(const struct fa_task *task)
     return (struct fa_head_rows){&task->head, task->first_row, task->rows};
 }
 
-/* The bias of the tile that follows: of the rows from r on, or of the first rows and the next block. */
+/* The bias of the tile that follows: of the rows from r on, or of the first rows and the next
+ * block. */
 static void want_next(const struct fa_task *task, struct fa_workspace *ws, int64_t r,
                       int64_t block_key)
 {
@@ -184,8 +191,8 @@ static void swap_scores(struct fa_workspace *ws)
     ws->scores_ahead = scores;
 }
 
-/* One key block against all rows of the task.  Where the softmax multiplies beside, each tile leaves
- * behind the product of the next: `ready`. */
+/* One key block against all rows of the task.  Where the softmax multiplies beside, each tile
+ * leaves behind the product of the next: `ready`. */
 static void attend_block(const struct fa_forward *forward, const struct fa_task *task,
                          struct fa_workspace *ws, int64_t block_key, int64_t keys)
 {
@@ -225,7 +232,8 @@ static void attend_block(const struct fa_forward *forward, const struct fa_task 
     }
 }
 
-/* Keys [lo, hi) of the head against all rows of the task, from nothing into ws->split.  False: stopped. */
+/* Keys [lo, hi) of the head against all rows of the task, from nothing into ws->split.  False:
+ * stopped. */
 static bool attend_keys(struct fa_job *job, int thread, const struct fa_task *task,
                         struct fa_workspace *ws, int64_t lo, int64_t hi)
 {
@@ -246,7 +254,8 @@ static bool attend_keys(struct fa_job *job, int thread, const struct fa_task *ta
     return true;
 }
 
-/* Where the task's first row stands among the rows of all tasks, those of a group in the place of its first. */
+/* Where the task's first row stands among the rows of all tasks, those of a group in the place of
+ * its first. */
 static int64_t place_of(const struct fa_forward *forward, const struct fa_task *task)
 {
     const int64_t block_q = forward->geometry->block_q;
@@ -438,7 +447,8 @@ static void run_whole(struct fa_job *job, const struct fa_task *task, struct fa_
     store_rows(forward, task, &ws->total, ws->look_at_acc);
 }
 
-/* One split; whoever is last of the group folds them in order into the first and stores the rows. */
+/* One split; whoever is last of the group folds them in order into the first and stores the rows.
+ */
 static void run_split(struct fa_job *job, int64_t index, const struct fa_task *task,
                       struct fa_workspace *ws, int thread)
 {
@@ -467,7 +477,8 @@ static void run_split(struct fa_job *job, int64_t index, const struct fa_task *t
     store_rows(forward, task, &total, true);
 }
 
-/* Cut a task down to the rows from the first to the last that was given back.  False: there is none. */
+/* Cut a task down to the rows from the first to the last that was given back.  False: there is
+ * none. */
 static bool keep_given_back(const struct fa_forward *first, struct fa_task *task)
 {
     const uint8_t *given = given_back_of(first, task);
@@ -503,7 +514,8 @@ static void run_task(struct fa_job *job, int64_t index, int thread)
     forward->geometry->engine->leave();
 }
 
-/* Rows that float32 computes, and those of float64 whose values are as they are, may be given back. */
+/* Rows that float32 computes, and those of float64 whose values are as they are, may be given
+ * back. */
 static bool gives_back(const struct fa_geometry *g, bool again) { return !again && !g->widened; }
 
 bool fa_forward_count(const struct fa_geometry *geometry, const struct fa_plan *plan, bool again,

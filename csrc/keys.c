@@ -25,7 +25,8 @@ static void locate_rows(const struct fa_head *head, const char *data, const stru
     }
 }
 
-/* Read the scales of the same keys, 0 up to a whole panel; NULL where there are none.  `row` is scratch. */
+/* Read the scales of the same keys, 0 up to a whole panel; NULL where there are none.  `row` is
+ * scratch. */
 static const float *read_scales(const struct fa_head *head, const char *data,
                                 const struct fa_array *in, struct fa_key_range keys,
                                 const char **row, float *scale)
@@ -53,7 +54,8 @@ static const float *read_scales(const struct fa_head *head, const char *data,
     return scale;
 }
 
-/* Whether keys that are ordinary integers stay so under their scales, which multiply whole scores. */
+/* Whether keys that are ordinary integers stay so under their scales, which multiply whole
+ * scores. */
 static bool are_scales_ordinary(const struct fa_rows *keys, int64_t count)
 {
     bool ordinary = true;

@@ -5,8 +5,8 @@
 #include "geometry.h"
 #include "workspace.h"
 
-/* Find keys [block_key, block_key + keys) and columns [first_col, ...) of their values: ws->keys and
- * ws->values, and whether the keys' type alone says that they are ordinary (engine.h). */
+/* Find keys [block_key, block_key + keys) and columns [first_col, ...) of their values: ws->keys
+ * and ws->values, and whether the keys' type alone says that they are ordinary (engine.h). */
 void fa_locate_keys(const struct fa_head *head, struct fa_workspace *ws, int64_t block_key,
                     int64_t keys, int64_t first_col);
 

@@ -159,8 +159,8 @@ static int64_t find_place(const struct fa_plan *plan, int64_t index)
     return lo;
 }
 
-/* Tasks of a head are neighbours, so that threads share its K and V in the last cache; within a head
- * the rows that see the most keys under a causal mask come first. */
+/* Tasks of a head are neighbours, so that threads share its K and V in the last cache; within a
+ * head the rows that see the most keys under a causal mask come first. */
 struct fa_task fa_plan_task(const struct fa_plan *plan, int64_t index)
 {
     const struct fa_geometry *g = plan->geometry;

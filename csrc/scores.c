@@ -59,8 +59,8 @@ static struct fa_segment_range query_segments(const struct fa_tile *tile)
     return range;
 }
 
-/* Segments of packed documents ascend, so that ranges decide almost every tile: those of other documents
- * are skipped without a look at the keys, and those inside one document need no mask. */
+/* Segments of packed documents ascend, so that ranges decide almost every tile: those of other
+ * documents are skipped without a look at the keys, and those inside one document need no mask. */
 enum overlap { NONE, SOME, ALL };
 
 static enum overlap compare_segments(const struct fa_tile *tile, struct fa_workspace *ws)
@@ -136,8 +136,8 @@ bool fa_tile_init(struct fa_tile *tile, struct fa_workspace *ws, const struct fa
         .keys = live,
         .columns = fa_round_up(live, panel),
     };
-    /* Both ends of the range grow with the row: the last row has the highest lo, the first the lowest
-     * hi. */
+    /* Both ends of the range grow with the row: the last row has the highest lo, the first the
+     * lowest hi. */
     const int64_t last_row = rows->first + rows->count - 1;
     const int64_t lo_max = fa_token_keys(head, fa_row_token(g, last_row)).lo;
     const int64_t hi_min = fa_token_keys(head, fa_row_token(g, rows->first)).hi;
@@ -178,18 +178,20 @@ static double score_factor(const struct fa_attention_params *p)
     return p->softcap > 0 ? p->scale / p->softcap : p->scale * FA_LOG2_E;
 }
 
-/* Of a run that scales scores: a scale that makes numbers smaller comes before the sum of products, which then does not
- * pass the range on its way, and one that makes them larger after it. */
+/* Of a run that scales scores: a scale that makes numbers smaller comes before the sum of
+ * products, which then does not pass the range on its way, and one that makes them larger after
+ * it. */
 static double row_factor(const struct fa_attention_params *p)
 {
     return fabs(p->scale) < 1 ? p->scale : 1;
 }
 
-/* Powers of 2 that float32 holds with as many bits, its own products with ordinary numbers included. */
+/* Powers of 2 that float32 holds with as many bits, its own products with ordinary numbers
+ * included. */
 static bool is_narrow(double x) { return x == 0 || (fabs(x) > 0x1p-100 && fabs(x) < 0x1p100); }
 
-/* A product that becomes a subnormal number when it is divided by the cap loses bits, and the cap multiplies what is
- * lost: below this cap, by less than a rounding of the score. */
+/* A product that becomes a subnormal number when it is divided by the cap loses bits, and the cap
+ * multiplies what is lost: below this cap, by less than a rounding of the score. */
 #define NARROW_SOFTCAP 0x1p20
 
 bool fa_has_narrow_options(const struct fa_attention_params *params)
@@ -216,9 +218,10 @@ bool fa_scales_scores(const struct fa_attention_params *params, bool again)
     return !fa_has_narrow_options(params) || (again && params->dtype == FA_F64);
 }
 
-/* Beside a bias, or a distance, of more than 2^16 the rest of a score has less than 7 bits left in float32 behind
- * the point, by which keys are told apart.  Narrow biases from -2^127 down leave none of it in float64 either: that is
- * how models mask, with the lowest number of a type, and such rows are the average of their keys in both. */
+/* Beside a bias, or a distance, of more than 2^16 the rest of a score has less than 7 bits left
+ * in float32 behind the point, by which keys are told apart.  Narrow biases from -2^127 down
+ * leave none of it in float64 either: that is how models mask, with the lowest number of a type,
+ * and such rows are the average of their keys in both. */
 #define DOUBTFUL_FROM 0x1p16
 #define DOUBTFUL_TO 0x1p127
 
@@ -274,8 +277,8 @@ void fa_load_rows(struct fa_workspace *ws, const struct fa_head_rows *rows)
     }
 }
 
-/* The options that look at one row at a time, on the columns [first, first + columns) of the tile, whose
- * row r begins at row_scores. */
+/* The options that look at one row at a time, on the columns [first, first + columns) of the
+ * tile, whose row r begins at row_scores. */
 static void edit_row(const struct fa_tile *tile, const struct fa_workspace *ws, int64_t r,
                      char *row_scores, int64_t first, int64_t columns)
 {
@@ -406,8 +409,9 @@ static void group_scores(const struct fa_tile *tile, struct fa_workspace *ws, in
     if (g->scales_scores) {
         scale_products((double *)(void *)scores, g->score_stride, rows, columns, g->params);
     } else if (!g->widened && !(ws->rows_ordinary && ws->keys_ordinary)) {
-        /* Before the options, so that keys which take no part are masked after all.  A run that scales scores is the
-         * last, and float64 holds every score of narrower numbers: there a score is infinite where the reference's is. */
+        /* Before the options, so that keys which take no part are masked after all.  A run that
+         * scales scores is the last, and float64 holds every score of narrower numbers: there a
+         * score is infinite where the reference's is. */
         ops->mark_overflow(scores, (size_t)g->score_stride, (size_t)rows, (size_t)columns);
     }
     if (g->params->softcap > 0) {

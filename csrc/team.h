@@ -12,13 +12,17 @@ struct fa_offer {
      * 0. */
     void (*help)(struct fa_offer *offer, int thread);
     void *context;
-    int threads; /* that may work on it, the caller among them */
+    /* Threads that may work on it, the caller among them. */
+    int threads;
 
     /* private */
     struct fa_offer *next;
-    int joined;         /* helpers that have come, gone ones included */
-    atomic_int inside;  /* helpers that have come and not gone */
-    atomic_bool closed; /* nothing is left to do */
+    /* Helpers that have come, with those that have gone. */
+    int joined;
+    /* Helpers that have come and not gone. */
+    atomic_int inside;
+    /* Nothing is left to do. */
+    atomic_bool closed;
     unsigned era;
 };
 

@@ -1,5 +1,5 @@
-/* Weights made visible: those of chosen rows, means of blocks of them, or sums over the queries, without a matrix of
- * seqlen_q x seqlen_k.
+/* Weights made visible: those of chosen rows, means of blocks of them, or sums over the queries,
+ * without a matrix of seqlen_q x seqlen_k.
  *
  *   for each task (batch, head, rows of the result)                    threads, one atomic counter
  *     for each stretch of block_q rows of q
@@ -10,17 +10,19 @@
  *         times 1 / row_sum: stored, or summed into cells
  *     store the cells
  *
- * Softmax over the queries has its statistics from column_softmax.c, of all queries, and the second pass only.  Products
- * are two, as in attention, which has one with the values instead.
+ * Softmax over the queries has its statistics from column_softmax.c, of all queries, and the
+ * second pass only.  Products are two, as in attention, which has one with the values instead.
  *
- * The result is rows of cells.  A task has whole rows of it, so that it stores what it has summed; where the queries of
- * one row are many, tasks share them, and their sums, kept apart, are added in order at the end.  Which queries a task has
- * depends on sizes alone, and every cell is a sum in order of key blocks and tiles: of at most tile_q weights in the
- * workspace's type, then in double.  So no bit depends on threads.
+ * The result is rows of cells.  A task has whole rows of it, so that it stores what it has
+ * summed; where the queries of one row are many, tasks share them, and their sums, kept apart,
+ * are added in order at the end.  Which queries a task has depends on sizes alone, and every cell
+ * is a sum in order of key blocks and tiles: of at most tile_q weights in the workspace's type,
+ * then in double.  So no bit depends on threads.
  *
- * Rows whose scores left the range of float32 are given back, as in forward.c, and computed by the operations of float64
- * in a second run: rows that are stored by themselves one by one, summed ones with all that their task sums; columns of a
- * softmax over the queries one by one, or with all that is summed of their head. */
+ * Rows whose scores left the range of float32 are given back, as in forward.c, and computed by
+ * the operations of float64 in a second run: rows that are stored by themselves one by one,
+ * summed ones with all that their task sums; columns of a softmax over the queries one by one, or
+ * with all that is summed of their head. */
 #include <math.h>
 #include <string.h>
 
@@ -29,7 +31,8 @@
 #include "keys.h"
 #include "scores.h"
 
-/* Queries of a task: q stays in the cache while both passes read it, and a block of keys is packed once for each pass. */
+/* Queries of a task: q stays in the cache while both passes read it, and a block of keys is
+ * packed once for each pass. */
 #define MOST_ROWS 768
 #define ROW_BYTES (512 * 1024)
 /* Parts that the queries of a head are cut into, if that leaves LEAST_ROWS. */
@@ -44,28 +47,36 @@ struct weights {
     struct fa_geometry geometry;
     /* The result of a head: so many rows of so many cells; FA_WEIGHTS_EACH has no cells. */
     int64_t result_rows, result_cols;
-    /* A task has the queries of `together` of these rows, or one of `shares` of those of one row. */
+    /* A task has the queries of `together` of these rows, or one of `shares` of those of one row.
+     */
     int64_t together, shares;
     int64_t tasks_per_head, num_tasks;
     int64_t thread_bytes;
     char *workspaces;
-    double *shared; /* cells [batch * heads][result_rows][shares], if shares are more than one */
-    /* Rows that were given back, [batch * heads][rows], a row of a task for all that the task sums; NULL if none may be. */
+    /* cells [batch * heads][result_rows][shares], if shares are more than one */
+    double *shared;
+    /* Rows that were given back, [batch * heads][rows], a row of a task for all that the task
+     * sums; NULL if none may be. */
     uint8_t *given_back;
     atomic_bool any_given_back;
-    struct fa_columns columns; /* softmax over the queries: statistics of all of them */
+    /* softmax over the queries: statistics of all of them */
+    struct fa_columns columns;
     struct fa_geometry column_geometry;
-    struct weights
-        *first; /* NULL, or the run whose rows and columns of that kind this one computes */
+    /* NULL, or the run whose rows and columns of that kind this one computes */
+    struct weights *first;
 };
 
 /* One thread's buffers. */
 struct buffers {
     struct fa_workspace ws;
-    double *top, *total; /* [block_q]: of each row, in base 2 */
-    char *factor; /* real [block_q]: of what the second pass leaves of scores */
-    char *column_sums; /* real [block_k]: of some rows of a tile */
-    double *cells; /* [together][result_cols] */
+    /* [block_q]: of each row, in base 2 */
+    double *top, *total;
+    /* real [block_q]: of what the second pass leaves of scores */
+    char *factor;
+    /* real [block_k]: of some rows of a tile */
+    char *column_sums;
+    /* [together][result_cols] */
+    double *cells;
     /* The rows that ws.q holds: block_q of a task, or fewer. */
     struct fa_head_rows rows;
 };
@@ -73,8 +84,10 @@ struct buffers {
 struct task {
     struct fa_head head;
     int64_t first_result_row, result_rows;
-    int64_t begin, end; /* rows */
-    double *cells; /* of these rows of the result; NULL: each weight is stored */
+    /* rows */
+    int64_t begin, end;
+    /* of these rows of the result; NULL: each weight is stored */
+    double *cells;
 };
 
 static bool over_queries(const struct weights *w)
@@ -102,7 +115,8 @@ static void take_buffers(struct fa_memory *memory, const struct weights *w, stru
     to->cells = fa_take(memory, own, w->result_cols, (int64_t)sizeof *to->cells);
 }
 
-/* --- first pass --------------------------------------------------------------------------------------------- */
+/* --- first pass
+ * --------------------------------------------------------------------------------------------- */
 
 /* Statistics over one more stretch of keys.  In double, once per split_k keys. */
 static void fold_rows(const struct fa_geometry *g, struct buffers *to)
@@ -140,7 +154,8 @@ static void weigh_rows(const struct fa_tile *tile, struct fa_workspace *ws)
     }
 }
 
-/* --- second pass -------------------------------------------------------------------------------------------- */
+/* --- second pass
+ * -------------------------------------------------------------------------------------------- */
 
 /* Scores of rows whose softmax is NaN: what takes part is NaN, what does not stays at -inf. */
 static void spoil_rows(const struct fa_tile *tile, struct buffers *of)
@@ -221,7 +236,8 @@ static bool stores_row(const struct weights *w, int64_t head_index, int64_t row)
                             : w->given_back == NULL || !is_given_back(w, head_index, row);
 }
 
-/* A row of weights to the result: the columns that the first run gave back, where this is the second over columns. */
+/* A row of weights to the result: the columns that the first run gave back, where this is the
+ * second over columns. */
 static void store_columns(const struct weights *w, int64_t head_index, const char *weights,
                           struct fa_key_range keys, char *out, double factor)
 {
@@ -297,7 +313,9 @@ static void use_tile(const struct weights *w, const struct task *task, const str
     }
 }
 
-/* --- tasks -------------------------------------------------------------------------------------------------- */
+/* --- tasks
+ * --------------------------------------------------------------------------------------------------
+ */
 
 /* Some keys against of->rows.  use: the second pass. */
 static bool visit_keys(struct fa_job *job, int thread, const struct task *task, struct buffers *of,
@@ -364,8 +382,9 @@ static bool find_statistics(struct fa_job *job, int thread, const struct task *t
     return true;
 }
 
-/* What the second pass takes: row_max and the factor of what exp2 leaves.  No score is so far above row_max that it would
- * be raised: the first pass has seen them all.  Rows that left the range are given back. */
+/* What the second pass takes: row_max and the factor of what exp2 leaves.  No score is so far
+ * above row_max that it would be raised: the first pass has seen them all.  Rows that left the
+ * range are given back. */
 static void prepare_rows(struct weights *w, struct buffers *of)
 {
     const struct fa_geometry *g = &w->geometry;
@@ -406,7 +425,8 @@ static bool any_given_back(const struct weights *w, const struct fa_head_rows *r
     return false;
 }
 
-/* Rows [first, first + rows), at most block_q.  False: stopped, or given back with all that the task sums. */
+/* Rows [first, first + rows), at most block_q.  False: stopped, or given back with all that the
+ * task sums. */
 static bool run_rows(struct fa_job *job, int thread, const struct task *task, struct buffers *of,
                      int64_t first, int64_t rows)
 {
@@ -472,7 +492,8 @@ static void find_task(const struct weights *w, int64_t index, struct buffers *of
     }
 }
 
-/* Whether a run has nothing to do for a task: the first has done it, or has left all of it to the second. */
+/* Whether a run has nothing to do for a task: the first has done it, or has left all of it to the
+ * second. */
 static bool is_done(const struct weights *w, const struct task *task)
 {
     const struct weights *first = w->first == NULL ? w : w->first;
@@ -527,7 +548,9 @@ static void store_shared(const struct weights *w)
     }
 }
 
-/* --- a call ------------------------------------------------------------------------------------------------- */
+/* --- a call
+ * -------------------------------------------------------------------------------------------------
+ */
 
 /* How the rows are cut into tasks: by sizes alone, so that every sum is. */
 static bool choose_tasks(struct weights *w)
