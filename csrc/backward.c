@@ -1,18 +1,18 @@
 /* Gradients of attention, recomputed block by block (FlashAttention-2, arXiv:2307.08691, section
  * 3.1).
  *
- *   for each row: delta, and what gives its weights                     backward_rows.c, backward_statistics.c
- *   for each task (batch, head, group of key blocks)                    threads, one atomic counter
+ *   for each row: delta, and its weighing              backward_rows.c, backward_statistics.c
+ *   for each task (batch, head, group of key blocks)   threads, one atomic counter
  *     for each key block of the group
  *       pack keys (twice) and values
  *       for each FA_BACKWARD_ROWS rows that may see one of them
- *         weights and gradients of scores                               backward_tile.c: 2 products
+ *         weights and gradients of scores              backward_tile.c: 2 products
  *         grad_v += weights^T grad_out
  *         grad_k += gradients^T q
  *         the group's grad_q += gradients k
  *       store grad_k and grad_v
  *     after the head's last group, for each row:
- *       grad_q = sum of the groups' sums                                backward_rows.c, backward_sums.c
+ *       grad_q = sum of the groups' sums               backward_rows.c, backward_sums.c
  *
  * With softmax over the queries a key's delta is v * grad_v, so its rows are visited twice: for
  * grad_v, and then for the rest, 6 products instead of 5.
@@ -29,7 +29,7 @@
 #include "backward_tile.h"
 #include "float_mode.h"
 
-/* What rows of a key block are visited for. */
+/* The purpose of a visit of rows to a key block. */
 enum purpose { EVERYTHING, GRAD_V, THE_REST };
 
 /* A key block of a unit (backward_sums.h), and the head that meets it. */
@@ -259,7 +259,7 @@ static int64_t count_queries(const struct fa_head *head, int64_t key)
 /* A key's softmax, as its lse and the forward pass have it. */
 struct column {
     double lse;
-    /* what the forward pass kept is there, and needs no statistics */
+    /* The forward pass has kept it, so that it needs no statistics. */
     bool is_kept;
     struct fa_weighing kept;
     bool wants_statistics;
@@ -562,8 +562,8 @@ static enum fa_status run_passes(struct fa_backward *b)
     if (status == FA_OK && main_pass) {
         status = run_pass(b, run_group, heads / fa_backward_members(g) * b->groups);
     }
-    /* A second run does that for all heads: their sums may meet in the same elements.  For
-     * float64 it mends what it finds. */
+    /* A second run computes it for all heads: their sums may meet in the same elements.  For
+     * float64 it mends the elements that it finds not finite. */
     if (status == FA_OK && p->grad_bias.data != NULL &&
         (!atomic_load(&b->any_left) || p->attention.dtype == FA_F64)) {
         status = run_pass(b, fa_backward_bias, fa_backward_bias_tasks(b));

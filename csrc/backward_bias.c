@@ -1,9 +1,9 @@
 /* grad_bias: the gradients of scores, added up where the bias was broadcast.
  *
- * A task owns a part of one plane of the bias, that is of what a (batch entry, head) of it holds,
+ * A task owns an area of one plane of the bias, the elements of one (batch entry, head) of it,
  * and visits in order all heads that read it: no two tasks write the same element, and every sum
  * has one order.  Scores and products with the values are computed once more, so this pass costs
- * 2 products. / */
+ * 2 products. */
 #include "backward_bias.h"
 
 #include <math.h>
@@ -11,8 +11,7 @@
 
 #include "backward_tile.h"
 
-/* Rows of an area where the bias has one column: K and V of a key block are packed once for them.
- */
+/* Rows of an area where the bias has one column: K and V of a key block are packed once for all. */
 #define AREA_ROWS (4 * FA_BACKWARD_ROWS)
 
 /* A plane is split by key blocks, or, where all keys read the same column, by tokens. */
@@ -31,8 +30,8 @@ static int64_t count_areas(const struct fa_geometry *g, const struct fa_array *b
     return bias->row == 0 ? 1 : fa_max(1, fa_ceil_div(g->params->seqlen_q, tokens_per_area(g)));
 }
 
-/* Elements of the bias: heads where it tells the stacked ones apart, tokens and keys where it
- * tells those apart, else one of each. */
+/* Elements of the bias: heads where the bias tells the stacked ones apart, tokens and keys where
+ * it tells those apart, else one of each. */
 struct area {
     int64_t members, first_token, tokens, first_key, keys;
 };
@@ -146,7 +145,7 @@ static void add_doubles(double *to, int64_t stride, const double *from, int64_t 
     }
 }
 
-/* Gradients of scores of some rows and columns of the key block that ws holds. */
+/* Add the gradients of the scores of some rows, in some columns of the key block that ws holds. */
 static void add_gradients(const struct fa_backward_workspace *ws, const struct fa_head_rows *rows,
                           struct fa_key_range columns, const struct sums *sums)
 {
@@ -170,7 +169,7 @@ static void add_gradients(const struct fa_backward_workspace *ws, const struct f
     }
 }
 
-/* Some rows of a head against the key block at `key`.  False: stopped. */
+/* Add up some rows of a head against the key block at `key`.  False: stopped. */
 static bool visit_block(struct fa_job *job, int thread, const struct fa_head_rows *all, int64_t key,
                         const struct sums *sums)
 {
@@ -203,7 +202,7 @@ static bool visit_block(struct fa_job *job, int thread, const struct fa_head_row
     return true;
 }
 
-/* An area, of one head's scores.  False: stopped. */
+/* Add up an area of the scores of one head.  False: stopped. */
 static bool visit_head(struct fa_job *job, int thread, int64_t head_index, const struct sums *sums)
 {
     const struct fa_backward *b = job->context;
@@ -228,9 +227,9 @@ static bool visit_head(struct fa_job *job, int thread, int64_t head_index, const
     return true;
 }
 
-/* grad_bias itself, in a first run that computes in its type or a narrower one.  Else memory of
- * the thread: sums of float64 that are rounded once and may pass the range of float32, or are
- * divided by 2^value_exponent. */
+/* The sums are grad_bias itself in a first run that computes in its type or a narrower one.  Else
+ * they are memory of the thread, in float64: rounded once at the end, as they may pass the range
+ * of float32, or are divided by 2^value_exponent. */
 static struct sums sums_of(const struct fa_backward *b, const struct area *area, char *plane,
                            int thread)
 {

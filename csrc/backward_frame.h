@@ -1,5 +1,5 @@
-/* What the passes of the backward pass share: a call, a thread's buffers, and where numbers of
- * rows and columns lie. */
+/* The things that the passes of the backward pass share: a call, a thread's buffers, and where
+ * numbers of rows and columns lie. */
 #ifndef FA_BACKWARD_FRAME_H
 #define FA_BACKWARD_FRAME_H
 
@@ -9,7 +9,7 @@
 #include "workspace.h"
 
 /* Rows that meet a key block at a time.  The sums over rows, for grad_k and grad_v, read and
- * write their accumulators once per so many rows: 2 % of their time at 192, where all buffers of
+ * write their accumulators once for so many rows: 2 % of their time at 192, where all buffers of
  * a thread still fit a 1 MiB L2 at head_dim 64. */
 #define FA_BACKWARD_ROWS (8 * FA_MIN_TILE_Q)
 
@@ -20,10 +20,10 @@
 
 /* One thread's buffers. */
 struct fa_backward_workspace {
-    /* As of the forward pass, with a block_q of FA_BACKWARD_ROWS.  v holds V as k holds K, and the
-     * scores and slopes of a tile are those of its rows in `weights` and `slope`. */
+    /* A workspace as the forward pass has it, with a block_q of FA_BACKWARD_ROWS.  Its v holds V
+     * as k holds K, and its scores and slopes are rows of `weights` and `slope`. */
     struct fa_workspace forward;
-    /* First key of the block whose keys and values it holds. */
+    /* The first key of the block that the workspace holds. */
     int64_t block_key;
     /* Whether all that q_panels, grad_out_panels and k_values hold is finite. */
     bool q_finite, grad_finite, keys_finite;
@@ -52,8 +52,8 @@ struct fa_backward_workspace {
     const char **row;
 };
 
-/* Of a softmax, from its base-2 scores s: total is the sum of exp2(s - top), sinks included, and
- * products the sum of these times the gradients of their weights. */
+/* A softmax by its base-2 scores s: total is the sum of exp2(s - top), sinks included, and
+ * products the sum of the same terms times the gradients of their weights. */
 struct fa_statistics {
     double top, total, products;
 };
@@ -61,13 +61,13 @@ struct fa_statistics {
 /* Weights from base-2 scores: exp2(s - shift) * factor. */
 struct fa_weighing {
     double shift, factor;
-    /* It comes from statistics, */
+    /* The weighing comes from statistics. */
     bool by_sums;
-    /* and these are of all keys that lse is of. */
+    /* The statistics are of all keys that lse is of. */
     bool own;
 };
 
-/* Everything the tasks of one call share. */
+/* Everything that the tasks of one run share. */
 struct fa_backward {
     const struct fa_backward_params *params;
     /* Its engine computes the scores again. */
@@ -96,7 +96,7 @@ struct fa_backward {
     /* [units] (fa_sums_init), NULL in a second run: whether a softmax or a gradient of the unit
      * left the range of its type. */
     atomic_bool *unit_left;
-    /* Whether one of these did, or a sum of grad_bias. */
+    /* Whether any unit did, or a sum of grad_bias. */
     atomic_bool any_left;
     /* NULL, or the first run.  A second run computes again the units that left. */
     const struct fa_backward *first;
@@ -111,12 +111,12 @@ int64_t fa_backward_members(const struct fa_geometry *g);
 
 /* Note that a head's unit left the range of its type. */
 void fa_backward_leave(struct fa_backward *backward, int64_t head_index);
-/* Whether the first run stored the gradients of a head's unit, and whether this run has nothing
- * else to do for it. */
+/* Whether the first run has stored the gradients of a head's unit; and whether this run has
+ * nothing else to do for the unit. */
 bool fa_backward_is_stored(const struct fa_backward *backward, int64_t head_index);
 bool fa_backward_is_done(const struct fa_backward *backward, int64_t head_index);
 
-/* Workspace of a thread. */
+/* Bytes of a thread's workspace (false: they leave int64), and the workspace. */
 bool fa_backward_workspace_bytes(struct fa_backward *backward);
 struct fa_backward_workspace fa_backward_workspace_of(const struct fa_backward *backward,
                                                       int thread);
@@ -154,7 +154,7 @@ static inline bool fa_over_queries(const struct fa_geometry *g)
     return g->params->softmax_axis == FA_SOFTMAX_QUERIES;
 }
 
-/* What sums of gradients of scores are multiplied by, if their terms were not. */
+/* The factor of sums of gradients of scores, if their terms do not have it. */
 static inline double fa_backward_factor(const struct fa_geometry *g)
 {
     return g->scales_scores ? 1 : g->params->scale;

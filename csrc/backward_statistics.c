@@ -80,8 +80,8 @@ static double lse_again(const struct fa_geometry *g, const struct fa_statistics 
     return fa_natural(of->top, log2(of->total), is_biased(g), g->ops->size);
 }
 
-/* Whether lse is theirs alone.  Of more keys it is larger: where it is less, roundings made it
- * so. */
+/* Whether lse is of these scores alone.  The lse of more keys is larger: where it is less,
+ * roundings made it so. */
 static bool agrees(const struct fa_backward *backward, const struct fa_statistics *of, double lse)
 {
     const struct fa_geometry *g = &backward->geometry;
@@ -250,7 +250,7 @@ static void sum_block(const struct fa_backward *b, struct fa_backward_workspace 
         if (!fa_backward_scores(&tile, ws, rows, r)) {
             continue;
         }
-        /* To a row, its products are what acc is in the forward pass: one vector wide. */
+        /* A row has its products in the place that acc has in the forward pass: one vector wide. */
         const struct fa_state state = {
             .row_max = (char *)ws->forward.split.row_max + r * size,
             .row_sum = (char *)ws->forward.split.row_sum + r * vl * size,

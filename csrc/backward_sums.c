@@ -3,15 +3,15 @@
  * Tasks are handed out in order, so a unit that has begun and is not done has a task under way,
  * or is the one whose tasks are handed out next: no more than num_threads + 1.  Few buffers stay
  * in cache and are mapped by the kernel once; sums of all heads were 8 % of the time of (1, 12,
- * 2048, 64) in page faults alone. / */
+ * 2048, 64) in page faults alone. */
 #include "backward_sums.h"
 
 #include <pthread.h>
 
 struct unit {
-    /* -1: none */
+    /* Below 0: the unit has no slot. */
     int slot;
-    /* that are not done */
+    /* Tasks that are not done. */
     int64_t tasks;
 };
 

@@ -21,7 +21,7 @@ void fa_backward_pack(const struct fa_backward *backward, const struct fa_head *
     ws->block_key = block_key;
 }
 
-/* The tile's first gradient of row 0. */
+/* Where the first gradient of row 0 of a tile is. */
 static char *gradients_of(const struct fa_tile *tile, const struct fa_backward_workspace *ws)
 {
     const struct fa_geometry *g = tile->head->geometry;

@@ -9,7 +9,7 @@
  *
  * The second pass is the loop nest of forward.c with weights exp2(score - maximum) / sum,
  * computed from the same scores bit for bit.  Three matrix products in all, and two numbers per
- * key of memory. / */
+ * key of memory. */
 #include "column_softmax.h"
 
 #include <math.h>
@@ -103,8 +103,7 @@ static void store_lse_again(const struct fa_columns *columns, const struct fa_he
     }
 }
 
-/* Maximum and reciprocal sum are shift and factor; those of a column that was given back are NaN.
- */
+/* Maximum and reciprocal sum are shift and factor; they are NaN in a column that was given back. */
 static void store_weighing(const struct fa_columns *columns, const struct fa_head *head,
                            int64_t block_key, int64_t keys)
 {

@@ -7,13 +7,13 @@
 #include "geometry.h"
 #include "schedule.h"
 
-/* What the tasks of the first pass share, and what the second pass has of them. */
+/* The numbers that the tasks of the first pass share, and that the second pass has of them. */
 struct fa_columns {
     const struct fa_geometry *geometry;
     /* The caller's workspaces, for geometry->num_threads threads. */
     char *workspaces;
     /* Whether columns whose statistics left the range of float32 are given back, for a second
-     * run; such a column has a reciprocal sum of NaN, which gives back the rows that it takes
+     * run.  Such a column has a reciprocal sum of NaN, which gives back the rows that it takes
      * part in. */
     bool gives_back;
     /* The backward pass computes the same scores, so that their weighing holds there. */
@@ -44,7 +44,8 @@ static inline int64_t fa_column_offset(const struct fa_geometry *g, int64_t head
     return (head_index * g->key_blocks + key_block) * g->block_k * (int64_t)g->ops->size;
 }
 
-/* A row's or a key's place of `weighing`: the backward pass is to find these out for itself. */
+/* Mark a row's, or a key's, place of `weighing`: the backward pass is to find shift and factor by
+ * itself. */
 static inline void fa_forget_weighing(const struct fa_geometry *g, char *weighing)
 {
     fa_write_lse(g, weighing, 0);

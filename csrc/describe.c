@@ -7,9 +7,9 @@
 struct count {
     const struct fa_geometry *geometry;
     char *workspaces;
-    /* of a batch entry, that are counted */
+    /* Heads of a batch entry that are counted. */
     int64_t heads;
-    /* of a head */
+    /* Blocks of rows of a head. */
     int64_t row_blocks;
     _Atomic int64_t total, computed;
 };

@@ -102,7 +102,7 @@ struct fa_attention_params {
     /* float32 (batch..., num_kv_heads, seqlen_k), one for each `row`, with FA_I8, else absent:
      * key j is k_scale[j] times its integers.  v_scale is the same for values. */
     struct fa_array k_scale;
-    /* one per `row`: k[j] = k_scale[j] * the integers of key j */
+    /* The same for values. */
     struct fa_array v_scale;
     /* (batch..., num_heads, seqlen_q, head_dim_v) */
     struct fa_array out;

@@ -22,7 +22,7 @@
  * K and V of a block are packed when the first tile needs them: once per block_q rows, which
  * costs 2.5 / block_q + 0.5 / block_q of the products, or three times that where an engine splits
  * operands.  Every row's result depends on its own scores and on boundaries of blocks and splits
- * only, so threads, batch and neighbours leave no trace in its bits. / */
+ * only, so threads, batch and neighbours leave no trace in its bits. */
 #include "forward.h"
 
 #include <math.h>
@@ -34,13 +34,13 @@
 
 /* A block of keys, as the tiles of a task find it. */
 struct block {
-    /* [key, key + keys) */
+    /* Keys [key, key + keys). */
     int64_t key, keys;
-    /* read where it lies, not packed */
+    /* The products read its keys and values where they lie. */
     bool few;
-    /* located, and packed if it is to be */
+    /* It is located, and packed if it is to be. */
     bool ready;
-    /* no value needs matmul_skip_zeros; with few: not known */
+    /* engine->values may have its values.  With `few` that is not known. */
     bool finite;
 };
 
@@ -86,7 +86,7 @@ static void add_weighted_values(const struct fa_tile *tile, struct fa_workspace 
     }
 }
 
-/* `beside`: a product to compute at the same time, or NULL. */
+/* Scores of the tile to weights.  beside: a product to compute at the same time, or NULL. */
 static void weigh_tile(const struct fa_forward *forward, const struct fa_tile *tile,
                        struct fa_workspace *ws, const struct fa_product *beside)
 {
@@ -309,7 +309,8 @@ static enum fa_stored store_row(const struct fa_forward *forward, const struct f
     const struct fa_geometry *g = forward->geometry;
     if (forward->columns.col_max != NULL) {
         if (!result->final && result->doubt.from < 0) {
-            return FA_ROW_LEFT; /* a weight that seems to be 0 does not show that its column was given back */
+            /* A weight that seems to be 0 does not show that its column was given back. */
+            return FA_ROW_LEFT;
         }
         return g->ops->store(fa_state_from(g, state, (int64_t)result->row).acc, result);
     }
@@ -332,7 +333,7 @@ static char *weighing_of(const struct fa_forward *forward, const struct fa_head 
     return weighing;
 }
 
-/* What is the row's own in its result.  of_softmax: and in what tells of its softmax. */
+/* Fill in the members of a result that belong to one row.  of_softmax: lse and weighing, too. */
 static void place_row(const struct fa_forward *forward, const struct fa_task *task, int64_t r,
                       bool of_softmax, struct fa_row_result *result)
 {
@@ -447,8 +448,8 @@ static void run_whole(struct fa_job *job, const struct fa_task *task, struct fa_
     store_rows(forward, task, &ws->total, ws->look_at_acc);
 }
 
-/* One split; whoever is last of the group folds them in order into the first and stores the rows.
- */
+/* One split.  The last task of the group folds all of them, in order, into the first, and stores
+ * the rows. */
 static void run_split(struct fa_job *job, int64_t index, const struct fa_task *task,
                       struct fa_workspace *ws, int thread)
 {

@@ -1,4 +1,4 @@
-/* The blocks of a forward pass, shared by its two forms of softmax. */
+/* A run of the forward pass: what its tasks share, and the memory that it takes. */
 #ifndef FA_FORWARD_H
 #define FA_FORWARD_H
 
@@ -10,7 +10,7 @@
 #include "schedule.h"
 #include "workspace.h"
 
-/* Everything the tasks of one call share. */
+/* Everything that the tasks of one run share. */
 struct fa_forward {
     const struct fa_geometry *geometry;
     struct fa_plan plan;
@@ -21,7 +21,8 @@ struct fa_forward {
     /* With plan.by_splits, else NULL: a state of block_q rows for every task, state_bytes apart. */
     char *states;
     int64_t state_bytes;
-    /* And for every group of tasks, at its first: how many of them are done. */
+    /* With plan.by_splits, else NULL: for every group of tasks, at its first, how many of them
+     * are done. */
     atomic_int *arrived;
     /* Rows that were given back (enum fa_stored): [num_tasks][block_q], of the tasks that store
      * them; NULL if no row may be given back. */
@@ -40,14 +41,14 @@ struct fa_forward {
     bool keeps_weighing;
 };
 
-/* Bytes of what a run allocates besides fa_columns_bytes: the buffers of all threads, a byte for
- * each row that it may give back, and with plan->by_splits a state for each task, `state` each,
- * and as many counters. */
+/* Bytes that a run allocates besides fa_columns_bytes: the buffers of all threads, a byte for
+ * each row that it may give back, and with plan->by_splits a state for each task, all states
+ * together, and as many counters. */
 struct fa_forward_bytes {
     int64_t workspaces, given_back, state, states, arrived;
 };
 
-/* again: of a second run.  False: they leave int64. */
+/* The bytes of a run.  again: it is a second run.  False: they leave int64. */
 bool fa_forward_count(const struct fa_geometry *geometry, const struct fa_plan *plan, bool again,
                       struct fa_forward_bytes *bytes);
 

@@ -20,16 +20,15 @@
  * buffer grows with head_dim_v; at 1024 that costs at most head_dim / 1024 of the work. */
 #define BLOCK_DV 1024
 
-/* Keys per split.  A row's softmax starts anew at every multiple of it, and the splits are folded
- * in order: so threads may share the keys of a few queries, and yet nobody's bits depend on
- * whether they do.  K and V of a split are 1 MiB at head_dim 128, 50 us of reading, ten times
- * what a task costs beside; in prefill a new start costs 1 / split_k * 20 cycles per row and key.
- */
+/* Keys per split.  The softmax of a row starts anew at every multiple of it, and the splits are
+ * folded in order: so threads may share the keys of a few queries, and no bit depends on whether
+ * they do.  K and V of a split are 1 MiB at head_dim 128, 50 us of reading, ten times the cost of
+ * a task; in prefill a new start costs 1 / split_k * 20 cycles per row and key. */
 #define SPLIT_K 1024
 
-/* Multiply-adds that pay for one more thread: about 80 us at 50 per nanosecond, the time that one
- * which sleeps takes to wake.  The caller does not wait for it, but smaller gains are not worth
- * the processor time that they cost others. */
+/* Multiply-adds that pay for one more thread: about 80 us at 50 per nanosecond, the time that a
+ * sleeping thread takes to wake.  The caller does not wait for it, but smaller gains are not
+ * worth the processor time that they cost the rest of the system. */
 #define WORK_PER_THREAD 4e6
 
 static int64_t choose_block_k(const struct fa_geometry *g)
@@ -44,7 +43,7 @@ static int64_t choose_block_k(const struct fa_geometry *g)
 }
 
 /* Blocks of equal size, as few as memory and balance allow.  Few rows stay together and share the
- * keys by splits (plan.c): cut, each part would pack all of K and V. */
+ * keys by splits (plan.c): if they were cut, each block would pack all of K and V. */
 static int64_t choose_block_q(const struct fa_geometry *g)
 {
     int64_t size = (int64_t)g->ops->size, tile_q = g->tile_q;

@@ -10,13 +10,13 @@
 #include "engine.h"
 
 /* Tasks per thread that a call is cut into, rows permitting, for balance at its end: a thread
- * that waits for another's last task loses half a task on average, 4 % of the call at 12.  More
- * tasks pack K and V more often. */
+ * that waits for the last task of another loses half a task on average, 4 % of the call at 12.
+ * More tasks pack K and V more often. */
 #define FA_TASKS_PER_THREAD 12
 
 /* Rows of a head up to which threads share its keys rather than its rows: packing costs 5 % of
- * the time at this number, and partial results are at most FA_MAX_SPLIT_ROWS / (2 * SPLIT_K) = 9
- * % of K and V. */
+ * the time at this number, and the states of splits are at most FA_MAX_SPLIT_ROWS / (2 * SPLIT_K)
+ * = 9 % of K and V. */
 #define FA_MAX_SPLIT_ROWS 192
 
 /* One call's loop nest.
@@ -73,8 +73,8 @@ struct fa_geometry {
     int value_exponent;
 };
 
-/* That exponent: 2^64 values of weight 1 have a finite sum then.  Bits are lost by values below
- * 2^-958 only. */
+/* That exponent: 2^64 values of weight 1 have a finite sum then.  Only values below 2^-958 lose
+ * bits. */
 #define FA_AGAIN_EXPONENT 64
 
 /* Whether the call has an element to write.  If not, its other sizes may be anything: nothing is
@@ -87,8 +87,8 @@ enum fa_status fa_geometry_init(struct fa_geometry *geometry,
                                 const struct fa_attention_params *params,
                                 const struct fa_engine *engine);
 
-/* Keep chosen query heads and queries only, NULL for all of them; nothing is stacked.  Queries
- * ascend. */
+/* Keep chosen query heads and queries only, NULL for all of them; nothing is stacked.  The
+ * queries ascend. */
 void fa_geometry_choose(struct fa_geometry *geometry, const int64_t *heads, int64_t num_heads,
                         const int64_t *rows, int64_t num_rows);
 
@@ -110,11 +110,11 @@ struct fa_head {
     int64_t q_offset;
 };
 
-/* 0 <= index < batch * heads */
+/* Set up the head of an index: 0 <= index < batch * heads. */
 void fa_head_init(struct fa_head *head, const struct fa_geometry *geometry, int64_t index);
 
-/* Which (batch entry, first query head, key head) a head index stands for, and how far into an
- * array with these strides a batch entry begins. */
+/* The (batch entry, first query head, key head) that a head index stands for; and bytes from the
+ * start of an array with these strides to a batch entry of it. */
 struct fa_head_place {
     int64_t entry, first_head, kv_head;
 };
@@ -122,8 +122,8 @@ struct fa_head_place {
 struct fa_head_place fa_head_place(const struct fa_geometry *geometry, int64_t index);
 int64_t fa_entry_offset(const struct fa_geometry *geometry, int64_t entry, const int64_t *batch);
 
-/* Where an array's part for a head begins, of its first query head, or of its key head; NULL
- * stays NULL. */
+/* Where the elements of a head begin in an array: those of its first query head, or of its key
+ * head; NULL stays NULL. */
 char *fa_array_of(const struct fa_geometry *geometry, const struct fa_array *array,
                   int64_t head_index, bool of_keys);
 
@@ -132,8 +132,7 @@ char *fa_row_of(const struct fa_geometry *geometry, const struct fa_array *array
                 int64_t head_index, int64_t row);
 
 /* Row r of a head is token r / stacked of the stacked query head r % stacked, or the token that
- * was chosen.  Asked for every row of every tile: most calls stack nothing, and need no division.
- */
+ * was chosen.  Every row of every tile asks: most calls stack nothing, and need no division. */
 static inline int64_t fa_row_token(const struct fa_geometry *geometry, int64_t row)
 {
     if (geometry->chosen_rows != NULL) {
@@ -147,8 +146,8 @@ static inline int64_t fa_row_member(const struct fa_geometry *geometry, int64_t 
     return geometry->stacked == 1 ? 0 : row % geometry->stacked;
 }
 
-/* Bytes from a head's part of an array to a row of it: of its token and of the stacked head that
- * it is of. */
+/* Bytes from the first element of a head in an array to a row of it: to its token, and to the
+ * stacked head that it is of. */
 static inline int64_t fa_row_offset(const struct fa_geometry *geometry,
                                     const struct fa_array *array, int64_t row)
 {
@@ -208,8 +207,8 @@ static inline void fa_write_lse(const struct fa_geometry *g, char *p, double x)
     fa_write_number(p, x, (size_t)fa_dtype_size(fa_lse_dtype(g->params)));
 }
 
-/* Keys [lo, hi) that causal, window and kv_lengths leave to a token.  Empty: lo == hi.  Both ends
- * grow with the token, so the ends of a run of tokens bound all of it. */
+/* Keys [lo, hi) that causal, window and kv_lengths leave to a token; lo == hi if they leave
+ * none.  Both ends grow with the token, so the ends of a run of tokens bound all of it. */
 struct fa_key_range {
     int64_t lo, hi;
 };
@@ -222,7 +221,8 @@ struct fa_head_rows {
     int64_t first, count;
 };
 
-/* The rows of a tile among them: from the r-th on, tile_q or what is left. */
+/* The rows of the tile that begins at the r-th of some rows: tile_q of them, or all that are
+ * left. */
 static inline struct fa_head_rows fa_tile_rows(const struct fa_head_rows *rows, int64_t r)
 {
     return (struct fa_head_rows){

@@ -31,14 +31,14 @@ struct fa_plan {
 /* Bytes that a plan takes.  False: they leave int64. */
 bool fa_plan_bytes(const struct fa_geometry *geometry, int64_t *bytes);
 
-/* FA_NO_MEMORY or FA_OVERFLOW if there is no plan; else fa_plan_release it. */
+/* FA_NO_MEMORY or FA_OVERFLOW if there is no plan; else fa_plan_release releases it. */
 enum fa_status fa_plan_init(struct fa_plan *plan, const struct fa_geometry *geometry);
 void fa_plan_release(struct fa_plan *plan);
 
-/* 0 <= index < num_tasks */
+/* The task of an index: 0 <= index < num_tasks. */
 struct fa_task fa_plan_task(const struct fa_plan *plan, int64_t index);
 
-/* Keys that some row of the head may see, and the splits that hold them. */
+/* The splits that hold the keys that some row of the head may see. */
 struct fa_key_range fa_head_splits(const struct fa_head *head);
 
 #endif

@@ -1,11 +1,12 @@
-/* What this machine can do at most, for benchmarks to compare with. */
+/* The most that this machine can do, for benchmarks to compare with. */
 #include "common.h"
 #include "fastattn.h"
 #include "float_mode.h"
 #include "engine.h"
 #include "schedule.h"
 
-/* Tasks per thread: a thread that wakes late, or shares its core, leaves its part to the others. */
+/* Tasks per thread: a thread that wakes late, or shares its core, leaves most of its tasks to the
+ * rest of the team. */
 #define FMA_TASKS_PER_THREAD 8
 /* Bytes per task of reading: long against taking a task, short against the whole. */
 #define READ_TASK_BYTES (1 << 20)
@@ -13,7 +14,7 @@
 struct fma_probe {
     const struct fa_kernels *kernels;
     enum fa_dtype dtype;
-    /* Of a task. */
+    /* Rounds of a task. */
     int64_t rounds;
 };
 

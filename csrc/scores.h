@@ -1,5 +1,5 @@
-/* Score tiles: which keys of a block take part for tile_q rows, and their scores with every option
- * applied.  Shared by all forms of softmax. */
+/* Score tiles: the keys of a block that take part in the scores of tile_q rows, and these scores
+ * with every option applied.  All forms of softmax share them. */
 #ifndef FA_SCORES_H
 #define FA_SCORES_H
 
@@ -37,8 +37,8 @@ bool fa_tile_init(struct fa_tile *tile, struct fa_workspace *ws, const struct fa
  * different keys, so that a diagonal costs little more than its useful half. */
 int64_t fa_tile_group(const struct fa_tile *tile);
 
-/* Keys of the tile, from its first on, that its rows [r, r + group) may see; lo is a whole panel.
- */
+/* Keys that rows [r, r + group) of the tile may see, counted from the tile's first; lo begins a
+ * panel. */
 struct fa_key_range fa_group_keys(const struct fa_tile *tile, int64_t r);
 
 /* Scale rows of q into ws->q, and see whether they are ordinary (engine.h). */
@@ -50,15 +50,15 @@ void fa_load_rows(struct fa_workspace *ws, const struct fa_head_rows *rows);
 void fa_want_bias(struct fa_workspace *ws, const struct fa_head_rows *rows, int64_t block_key);
 
 /* Base-2 scores of the tile, -inf where a key takes no part, into ws->scores [rows][columns].
- * `ready`: their product has been computed there. */
+ * ready: ws->scores holds their product already. */
 void fa_tile_scores(const struct fa_tile *tile, struct fa_workspace *ws, bool ready);
 
-/* That product, for a tile of one group of rows, into ws->scores_ahead: so softmax_update can
+/* That product into ws->scores_ahead, for a tile of one group of rows: so engine->softmax can
  * compute it beside the weights of the tile before, whose ws->scores are in use. */
 struct fa_product fa_tile_product_ahead(const struct fa_tile *tile, const struct fa_workspace *ws);
 
-/* The factor that engine->softmax is to multiply a head's scores by, because nothing before it
- * needs them multiplied; 1 where they are. */
+/* The factor that engine->softmax is to multiply the scores of a head by, because nothing before
+ * it needs them multiplied; 1 where they are multiplied. */
 float fa_softmax_factor(const struct fa_head *head);
 
 /* Whether a call's scale and softcap, as the scores take them, are numbers of float32 with room
@@ -69,19 +69,19 @@ bool fa_has_narrow_options(const struct fa_attention_params *params);
 const struct fa_tile_ops *fa_ops_of_call(const struct fa_kernels *kernels,
                                          const struct fa_attention_params *params);
 
-/* Whether so many rows are too few for packing keys: the engine's few-row products then read them
- * where they lie. */
+/* Whether so many rows are too few for packing keys: the engine's products for few rows then read
+ * keys and values where they lie. */
 bool fa_are_few(const struct fa_geometry *geometry, int64_t rows);
 
 /* The scales_scores of a run (geometry.h).  again: it is a second run. */
 bool fa_scales_scores(const struct fa_attention_params *params, bool again);
 
-/* Of the rows of a head's stacked query head `member`. */
+/* Maxima that are doubtful in rows of the head's stacked query head `member`. */
 struct fa_doubt fa_head_doubt(const struct fa_head *head, int64_t member);
 
-/* Draw the factors of dropout for the tile, into ws->factors; multiply the tile's part of `rows`,
- * which are score_stride elements apart, by them.  Neither does anything without dropout.
- * multiply: of n elements of a row, in the form that they have. */
+/* Draw the factors of dropout for the tile, into ws->factors; and multiply the tile's columns of
+ * `rows`, which are score_stride elements apart, by them.  Without dropout neither does
+ * anything.  multiply: of n elements of a row, in the form that they have. */
 void fa_draw_dropout(const struct fa_tile *tile, struct fa_workspace *ws);
 void fa_apply_dropout(const struct fa_tile *tile, const struct fa_workspace *ws, char *rows,
                       void (*multiply)(void *row, const void *factors, size_t n));

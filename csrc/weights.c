@@ -1,12 +1,12 @@
 /* Weights made visible: those of chosen rows, means of blocks of them, or sums over the queries,
  * without a matrix of seqlen_q x seqlen_k.
  *
- *   for each task (batch, head, rows of the result)                    threads, one atomic counter
+ *   for each task (batch, head, rows of the result)                  threads, one atomic counter
  *     for each stretch of block_q rows of q
  *       for each key block, each tile of tile_q rows
- *         scores; row_max and row_sum kept up                          first pass: maximum and sum of each row
+ *         scores; row_max and row_sum kept up                        first pass: statistics
  *       for each key block, each tile
- *         the same scores; weights in place, relative to row_max       second pass
+ *         the same scores; weights in place, relative to row_max     second pass
  *         times 1 / row_sum: stored, or summed into cells
  *     store the cells
  *
@@ -35,7 +35,7 @@
  * packed once for each pass. */
 #define MOST_ROWS 768
 #define ROW_BYTES (512 * 1024)
-/* Parts that the queries of a head are cut into, if that leaves LEAST_ROWS. */
+/* Stretches that the queries of a head are cut into, if that leaves LEAST_ROWS in each. */
 #define STRETCHES 16
 #define LEAST_ROWS 96
 
@@ -47,33 +47,34 @@ struct weights {
     struct fa_geometry geometry;
     /* The result of a head: so many rows of so many cells; FA_WEIGHTS_EACH has no cells. */
     int64_t result_rows, result_cols;
-    /* A task has the queries of `together` of these rows, or one of `shares` of those of one row.
-     */
+    /* A task has the queries of `together` of these rows, or one of `shares` of the queries of
+     * one. */
     int64_t together, shares;
     int64_t tasks_per_head, num_tasks;
     int64_t thread_bytes;
     char *workspaces;
-    /* cells [batch * heads][result_rows][shares], if shares are more than one */
+    /* Cells [batch * heads][result_rows][shares], if there is more than one share. */
     double *shared;
-    /* Rows that were given back, [batch * heads][rows], a row of a task for all that the task
+    /* [batch * heads][rows]: rows that were given back, a row of a task for all that the task
      * sums; NULL if none may be. */
     uint8_t *given_back;
     atomic_bool any_given_back;
-    /* softmax over the queries: statistics of all of them */
+    /* Softmax over the queries: the statistics of all queries. */
     struct fa_columns columns;
     struct fa_geometry column_geometry;
-    /* NULL, or the run whose rows and columns of that kind this one computes */
+    /* NULL, or the first run.  A second run computes the rows and columns that the first gave
+     * back. */
     struct weights *first;
 };
 
 /* One thread's buffers. */
 struct buffers {
     struct fa_workspace ws;
-    /* [block_q]: of each row, in base 2 */
+    /* [block_q]: maximum and sum of each row, in base 2. */
     double *top, *total;
-    /* real [block_q]: of what the second pass leaves of scores */
+    /* real [block_q]: the factor of each row in the second pass. */
     char *factor;
-    /* real [block_k]: of some rows of a tile */
+    /* real [block_k]: sums over some rows of a tile. */
     char *column_sums;
     /* [together][result_cols] */
     double *cells;
@@ -84,9 +85,9 @@ struct buffers {
 struct task {
     struct fa_head head;
     int64_t first_result_row, result_rows;
-    /* rows */
+    /* Rows [begin, end) of the head. */
     int64_t begin, end;
-    /* of these rows of the result; NULL: each weight is stored */
+    /* The cells of these rows of the result; NULL: each weight is stored. */
     double *cells;
 };
 
@@ -115,8 +116,7 @@ static void take_buffers(struct fa_memory *memory, const struct weights *w, stru
     to->cells = fa_take(memory, own, w->result_cols, (int64_t)sizeof *to->cells);
 }
 
-/* --- first pass
- * --------------------------------------------------------------------------------------------- */
+/* ---- first pass ---- */
 
 /* Statistics over one more stretch of keys.  In double, once per split_k keys. */
 static void fold_rows(const struct fa_geometry *g, struct buffers *to)
@@ -154,8 +154,7 @@ static void weigh_rows(const struct fa_tile *tile, struct fa_workspace *ws)
     }
 }
 
-/* --- second pass
- * -------------------------------------------------------------------------------------------- */
+/* ---- second pass ---- */
 
 /* Scores of rows whose softmax is NaN: what takes part is NaN, what does not stays at -inf. */
 static void spoil_rows(const struct fa_tile *tile, struct buffers *of)
@@ -313,9 +312,7 @@ static void use_tile(const struct weights *w, const struct task *task, const str
     }
 }
 
-/* --- tasks
- * --------------------------------------------------------------------------------------------------
- */
+/* ---- tasks ---- */
 
 /* Some keys against of->rows.  use: the second pass. */
 static bool visit_keys(struct fa_job *job, int thread, const struct task *task, struct buffers *of,
@@ -548,9 +545,7 @@ static void store_shared(const struct weights *w)
     }
 }
 
-/* --- a call
- * -------------------------------------------------------------------------------------------------
- */
+/* ---- a call ---- */
 
 /* How the rows are cut into tasks: by sizes alone, so that every sum is. */
 static bool choose_tasks(struct weights *w)

@@ -52,8 +52,8 @@ struct fa_workspace {
     struct fa_rows keys, values;
     /* Caller memory that the products fetch while they compute. */
     struct fa_wanted wanted;
-    bool rows_ordinary,
-        keys_ordinary; /* no score of these rows, or keys, passes the range of float32 */
+    /* Whether the rows, and the keys, are ordinary: then no score passes the range of float32. */
+    bool rows_ordinary, keys_ordinary;
     /* k holds the keys of the block.  If not, the products read them where they lie. */
     bool keys_packed;
     /* A sum of values may have passed the range of `real`. */
@@ -61,7 +61,7 @@ struct fa_workspace {
 };
 
 /* A stretch of memory that buffers are taken from, one after another, each FA_ALIGNMENT-aligned:
- * the only list of a set of buffers is the code that takes them.  base NULL: they are only
+ * the code that takes a set of buffers is the only list of them.  With base NULL they are only
  * counted. */
 struct fa_memory {
     char *base;
@@ -71,17 +71,18 @@ struct fa_memory {
     bool ok;
 };
 
+/* Room for rows * cols elements of `size` bytes; and for all buffers of a workspace. */
 void *fa_take(struct fa_memory *memory, int64_t rows, int64_t cols, int64_t size);
 void fa_take_workspace(struct fa_memory *memory, const struct fa_geometry *geometry,
                        struct fa_workspace *ws);
 
-/* Bytes that one thread needs; false on overflow. */
+/* Bytes that one thread needs.  False: they leave int64. */
 bool fa_workspace_bytes(const struct fa_geometry *geometry, int64_t *bytes);
 
-/* Thread `thread`'s buffers inside an allocation of num_threads * fa_workspace_bytes. */
+/* The buffers of a thread inside an allocation of num_threads * fa_workspace_bytes. */
 struct fa_workspace fa_workspace_of(const struct fa_geometry *geometry, char *memory, int thread);
 
-/* Bytes of a state of `rows` rows, and one laid out in memory; false on overflow. */
+/* Bytes of a state of `rows` rows (false: they leave int64), and a state laid out in memory. */
 bool fa_state_bytes(const struct fa_geometry *geometry, int64_t rows, int64_t *bytes);
 struct fa_state fa_state_at(const struct fa_geometry *geometry, int64_t rows, char *base);
 
@@ -97,7 +98,7 @@ static inline struct fa_state fa_state_from(const struct fa_geometry *g,
     };
 }
 
-/* FA_ALIGNMENT-aligned memory, or NULL.  bytes is a multiple of FA_ALIGNMENT; 0 gives a pointer
+/* FA_ALIGNMENT-aligned memory, or NULL.  bytes is a multiple of FA_ALIGNMENT; 0 gives a pointer,
  * too. */
 void *fa_allocate(int64_t bytes);
 void fa_release(void *memory);
