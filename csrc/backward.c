@@ -14,12 +14,12 @@
  *     after the head's last group, for each row:
  *       grad_q = sum of the groups' sums               backward_rows.c, backward_sums.c
  *
- * With softmax over the queries a key's delta is v * grad_v, so its rows are visited twice: for
- * grad_v, and then for the rest, 6 products instead of 5.
+ * With softmax over the queries a key has v * grad_v as its delta.  So its rows are visited
+ * twice, for grad_v and then for all other gradients: 6 products instead of 5.
  *
- * A key block has one writer, a row's sums are added in order of key blocks within a group and of
- * groups: no atomics, and no bit depends on threads.  Memory beyond the gradients is the groups'
- * sums of grad_q, for num_threads + 1 heads at most. */
+ * A key block has one writer, and the sums of a row are added in order of key blocks within a
+ * group, and of groups: no atomics, and no bit depends on threads.  Beyond the gradients, memory
+ * is the sums of grad_q of all groups, for num_threads + 1 heads at most. */
 #include <math.h>
 
 #include "backward_bias.h"
@@ -61,7 +61,7 @@ static void multiply_rows(double *x, int64_t stride, int64_t rows, int64_t cols,
     }
 }
 
-/* What fa_backward_load_grad does to the rows, to their panels. */
+/* Scale grad_out in panels, as fa_backward_load_grad scales its rows. */
 static void scale_panels(const struct fa_geometry *g, char *panels, int64_t padded, int64_t rows)
 {
     const int64_t nr = (int64_t)g->engine->nr;
@@ -239,7 +239,7 @@ static bool visit_rows(struct fa_job *job, int thread, struct key_block *block,
     return true;
 }
 
-/* Softmax over the queries: queries that see a key, but for masks. */
+/* The queries that see a key, softmax being over the queries, whatever masks leave of them. */
 static int64_t count_queries(const struct fa_head *head, int64_t key)
 {
     const struct fa_attention_params *p = head->geometry->params;
@@ -281,7 +281,8 @@ static struct column column_at(const struct fa_backward *b, const struct key_blo
     return column;
 }
 
-/* shift and factor of every key of the block; 0 up to its end. */
+/* Find shift and factor of every key of the block; both are 0 behind its last key.  False:
+ * stopped. */
 static bool weigh_columns(struct fa_job *job, int thread, struct key_block *block,
                           struct fa_backward_workspace *ws)
 {
@@ -326,9 +327,9 @@ static bool weigh_columns(struct fa_job *job, int thread, struct key_block *bloc
     return true;
 }
 
-/* delta of every key of the block: v . grad_v, less grad_lse.  By the product that gives grad_out
- * v^T, whose bits a key that only one query sees then finds again; of it only a diagonal is
- * needed. */
+/* Find delta of every key of the block: v . grad_v, less grad_lse.  The product is the one that
+ * gives grad_out v^T, so that a key that only one query sees finds the same bits again; only its
+ * diagonal is needed. */
 static void find_column_deltas(const struct fa_backward *b, const struct key_block *block,
                                struct fa_backward_workspace *ws)
 {
@@ -364,8 +365,8 @@ static void find_column_deltas(const struct fa_backward *b, const struct key_blo
     }
 }
 
-/* Softmax over the queries, one query head: gradients of values, from them delta, from that the
- * rest. */
+/* Visit the rows of one query head, softmax being over the queries: first for gradients of
+ * values, which give delta, then for all other gradients.  False: stopped. */
 static bool visit_rows_twice(struct fa_job *job, int thread, struct key_block *block,
                              struct fa_backward_workspace *ws)
 {
@@ -399,7 +400,7 @@ static char *sums_of(const struct fa_backward *b, char *unit_sums, int64_t membe
     return unit_sums == NULL ? NULL : unit_sums + (member * b->groups + group) * bytes;
 }
 
-/* One key block against all heads that read it. */
+/* One key block against all heads that read it.  False: stopped. */
 static bool visit_key_block(struct fa_job *job, int thread, struct key_block *block,
                             struct fa_backward_workspace *ws, char *unit_sums)
 {
@@ -433,7 +434,7 @@ static bool visit_key_block(struct fa_job *job, int thread, struct key_block *bl
     return done;
 }
 
-/* After the last group of a unit: grad_q of its heads. */
+/* Store grad_q of the heads of a unit, after its last group. */
 static void store_unit(struct fa_backward *b, struct fa_backward_workspace *ws, int64_t unit,
                        char *unit_sums)
 {
@@ -461,7 +462,7 @@ static void run_group(struct fa_job *job, int64_t index, int thread)
         memset(sums_of(b, unit_sums, i, block.group), 0,
                (size_t)(g->rows * b->padded_k * (int64_t)g->ops->size));
     }
-    /* Dealt out in turn, because under a causal mask the first blocks are seen by the most rows. */
+    /* Blocks are dealt out in turn, because under a causal mask most rows see the first ones. */
     const int64_t seqlen_k = fa_backward_seqlen_k(g, block.unit_head);
     for (int64_t i = block.group; i * g->block_k < seqlen_k; i += groups) {
         block.key = i * g->block_k;
@@ -475,7 +476,7 @@ static void run_group(struct fa_job *job, int64_t index, int thread)
     }
 }
 
-/* Rows of all heads.  In 64 bits: the geometry has multiplied as much. */
+/* Rows of all heads.  Their number fits 64 bits: the geometry has multiplied as much. */
 static int64_t count_rows(const struct fa_backward *b)
 {
     const struct fa_geometry *g = &b->geometry;
@@ -554,7 +555,7 @@ static enum fa_status run_passes(struct fa_backward *b)
     const struct fa_geometry *g = &b->geometry;
     const struct fa_backward_params *p = b->params;
     const int64_t heads = g->batch * g->heads, row_tasks = heads * fa_backward_row_blocks(g);
-    /* Over the queries it makes shift, factor and delta, too. */
+    /* With softmax over the queries the main pass finds shift, factor and delta, too. */
     const bool main_pass = fa_over_queries(g) || p->grad_q.data != NULL || p->grad_k.data != NULL ||
                            p->grad_v.data != NULL;
     enum fa_status status =
@@ -587,7 +588,8 @@ static enum fa_status run(struct fa_backward *b, const struct fa_kernels *kernel
     g->block_q = FA_BACKWARD_ROWS;
     g->scales_scores = fa_scales_scores(p, again);
     g->value_exponent = again && p->dtype == FA_F64 ? FA_AGAIN_EXPONENT : 0;
-    /* Products read columns of weights: rows a power of two apart would share few sets of L1. */
+    /* Products read columns of weights: if rows were a power of two apart, they would share few
+     * sets of L1. */
     g->score_stride += FA_LINE / (int64_t)ops->size;
     b->padded_k = fa_round_up(p->head_dim, (int64_t)g->engine->nr);
     b->padded_v = fa_round_up(p->head_dim_v, (int64_t)g->engine->nr);
@@ -612,10 +614,10 @@ static void release(struct fa_backward *b)
     fa_sums_release(b->sums);
 }
 
-/* In float64 where the options leave no choice, or, for heads whose softmax or gradients left the
- * range of their type, in a second run.  For float64 that has grad_out and grad_lse divided by
- * 2^value_exponent, and the gradients, which are linear in them, multiplied again; of these only
- * elements are stored that were not finite, because small ones lose bits. */
+/* Float64 computes where the options leave no choice, and in a second run for heads whose softmax
+ * or gradients left the range of their type.  A second run for float64 has grad_out and grad_lse
+ * divided by 2^value_exponent, and the gradients, which are linear in both, multiplied by it.  It
+ * stores only elements that were not finite, because small ones lose bits. */
 static enum fa_status compute_gradients(const struct fa_backward_params *params,
                                         const struct fa_kernels *kernels)
 {

@@ -298,7 +298,8 @@ static void store_area(const struct fa_backward *b, const struct sums *sums, cha
     }
 }
 
-/* Whether no element is infinite or NaN.  By integers: a chain of additions would wait for each. */
+/* Whether no element is infinite or NaN.  Integers tell: in a chain of additions each would wait
+ * for the one before. */
 static bool are_floats_finite(const float *x, int64_t n)
 {
     uint32_t found = 0;

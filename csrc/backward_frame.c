@@ -50,7 +50,8 @@ static void take_buffers(struct fa_memory *memory, const struct fa_backward *b,
     ws->head_grad_v = fa_take(memory, over_queries ? g->block_k : 0, b->padded_v, size);
     ws->grad_k = fa_take(memory, g->block_k, b->padded_k, size);
     ws->grad_v = fa_take(memory, g->block_k, b->padded_v, size);
-    /* Last: between the others they cost 4 % of the pass at head_dim 64 with vectors of 8. */
+    /* Last: between the buffers above, these cost 4 % of the pass at head_dim 64 with vectors of
+     * 8. */
     ws->row_products = fa_take(memory, rows, (int64_t)g->ops->vl, size);
     ws->col_max = fa_take(memory, over_queries ? g->block_k : 0, 1, size);
     ws->col_sum = fa_take(memory, over_queries ? g->block_k : 0, 1, size);

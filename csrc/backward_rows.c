@@ -11,7 +11,7 @@ static double row_lse(const struct fa_backward *b, const struct fa_head *head, i
     return fa_read_lse(g, fa_row_of(g, &b->params->lse, head->index, row));
 }
 
-/* The base-2 score of a row's sink; -inf: none. */
+/* The base-2 score of the sink of a row; -inf: there is no sink. */
 static double row_sink(const struct fa_head *head, int64_t row)
 {
     const struct fa_geometry *g = head->geometry;
@@ -22,7 +22,7 @@ static double row_sink(const struct fa_head *head, int64_t row)
     return fa_read_number(head->sinks + fa_row_offset(g, sinks, row), sizeof(double)) * FA_LOG2_E;
 }
 
-/* Whether a row's result is there as the sums left it. */
+/* Whether there is a result that is as the sums left it. */
 static bool is_out_exact(const struct fa_backward_params *p)
 {
     const struct fa_attention_params *forward = &p->attention;
@@ -70,8 +70,8 @@ static bool is_row_kept(const struct fa_backward *b, const struct fa_head *head,
            fa_weighing_kept(b, fa_row_of(g, from, head->index, row), kept);
 }
 
-/* shift, factor and delta of a row, and what it adds to the gradient of its sink.  of: its
- * statistics, or NULL. */
+/* Store shift, factor and delta of a row, and its term of the gradient of its sink.  of: the
+ * statistics of the row, or NULL. */
 static void store_row(struct fa_backward *b, const struct fa_head *head, int64_t row,
                       struct fa_statistics *of)
 {
@@ -85,7 +85,7 @@ static void store_row(struct fa_backward *b, const struct fa_head *head, int64_t
     const double lse = row_lse(b, head, row), sink = row_sink(head, row);
     struct fa_weighing kept;
     const bool is_kept = of == NULL && is_row_kept(b, head, row, &kept);
-    /* A row without keys has no weights; nothing that is subtracted from -inf may be -inf. */
+    /* A row without keys has no weights.  Nothing that is subtracted from -inf may be -inf. */
     bool empty = lse == -INFINITY, left = false;
     double delta = 0;
 
@@ -131,7 +131,8 @@ static void store_row(struct fa_backward *b, const struct fa_head *head, int64_t
     }
 }
 
-/* With a residual besides: `out` was rounded with that in it, and may have lost the rest. */
+/* Whether a row needs statistics.  A row with a residual does, too: `out` was rounded with the
+ * residual in it, and may have lost the rest. */
 static bool row_wants_statistics(const struct fa_backward *b, const struct fa_head *head,
                                  int64_t row)
 {

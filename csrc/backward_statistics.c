@@ -1,13 +1,13 @@
-/* What makes weights of scores: lse, or, where that is not exact enough, the sums of the softmax
- * once more.
+/* The weighing of a softmax: from lse, or, where lse is not exact enough, from the sums of the
+ * softmax once more.
  *
  * lse is one number of the results' dtype.  Its rounding is an error of u |lse| that all weights
- * of a row share: 8 u of them at lse 8, and where the scores are huge (a mask of finfo.min or
- * -1e9) log(n) is lost altogether.  A row of many keys with weights of the same order shows
- * nothing of 8 u beside the other roundings, and such are most rows of a long call.  The others,
- * where the forward pass did not keep its own shift and factor (fa_attention_params), have
- * row_max, row_sum and delta summed from their own scores first, by the tiles that the main pass
- * computes again: 2 products more for the tiles that hold such a row.
+ * of a row share: 8 u of them at lse 8.  Where the scores are huge (a mask of finfo.min or -1e9),
+ * log(n) is lost altogether.  A row of many keys with weights of the same order shows nothing of
+ * 8 u beside all other roundings, and most rows of a long call are such.  If the forward pass did
+ * not keep shift and factor of a row (fa_attention_params), and the row is of another kind, its
+ * row_max, row_sum and delta are summed from its own scores first, by the tiles that the main
+ * pass computes again: 2 products more for the tiles that hold such a row.
  *
  *   top = row_max, total = sum exp2(s - top), products = sum exp2(s - top) * (grad_out v^T)
  *   weights = exp2(s - top) / total, delta = products / total
@@ -26,8 +26,8 @@
 #define LARGE_LSE 16
 #define MANY 64
 
-/* Scores of a softmax that is flat: there are so many, and lse is within FLAT of their number's
- * logarithm.  Normal scores of deviation x have x^2 / 2 there. */
+/* A softmax is flat if it has so many scores, and lse is within FLAT of the logarithm of their
+ * number.  Normal scores of deviation x have x^2 / 2 there. */
 #define FLAT_SCORES 32
 #define FLAT 2
 
@@ -37,7 +37,7 @@
 /* Base-2: totals up to here leave factor = 1 / total far from the smallest float32. */
 #define LARGE_TOTAL 0x1p40
 
-/* Base-2: how far a shift may be from its softmax' top, and its factor from 1 / total. */
+/* Base-2: how far a shift may be from the top of its softmax, and its factor from 1 / total. */
 #define MOST_APART 64
 
 /* Base-2: beside a sink this far above them, scores are nothing. */
@@ -54,13 +54,13 @@ bool fa_statistics_wanted(const struct fa_backward *backward, double lse, int64_
         return false;
     }
     const bool flat = scores >= FLAT_SCORES && fabs(lse - log((double)scores)) <= FLAT;
-    /* lse may be of a first run's scores, and delta be lost among sums that passed the range of
-     * the results. */
+    /* In a second run lse may be of the scores of the first, and delta be lost among sums that
+     * passed the range of the results. */
     return backward->first != NULL || !flat ||
            fabs(lse) > (softmaxes >= MANY ? LARGE_LSE : SMALL_LSE);
 }
 
-/* How far apart two lse of the same scores may be, besides their own rounding. */
+/* How far apart two lse of the same scores may be, beside the rounding of each. */
 static double tolerance(enum fa_dtype dtype)
 {
     switch (dtype) {
@@ -96,7 +96,7 @@ static bool agrees(const struct fa_backward *backward, const struct fa_statistic
     return lse - again <= tolerance(g->params->dtype) + 8 * unit * fabs(lse);
 }
 
-/* Nothing is left of a sum whose factor is 0, whatever it is. */
+/* A sum times a factor.  A factor of 0 leaves nothing of any sum. */
 static double fade(double sum, double factor) { return factor == 0 ? 0 : sum * factor; }
 
 void fa_statistics_add_sink(struct fa_statistics *of, double sink)
@@ -120,7 +120,7 @@ static struct fa_weighing weighing_by_statistics(const struct fa_geometry *g,
 {
     const double more = of->total > LARGE_TOTAL ? log2(of->total) : 0;
     const double shift = fa_round_real(g, of->top + more);
-    /* Far apart only where a sink is the top, and no score near it. */
+    /* They are far apart only where a sink is the top, and no score is near it. */
     const double apart = fmin(fmax(shift - of->top, -MOST_APART), MOST_APART);
     return (struct fa_weighing){.shift = shift, .factor = exp2(apart) / of->total, .by_sums = true};
 }
@@ -135,7 +135,7 @@ static struct fa_weighing weighing_by_lse(const struct fa_geometry *g, double ls
         return (struct fa_weighing){.shift = moved, .factor = 1};
     }
     const double shift = fa_round_real(g, lse * FA_LOG2_E);
-    /* What rounding it left: exact in double, but for the last bits of log2(e). */
+    /* The error of that rounding: exact in double, but for the last bits of log2(e). */
     const double rest = fma(lse, FA_LOG2_E, -shift) + lse * LOG2_E_REST;
     return (struct fa_weighing){.shift = shift, .factor = exp2(-rest)};
 }
@@ -153,7 +153,7 @@ bool fa_weighing_kept(const struct fa_backward *backward, const char *at, struct
     return !isnan(kept->factor);
 }
 
-/* A sink so far above the scores that float32 cannot hold their weights has all of it. */
+/* A sink so far above the scores that float32 cannot hold their weights has all of the weight. */
 double fa_kept_sink_weight(const struct fa_weighing *kept, double sink)
 {
     const bool alone = kept->factor == 0 || sink - kept->shift >= ALL_APART;
@@ -196,7 +196,8 @@ struct fa_weighing fa_weigh(const struct fa_backward *backward, char *excess,
     return weighing;
 }
 
-/* The statistics of the rows over one more stretch of keys.  In double, once per split_k keys. */
+/* Fold the statistics of the rows over one more split of the keys.  In double, as there are few
+ * folds. */
 static void fold(const struct fa_geometry *g, const struct fa_backward_workspace *ws, int64_t rows,
                  struct fa_statistics *of)
 {

@@ -1,4 +1,5 @@
-/* The score tiles of the backward pass: weights again from scores, and the gradients of scores.
+/* The score tiles of the backward pass: their weights once more, and the gradients of their
+ * scores.
  *
  *   weights   = exp2(scores - shift) * factor
  *   gradients = weights * (grad_out v^T - delta), delta = sum(grad_out * out) - grad_lse
@@ -15,7 +16,7 @@ void fa_backward_pack(const struct fa_backward *backward, const struct fa_head *
     const struct fa_geometry *g = head->geometry;
     fa_locate_keys(head, &ws->forward, block_key, keys, 0);
     fa_pack_keys(head, &ws->forward, keys);
-    /* V as K is: its product with grad_out is one of rows with rows. */
+    /* V is packed as K is: its product with grad_out is one of rows with rows. */
     backward->engine->pack_transposed(ws->forward.v, (size_t)keys, (size_t)g->params->head_dim_v,
                                       &ws->forward.values);
     ws->block_key = block_key;
@@ -41,14 +42,14 @@ static void clear_columns(const struct fa_geometry *g, struct fa_backward_worksp
     }
 }
 
-/* The gradient p (x - delta) of one score again, x being its element of grad_out v^T, where the
- * weight p is above 1/2.
+/* Computes again the gradient p (x - delta) of one score, where its weight p is above 1/2.  x is
+ * the element of grad_out v^T.
  *
- * delta is the mean of the row's x by its weights.  Where p is near 1, the gradient is what
- * little that mean leaves of x; but a delta that comes from `out` has for this key not x in it,
- * but y, the same product by row_delta's sum.  So the difference of the two sums is taken out: p
- * (x - delta - p (x - y)), which is exactly 0 in a row of one weight.  The row's other weights
- * are below 1/2, and do without. */
+ * delta is the mean of the x of the row by its weights.  Where p is near 1, that mean leaves
+ * little of x.  But a delta that comes from `out` has another number for this key: y, the same
+ * product by the sum of row_delta.  So the difference of the two sums is taken out: p (x - delta
+ * - p (x - y)), which is exactly 0 in a row of one weight.  All other weights of the row are
+ * below 1/2, and do without. */
 static void refine_gradient(const struct fa_backward *b, const struct fa_tile *tile,
                             struct fa_backward_workspace *ws, int64_t r, int64_t column)
 {
@@ -80,7 +81,7 @@ static void refine_gradient(const struct fa_backward *b, const struct fa_tile *t
     }
 }
 
-/* The first of a row's weights that is above 1/2, of which there is one. */
+/* The first weight of a row that is above 1/2.  There is one. */
 static int64_t find_above_half(const struct fa_geometry *g, const char *weights)
 {
     const float *singles = (const float *)(const void *)weights;

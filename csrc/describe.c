@@ -1,4 +1,5 @@
-/* What fa_attention would do, from the same geometry and the same tiles, without doing it. */
+/* The figures of a call that fa_attention would compute: from the same geometry and the same
+ * tiles, without results. */
 #include "float_mode.h"
 #include "forward.h"
 #include "scores.h"
@@ -14,7 +15,7 @@ struct count {
     _Atomic int64_t total, computed;
 };
 
-/* Whether the batch entries differ in what rules keys out. */
+/* Whether batch entries differ in the keys that are ruled out. */
 static bool entries_differ(const struct fa_attention_params *p)
 {
     const struct fa_array *ruling_out[] = {&p->mask, &p->kv_lengths, &p->q_offset,
@@ -135,8 +136,8 @@ static struct fa_attention_plan plan_of(const struct fa_geometry *g, int64_t num
     };
 }
 
-/* Of a call without results, whose sizes may be anything: the blocks of its widths, or of the
- * widest that can be counted with, and no tasks. */
+/* Describe a call without results, whose sizes may be anything: the blocks of its widths, or of
+ * the widest that can be counted with, and no tasks. */
 static enum fa_status describe_nothing(const struct fa_attention_params *params,
                                        const struct fa_kernels *kernels,
                                        struct fa_attention_plan *plan)

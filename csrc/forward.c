@@ -15,13 +15,13 @@
  * memory, and the task that finishes last folds all of them, in order.
  *
  * A row whose scores or sums left the range of float32 is given back instead of stored, and a
- * second pass computes it with the operations of float64.  A row of float64 has its values scaled
- * down there, so that an average of finite numbers is finite.  Only what a row attends to decides
- * that.
+ * second run computes it with the operations of float64.  A row of float64 has its values scaled
+ * down there, so that an average of finite numbers is finite.  Only the keys that a row attends
+ * to decide that.
  *
- * K and V of a block are packed when the first tile needs them: once per block_q rows, which
+ * K and V of a block are packed when the first tile needs them: once for block_q rows, which
  * costs 2.5 / block_q + 0.5 / block_q of the products, or three times that where an engine splits
- * operands.  Every row's result depends on its own scores and on boundaries of blocks and splits
+ * operands.  The result of a row depends on its own scores and on boundaries of blocks and splits
  * only, so threads, batch and neighbours leave no trace in its bits. */
 #include "forward.h"
 
@@ -102,7 +102,7 @@ static void weigh_tile(const struct fa_forward *forward, const struct fa_tile *t
                               forward->columns.col_inverse + at);
         return;
     }
-    /* In a cut tile only what some row of the group may see has been computed, and the rest
+    /* In a cut tile only the keys that some row of the group may see have been computed; the rest
      * weighs 0. */
     const int64_t group = fa_tile_group(tile);
     const float factor = fa_softmax_factor(tile->head);
@@ -124,8 +124,8 @@ static void weigh_tile(const struct fa_forward *forward, const struct fa_tile *t
     }
 }
 
-/* Scales of integer values, and of values computed again, join the weights, once row_sum has them
- * without. */
+/* Scales of integer values, and of values computed again, join the weights after row_sum, which
+ * is a sum without scales. */
 static void scale_weights(const struct fa_tile *tile, struct fa_workspace *ws)
 {
     const struct fa_geometry *g = tile->head->geometry;
@@ -232,7 +232,7 @@ static void attend_block(const struct fa_forward *forward, const struct fa_task 
     }
 }
 
-/* Keys [lo, hi) of the head against all rows of the task, from nothing into ws->split.  False:
+/* Keys [lo, hi) of the head against all rows of the task: a new state, in ws->split.  False:
  * stopped. */
 static bool attend_keys(struct fa_job *job, int thread, const struct fa_task *task,
                         struct fa_workspace *ws, int64_t lo, int64_t hi)
@@ -279,7 +279,7 @@ static void give_back(struct fa_forward *forward, const struct fa_task *task, in
     }
 }
 
-/* The bits of a row of the task whose sums left; NULL: there is no memory for them. */
+/* The bits of a row of the task whose sums left; NULL: there is no memory for bits. */
 static uint8_t *columns_of(struct fa_forward *forward, const struct fa_task *task, int64_t r)
 {
     const struct fa_geometry *g = forward->geometry;
@@ -317,7 +317,8 @@ static enum fa_stored store_row(const struct fa_forward *forward, const struct f
     return g->ops->softmax_store(state, (size_t)g->block_dv, result);
 }
 
-/* Where a row's weighing is stored, if it is known; if not, that is noted. */
+/* Where the weighing of a row is stored; NULL: nowhere, or it is not known, which is noted there.
+ */
 static char *weighing_of(const struct fa_forward *forward, const struct fa_head *head, int64_t row)
 {
     const struct fa_geometry *g = forward->geometry;
@@ -515,8 +516,8 @@ static void run_task(struct fa_job *job, int64_t index, int thread)
     forward->geometry->engine->leave();
 }
 
-/* Rows that float32 computes, and those of float64 whose values are as they are, may be given
- * back. */
+/* Rows that float32 computes may be given back, and rows of float64 whose values are as they are.
+ */
 static bool gives_back(const struct fa_geometry *g, bool again) { return !again && !g->widened; }
 
 bool fa_forward_count(const struct fa_geometry *geometry, const struct fa_plan *plan, bool again,

@@ -42,7 +42,7 @@ struct ranked {
     int64_t entry;
 };
 
-/* Most work first; equals in their own order. */
+/* Most work first, and batch entries of equal work in their own order. */
 static int compare_ranks(const void *left, const void *right)
 {
     const struct ranked *a = left, *b = right;
@@ -144,7 +144,7 @@ void fa_plan_release(struct fa_plan *plan)
     plan->entry = NULL;
 }
 
-/* The place in the order of the batch entry that a task belongs to. */
+/* The place of a task's batch entry in the order of batch entries. */
 static int64_t find_place(const struct fa_plan *plan, int64_t index)
 {
     int64_t lo = 0, hi = plan->geometry->batch - 1;

@@ -59,8 +59,8 @@ static struct fa_segment_range query_segments(const struct fa_tile *tile)
     return range;
 }
 
-/* Segments of packed documents ascend, so that ranges decide almost every tile: those of other
- * documents are skipped without a look at the keys, and those inside one document need no mask. */
+/* Segments of packed documents ascend, so that ranges decide almost every tile: a tile of another
+ * document is skipped without a look at its keys, and one inside a document needs no mask. */
 enum overlap { NONE, SOME, ALL };
 
 static enum overlap compare_segments(const struct fa_tile *tile, struct fa_workspace *ws)
@@ -172,26 +172,26 @@ struct fa_key_range fa_group_keys(const struct fa_tile *tile, int64_t r)
     return keys;
 }
 
-/* From <q, k> to what softcap or the softmax takes. */
+/* The factor from <q, k> to the number that softcap or the softmax takes. */
 static double score_factor(const struct fa_attention_params *p)
 {
     return p->softcap > 0 ? p->scale / p->softcap : p->scale * FA_LOG2_E;
 }
 
-/* Of a run that scales scores: a scale that makes numbers smaller comes before the sum of
- * products, which then does not pass the range on its way, and one that makes them larger after
- * it. */
+/* The factor of q in a run that scales scores: a scale that makes numbers smaller comes before
+ * the sum of products, which then does not pass the range on its way, and one that makes them
+ * larger comes after it. */
 static double row_factor(const struct fa_attention_params *p)
 {
     return fabs(p->scale) < 1 ? p->scale : 1;
 }
 
-/* Powers of 2 that float32 holds with as many bits, its own products with ordinary numbers
- * included. */
+/* Whether float32 holds the number with as many bits, and its products with ordinary numbers,
+ * too. */
 static bool is_narrow(double x) { return x == 0 || (fabs(x) > 0x1p-100 && fabs(x) < 0x1p100); }
 
 /* A product that becomes a subnormal number when it is divided by the cap loses bits, and the cap
- * multiplies what is lost: below this cap, by less than a rounding of the score. */
+ * multiplies that loss: below this cap, by less than a rounding of the score. */
 #define NARROW_SOFTCAP 0x1p20
 
 bool fa_has_narrow_options(const struct fa_attention_params *params)
@@ -218,10 +218,10 @@ bool fa_scales_scores(const struct fa_attention_params *params, bool again)
     return !fa_has_narrow_options(params) || (again && params->dtype == FA_F64);
 }
 
-/* Beside a bias, or a distance, of more than 2^16 the rest of a score has less than 7 bits left
- * in float32 behind the point, by which keys are told apart.  Narrow biases from -2^127 down
- * leave none of it in float64 either: that is how models mask, with the lowest number of a type,
- * and such rows are the average of their keys in both. */
+/* Beside a bias, or a distance, of more than 2^16, float32 has less than 7 bits for the rest of a
+ * score behind the point, and these tell keys apart.  Narrow biases from -2^127 down leave none
+ * of it in float64 either: models mask with the lowest number of a type, and such rows are the
+ * average of their keys in both types. */
 #define DOUBTFUL_FROM 0x1p16
 #define DOUBTFUL_TO 0x1p127
 
@@ -331,7 +331,7 @@ void fa_want_bias(struct fa_workspace *ws, const struct fa_head_rows *rows, int6
     }
 }
 
-/* The factor that the product of scores is to have: what neither rows nor softmax multiply by. */
+/* The factor that the product of scores is to have: neither rows nor softmax multiply by it. */
 static float product_factor(const struct fa_head *head)
 {
     const struct fa_geometry *g = head->geometry;
@@ -365,7 +365,8 @@ struct fa_product fa_tile_product_ahead(const struct fa_tile *tile, const struct
     return group_product(tile, ws, fa_tile_scores_in(tile, ws->scores_ahead), 0, tile->rows);
 }
 
-/* The rest of what score_factor does.  Scale and cap may have a quotient that float64 has not. */
+/* Multiply products by the rest of score_factor.  Scale and cap may have a quotient that float64
+ * has not. */
 static void scale_products(double *scores, int64_t stride, int64_t rows, int64_t columns,
                            const struct fa_attention_params *p)
 {

@@ -10,19 +10,19 @@
  *         times 1 / row_sum: stored, or summed into cells
  *     store the cells
  *
- * Softmax over the queries has its statistics from column_softmax.c, of all queries, and the
- * second pass only.  Products are two, as in attention, which has one with the values instead.
+ * Softmax over the queries has the statistics of all queries from column_softmax.c, and the
+ * second pass only.  Products are two, as many as attention has.
  *
- * The result is rows of cells.  A task has whole rows of it, so that it stores what it has
- * summed; where the queries of one row are many, tasks share them, and their sums, kept apart,
- * are added in order at the end.  Which queries a task has depends on sizes alone, and every cell
- * is a sum in order of key blocks and tiles: of at most tile_q weights in the workspace's type,
- * then in double.  So no bit depends on threads.
+ * The result is rows of cells.  A task has whole rows of it, and stores them when it has summed
+ * them.  Where the queries of one row are many, tasks share them, and their sums, kept apart, are
+ * added in order at the end.  The queries of a task depend on sizes alone, and every cell is a
+ * sum in order of key blocks and tiles: of at most tile_q weights in the workspace's type, then
+ * in double.  So no bit depends on threads.
  *
- * Rows whose scores left the range of float32 are given back, as in forward.c, and computed by
- * the operations of float64 in a second run: rows that are stored by themselves one by one,
- * summed ones with all that their task sums; columns of a softmax over the queries one by one, or
- * with all that is summed of their head. */
+ * Rows whose scores left the range of float32 are given back, as in forward.c, and a second run
+ * computes them by the operations of float64: rows that are stored by themselves one by one,
+ * summed rows with all that their task sums.  Of a softmax over the queries, columns are given
+ * back one by one, or with all that is summed of their head. */
 #include <math.h>
 #include <string.h>
 
@@ -98,7 +98,7 @@ static bool over_queries(const struct weights *w)
 
 static bool sums(const struct weights *w) { return w->params->form != FA_WEIGHTS_EACH; }
 
-/* The block that element i of n is in, of m; where block i begins. */
+/* The block that element i of n is in, of m blocks; and the first element of block i. */
 static int64_t block_of(int64_t i, int64_t n, int64_t m) { return ((i + 1) * m - 1) / n; }
 
 static int64_t block_begin(int64_t i, int64_t n, int64_t m) { return i * n / m; }
@@ -118,7 +118,8 @@ static void take_buffers(struct fa_memory *memory, const struct weights *w, stru
 
 /* ---- first pass ---- */
 
-/* Statistics over one more stretch of keys.  In double, once per split_k keys. */
+/* Fold the statistics of the rows over one more split of the keys.  In double, as there are few
+ * folds. */
 static void fold_rows(const struct fa_geometry *g, struct buffers *to)
 {
     const int64_t size = (int64_t)g->ops->size, vl = (int64_t)g->ops->vl;
@@ -156,7 +157,8 @@ static void weigh_rows(const struct fa_tile *tile, struct fa_workspace *ws)
 
 /* ---- second pass ---- */
 
-/* Scores of rows whose softmax is NaN: what takes part is NaN, what does not stays at -inf. */
+/* In rows whose softmax is NaN, scores of keys that take part become NaN, and the rest stays at
+ * -inf. */
 static void spoil_rows(const struct fa_tile *tile, struct buffers *of)
 {
     const struct fa_geometry *g = tile->head->geometry;
@@ -173,7 +175,7 @@ static void spoil_rows(const struct fa_tile *tile, struct buffers *of)
     }
 }
 
-/* Sums of a tile's columns, from key `key` on, into a row of cells. */
+/* Add sums of the columns of a tile, from key `key` on, to a row of cells. */
 static void add_to_cells(const struct weights *w, const char *column_sums, int64_t key,
                          int64_t keys, double *cells)
 {
@@ -198,7 +200,7 @@ static void add_to_cells(const struct weights *w, const char *column_sums, int64
     }
 }
 
-/* Rows [r, r + rows) of the tile into cells: those of one row of the result together. */
+/* Sum rows [r, r + rows) of the tile into cells: rows of one row of the result together. */
 static void sum_group(const struct weights *w, const struct task *task, const struct fa_tile *tile,
                       struct buffers *of, int64_t r, int64_t rows)
 {
@@ -235,8 +237,8 @@ static bool stores_row(const struct weights *w, int64_t head_index, int64_t row)
                             : w->given_back == NULL || !is_given_back(w, head_index, row);
 }
 
-/* A row of weights to the result: the columns that the first run gave back, where this is the
- * second over columns. */
+/* Store a row of weights; in a second run over columns, only columns that the first run gave
+ * back. */
 static void store_columns(const struct weights *w, int64_t head_index, const char *weights,
                           struct fa_key_range keys, char *out, double factor)
 {
@@ -314,7 +316,7 @@ static void use_tile(const struct weights *w, const struct task *task, const str
 
 /* ---- tasks ---- */
 
-/* Some keys against of->rows.  use: the second pass. */
+/* Visit some keys with the rows of the buffers.  use: it is the second pass.  False: stopped. */
 static bool visit_keys(struct fa_job *job, int thread, const struct task *task, struct buffers *of,
                        struct fa_key_range keys, bool use)
 {
@@ -354,7 +356,7 @@ static bool visit_keys(struct fa_job *job, int thread, const struct task *task, 
     return true;
 }
 
-/* Maximum and sum of each row, without its sink.  False: stopped. */
+/* Find maximum and sum of each row, without its sink.  False: stopped. */
 static bool find_statistics(struct fa_job *job, int thread, const struct task *task,
                             struct buffers *of)
 {
@@ -379,9 +381,9 @@ static bool find_statistics(struct fa_job *job, int thread, const struct task *t
     return true;
 }
 
-/* What the second pass takes: row_max and the factor of what exp2 leaves.  No score is so far
- * above row_max that it would be raised: the first pass has seen them all.  Rows that left the
- * range are given back. */
+/* Prepare the second pass: row_max, and the factor of what exp2 leaves.  No score is so far above
+ * row_max that row_max would rise: the first pass has seen all scores.  Rows that left the range
+ * are given back. */
 static void prepare_rows(struct weights *w, struct buffers *of)
 {
     const struct fa_geometry *g = &w->geometry;
@@ -422,8 +424,8 @@ static bool any_given_back(const struct weights *w, const struct fa_head_rows *r
     return false;
 }
 
-/* Rows [first, first + rows), at most block_q.  False: stopped, or given back with all that the
- * task sums. */
+/* Compute rows [first, first + rows) of the task, at most block_q.  False: stopped, or given back
+ * with all that the task sums. */
 static bool run_rows(struct fa_job *job, int thread, const struct task *task, struct buffers *of,
                      int64_t first, int64_t rows)
 {
@@ -446,7 +448,7 @@ static bool run_rows(struct fa_job *job, int thread, const struct task *task, st
     return visit_keys(job, thread, task, of, fa_rows_keys(&of->rows), true);
 }
 
-/* The cells of one row of the result. */
+/* Store the cells of one row of the result. */
 static void store_cells(const struct weights *w, int64_t head_index, int64_t result_row,
                         const double *cells)
 {
@@ -529,7 +531,7 @@ static void run_task(struct fa_job *job, int64_t index, int thread)
     }
 }
 
-/* The rows of the result that several tasks have shared. */
+/* Store the rows of the result whose sums several tasks have shared. */
 static void store_shared(const struct weights *w)
 {
     const int64_t rows = w->geometry.batch * w->geometry.heads * w->result_rows;
@@ -547,7 +549,7 @@ static void store_shared(const struct weights *w)
 
 /* ---- a call ---- */
 
-/* How the rows are cut into tasks: by sizes alone, so that every sum is. */
+/* Cut the rows into tasks, and so every sum, by sizes alone. */
 static bool choose_tasks(struct weights *w)
 {
     struct fa_geometry *g = &w->geometry;
