@@ -1,11 +1,12 @@
-/* Engines: ways to multiply, each with the form that its operands take; and what a kernel set is.
+/* Engines, each a way to multiply with the form that its operands take; and kernel sets.
  *
  * Attention multiplies twice.  Scores are rows of q times keys, results are weights times values,
  * and between the two the softmax makes weights of scores.  An engine does both products and the
- * softmax, because these three share more than a tile: the softmax leaves weights in the form that
- * the second product takes, it may compute the scores of the next tile meanwhile, and it may apply
- * the scale that the first product left out.  Scores, row_max, row_sum and acc are `real` in every
- * engine.  The form of packed operands and of weights is the engine's own: nobody else reads them.
+ * softmax, because these three share more than a tile: the softmax leaves weights in the form
+ * that the second product takes, it may compute the scores of the next tile meanwhile, and it may
+ * apply the scale that the first product left out.  Scores, row_max, row_sum and acc are `real`
+ * in every engine.  The form of packed operands and of weights is the engine's own: no other code
+ * reads them.
  *
  * Gradients are products of matrices of `real`, and have engines of their own (struct
  * fa_gradient_engine).
@@ -101,9 +102,8 @@ struct fa_product {
 #define FA_VALUE_EXPONENT_F64 960
 #define FA_MOST_KEYS (1 << 23)
 
-/* What scores are computed for.  What comes after the forward pass, its gradients and its
- * weights made visible, computes its scores again, and is the more exact the more bits of them
- * are the same. */
+/* The purpose of scores.  Gradients, and weights made visible, come after the forward pass and
+ * compute its scores again.  They are the more exact, the more bits of the scores are the same. */
 enum fa_pass { FA_FORWARD, FA_AGAIN };
 
 /* Where the factor between <q, k> and a score comes in. */
@@ -148,11 +148,12 @@ struct fa_engine {
     /* `softmax` takes a product beside it; scale_at is FA_SCALE_ROWS then. */
     bool multiplies_beside;
 
-    /* Whether the engine serves a call: reads its q, k and v, and has all that its options need. */
+    /* Whether the engine serves a call: it reads q, k and v of the call, and has all that its
+     * options need. */
     bool (*takes)(const struct fa_attention_params *params, enum fa_pass pass);
 
-    /* Elements of the workspace that a row of q, or a packed key, takes; and a packed column of
-     * so many values, a whole number of panels. */
+    /* Elements of the workspace in a row of q or in a packed key; and in a packed column of so
+     * many values, a whole number of panels. */
     size_t (*row_elements)(size_t head_dim);
     size_t (*value_elements)(size_t keys);
 
@@ -172,7 +173,7 @@ struct fa_engine {
      * engine.  Asks for some of what is wanted. */
     void (*scores)(const struct fa_product *product, float factor, struct fa_wanted *wanted);
 
-    /* Values into panels, panel_stride elements apart, zero beyond `cols` up to a whole panel. 
+    /* Values into panels, panel_stride elements apart, zero beyond `cols` up to a whole panel.
      * Returns whether `values` may have them: every value is so small that FA_MOST_KEYS of them
      * have a finite sum under the largest weights, or what the engine says besides. */
     bool (*pack_values)(void *dst, size_t panel_stride, size_t keys, size_t cols,
@@ -183,11 +184,11 @@ struct fa_engine {
      * infinities and NaN, which 0 * b would spread. */
     void (*values_careful)(const struct fa_product *product);
 
-    /* For at most few_rows(head_dim) rows, both products without packing, with the same bits. 
-     * few_scores: product->b is not read, `keys` of the product's columns are there, the others
-     * become 0.  few_values: b is not read; scratch is [chains of the keys][rows][c_row]. 
-     * False, and c as it was, if a sum is not finite, or a value is one that it does not take:
-     * only values_careful is then right. */
+    /* For at most few_rows(head_dim) rows, both products without packing, with the same bits.
+     * few_scores does not read product->b; `keys` of the product's columns are keys, and all
+     * other columns become 0.  few_values does not read b; scratch is [chains of the
+     * keys][rows][c_row].  False, and c as it was, if a sum is not finite, or the engine does not
+     * take a value: then only values_careful is right. */
     size_t (*few_rows)(size_t head_dim);
     void (*few_scores)(const struct fa_product *product, size_t head_dim, size_t keys,
                        const struct fa_rows *from, float factor);
@@ -200,8 +201,8 @@ struct fa_engine {
     /* Softmax over the queries: scores to weights, exp2(s - col_max) * col_inverse. */
     void (*weigh_columns)(void *s, size_t ld, size_t rows, size_t n, const void *col_max,
                           const void *col_inverse);
-    /* n weights of a row times factors of dropout, real [n]: exactly 0 where the factor is.  n:
-     * multiple of vl. */
+    /* n weights of a row times factors of dropout, real [n]: exactly 0 where the factor is 0.  n
+     * is a multiple of vl. */
     void (*drop_weights)(void *weights, const void *factors, size_t n);
     /* Weights times the scale of their column; 0 stays 0. */
     void (*scale_weights)(void *w, size_t ld, size_t rows, size_t n, const float *scale);
@@ -223,7 +224,8 @@ struct fa_gradient_engine {
      * fa_engine.pack_values does. */
     bool (*pack)(void *dst, size_t panel_stride, size_t rows, size_t cols,
                  const struct fa_rows *from);
-    /* Products as `scores` are, of a as it is or transposed; careful: as values_careful. */
+    /* Products like those of `scores`, of a as it is or transposed; the careful one is like
+     * values_careful. */
     void (*multiply)(const struct fa_product *product);
     void (*multiply_transposed)(const struct fa_product *product);
     void (*multiply_careful)(const struct fa_product *product, bool transposed);

@@ -1,8 +1,8 @@
-/* One team for the process.  A thread of ours, the host, enters an OpenMP parallel region and stays
- * in it: so OpenMP makes the threads, by its rules for places, binding and limits, and yet no
- * caller is ever inside a region, whose barrier would neither answer Ctrl-C nor survive a fork, and
- * whose threads spin for milliseconds.  The host, thread 0 of the region, sleeps: its place is the
- * caller's.  The others, the members, take offers from a queue.
+/* One team for the process.  A thread of ours, the host, enters an OpenMP parallel region and
+ * stays in it.  So OpenMP makes the threads, by its rules for places, binding and limits, and yet
+ * no caller is ever inside a region, whose barrier would neither answer Ctrl-C nor survive a
+ * fork, and whose threads spin for milliseconds.  The host, thread 0 of the region, sleeps: its
+ * place is the caller's.  All other threads are members, which take offers from a queue.
  *
  *   caller                                        member
  *     fa_team_offer: queue, wake two                find an open offer, join it, wake two more
