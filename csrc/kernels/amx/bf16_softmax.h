@@ -57,10 +57,14 @@ static inline vec_f32 weigh_bf16(vec_f32 s, vec_f32 factor, vec_f32 base)
                          v_fma_f32(p, v_mul_f32(f, scale), scale));
 }
 
-/* `rows` rows whose row_max is a whole number within MAX_SHIFT; a constant. */
-FA_INLINE void weigh_rows_bf16(const size_t rows, float *s, size_t ld, size_t n, vec_f32 factor,
-                               const float *row_max, float *row_sum)
+/* Rows from `first` on, whose row_max is a whole number within MAX_SHIFT; `rows` is a constant. */
+FA_INLINE void weigh_rows_bf16(const size_t rows, const struct fa_softmax *x, size_t first)
 {
+    const size_t ld = x->ld, n = x->cols;
+    const vec_f32 factor = v_set_f32(x->factor);
+    const float *row_max = (const float *)x->state->row_max + first;
+    float *s = (float *)x->scores + first * ld;
+    float *row_sum = (float *)x->state->row_sum + first * VL_f32;
     vec_f32 base[SOFTMAX_ROWS_f32], sum[SOFTMAX_ROWS_f32];
     FA_UNROLL
     for (size_t r = 0; r < rows; r++) {
@@ -86,10 +90,14 @@ FA_INLINE void weigh_rows_bf16(const size_t rows, float *s, size_t ld, size_t n,
 
 /* Raise row_max where a score has outgrown it, to a whole number where that is small enough.  Returns whether
  * all rows are such. */
-FA_INLINE bool raise_rows_bf16(const size_t rows, const float *s, size_t ld, size_t n,
-                               vec_f32 factor, float *row_max, float *row_sum, float *acc,
-                               size_t ldacc)
+FA_INLINE bool raise_rows_bf16(const size_t rows, const struct fa_softmax *x, size_t first)
 {
+    const size_t ld = x->ld, n = x->cols, ldacc = x->ldacc;
+    const vec_f32 factor = v_set_f32(x->factor);
+    const float *s = (const float *)x->scores + first * ld;
+    float *row_max = (float *)x->state->row_max + first;
+    float *row_sum = (float *)x->state->row_sum + first * VL_f32;
+    float *acc = (float *)x->state->acc + first * ldacc;
     vec_f32 block_max[SOFTMAX_ROWS_f32];
     bool small = true;
     FA_UNROLL
@@ -118,26 +126,20 @@ FA_INLINE bool raise_rows_bf16(const size_t rows, const float *s, size_t ld, siz
 
 static void softmax_bf16(const struct fa_softmax *x)
 {
-    const size_t ld = x->ld, rows = x->rows, n = x->cols, ldacc = x->ldacc;
-    const struct fa_state *state = x->state;
-    const vec_f32 factor = v_set_f32(x->factor);
     FA_ASSERT(x->beside == NULL);
     size_t r = 0;
-    while (r < rows) {
-        float *s = (float *)x->scores + r * ld, *row_max = (float *)state->row_max + r;
-        float *row_sum = (float *)state->row_sum + r * VL_f32;
-        float *acc = (float *)state->acc + r * ldacc;
+    while (r < x->rows) {
+        float *s = (float *)x->scores + r * x->ld;
         size_t done = 1;
-        if (r + SOFTMAX_ROWS_f32 <= rows &&
-            raise_rows_bf16(SOFTMAX_ROWS_f32, s, ld, n, factor, row_max, row_sum, acc, ldacc)) {
+        if (r + SOFTMAX_ROWS_f32 <= x->rows && raise_rows_bf16(SOFTMAX_ROWS_f32, x, r)) {
             done = SOFTMAX_ROWS_f32;
-            weigh_rows_bf16(SOFTMAX_ROWS_f32, s, ld, n, factor, row_max, row_sum);
-        } else if (raise_rows_bf16(1, s, ld, n, factor, row_max, row_sum, acc, ldacc)) {
-            weigh_rows_bf16(1, s, ld, n, factor, row_max, row_sum);
+            weigh_rows_bf16(SOFTMAX_ROWS_f32, x, r);
+        } else if (raise_rows_bf16(1, x, r)) {
+            weigh_rows_bf16(1, x, r);
         } else {
-            multiply_scores(s, ld, 1, n, factor);
-            softmax_update_rows_f32(1, s, ld, n, row_max, row_sum, acc, ldacc, idle_f32, NULL);
-            split_weights(s, n);
+            multiply_scores(s, x->ld, 1, x->cols, v_set_f32(x->factor));
+            softmax_rows_f32(1, x, r, idle_f32, NULL);
+            split_weights(s, x->cols);
         }
         r += done;
     }

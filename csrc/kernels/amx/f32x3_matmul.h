@@ -128,28 +128,26 @@ FA_INLINE void advance_tiles(const bool lower, struct tile_work *work)
     }
 }
 
-/* c[rows][PANEL] = a b over `chunks`. */
-FA_INLINE void multiply_panel(const bool lower, size_t chunks, const float *a, size_t a_stride,
-                              const float *b, float *c, size_t c_row)
+/* One panel, c[rows][PANEL] = a b, of a depth that is summed in the tiles; a and b are split. */
+FA_INLINE void multiply_panel(const bool lower, const struct fa_product *p)
 {
+    const float *a = p->a, *b = p->b;
     clear_sums(lower);
-    for (size_t chunk = 0; chunk < chunks; chunk++) {
+    for (size_t k = 0; k < p->depth; k += PART_WORDS) {
         FA_UNROLL
         for (size_t i = 0; i < STEPS; i++) {
-            multiply_step(i, lower, a + chunk * PART_WORDS, a_stride,
-                          b + chunk * PART_WORDS * PANEL);
+            multiply_step(i, lower, a + k, p->a_stride, b + k * PANEL);
         }
     }
-    store_sums(lower, c, c_row);
+    store_sums(lower, p->c, p->c_row);
 }
 
-static void multiply_rows(size_t rows, size_t chunks, const float *a, size_t a_stride,
-                          const float *b, float *c, size_t c_row)
+static void multiply_rows(const struct fa_product *p)
 {
-    if (rows > UPPER_ROWS) {
-        multiply_panel(true, chunks, a, a_stride, b, c, c_row);
+    if (p->rows > UPPER_ROWS) {
+        multiply_panel(true, p);
     } else {
-        multiply_panel(false, chunks, a, a_stride, b, c, c_row);
+        multiply_panel(false, p);
     }
 }
 
@@ -208,22 +206,28 @@ static inline size_t fewer(size_t x, size_t y) { return x < y ? x : y; }
 static void multiply_scores_f32x3(const struct fa_product *p, struct fa_wanted *wanted)
 {
     _Alignas(64) float sums[TILES_Q * PANEL];
-    const size_t chunks = p->depth / PART_WORDS;
+    const size_t most = SUM_CHUNKS * PART_WORDS;
     finish_stores();
     for (size_t panel = 0; panel < p->panels; panel++) {
-        const float *a = p->a, *b = (const float *)p->b + panel * p->b_panel;
+        struct fa_product sum = *p;
+        sum.b = (const float *)p->b + panel * p->b_panel;
+        sum.c = (float *)p->c + panel * PANEL;
+        sum.depth = fewer(p->depth, most);
         fetch_some(wanted);
-        multiply_rows(p->rows, fewer(chunks, SUM_CHUNKS), a, p->a_stride, b,
-                      (float *)p->c + panel * PANEL, p->c_row);
-        for (size_t first = SUM_CHUNKS; first < chunks; first += SUM_CHUNKS) {
-            multiply_rows(p->rows, fewer(chunks - first, SUM_CHUNKS), a + first * PART_WORDS,
-                          p->a_stride, b + first * PART_WORDS * PANEL, sums, PANEL);
+        multiply_rows(&sum);
+        for (size_t k = most; k < p->depth; k += most) {
+            sum.a = (const float *)sum.a + most;
+            sum.b = (const float *)sum.b + most * PANEL;
+            sum.c = sums;
+            sum.c_row = PANEL;
+            sum.depth = fewer(p->depth - k, most);
+            multiply_rows(&sum);
             finish_stores();
             add_sums(p, sums, panel);
         }
     }
     finish_stores();
-    repair_scores(p, chunks);
+    repair_scores(p, p->depth / PART_WORDS);
 }
 
 static void scores_f32x3(const struct fa_product *p, float factor, struct fa_wanted *wanted)
@@ -240,18 +244,7 @@ static void advance_upper(void *work) { advance_tiles(false, work); }
 FA_INLINE void softmax_rows_beside(const struct fa_softmax *x, void (*advance)(void *),
                                    struct tile_work *work)
 {
-    const size_t ld = x->ld, rows = x->rows, n = x->cols, ldacc = x->ldacc;
-    float *row_max = x->state->row_max, *row_sum = x->state->row_sum, *acc = x->state->acc;
-    float *s = x->scores;
-    size_t r = 0;
-    for (; r + SOFTMAX_ROWS_f32 <= rows; r += SOFTMAX_ROWS_f32) {
-        softmax_update_rows_f32(SOFTMAX_ROWS_f32, s + r * ld, ld, n, row_max + r,
-                                row_sum + r * VL_f32, acc + r * ldacc, ldacc, advance, work);
-    }
-    for (; r < rows; r++) {
-        softmax_update_rows_f32(1, s + r * ld, ld, n, row_max + r, row_sum + r * VL_f32,
-                                acc + r * ldacc, ldacc, advance, work);
-    }
+    softmax_all_rows_f32(x, advance, work);
     while (work->panel < work->product->panels) {
         advance(work);
     }
@@ -338,7 +331,15 @@ static void values_f32x3(const struct fa_product *p, struct fa_wanted *wanted)
         const float *b = (const float *)p->b + panel * p->b_panel;
         fetch_some(wanted);
         if (panel > 0) {
-            multiply_rows(p->rows, chunks, parts, w.stride, b, sums[panel % 2], PANEL);
+            multiply_rows(&(struct fa_product){
+                .rows = p->rows,
+                .depth = w.stride,
+                .a = parts,
+                .a_stride = w.stride,
+                .b = b,
+                .c = sums[panel % 2],
+                .c_row = PANEL,
+            });
         } else if (p->rows > UPPER_ROWS) {
             multiply_first(true, chunks, &w, b, sums[0]);
         } else {

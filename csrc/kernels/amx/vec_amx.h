@@ -177,7 +177,7 @@ static inline vec_f32 v_plain_nan(vec_f32 x)
 }
 static inline vec_f32 v_as_f32(vec_u16 x) { return _mm512_castsi512_ps(x); }
 static inline vec_u16 v_as_u16(vec_f32 x) { return _mm512_castps_si512(x); }
-static inline vec_f32 v_pair_first(vec_u16 x) { return v_part_bf16(_mm512_castsi512_ps(x), 0); }
-static inline vec_f32 v_pair_second(vec_u16 x) { return v_part_bf16(_mm512_castsi512_ps(x), 1); }
+static inline vec_f32 v_pair_first(vec_u16 x) { return v_element_bf16(_mm512_castsi512_ps(x), 0); }
+static inline vec_f32 v_pair_second(vec_u16 x) { return v_element_bf16(_mm512_castsi512_ps(x), 1); }
 
 #endif

@@ -120,13 +120,37 @@ static inline void fetch_some(struct fa_wanted *wanted)
 static inline void fetch_near(const char *p) { __builtin_prefetch(p, 0, 3); }
 static inline void fetch_far(const char *p) { __builtin_prefetch(p, 0, 1); }
 
+/* The keys of a block, or its values, where their caller has them. */
+struct key_block {
+    const struct fa_rows *from;
+    /* The keys that are there, and the elements of each. */
+    size_t keys, cols;
+};
+
+/* Keys that are there from `key` on. */
+static inline size_t keys_left(const struct key_block *block, size_t key)
+{
+    return key < block->keys ? block->keys - key : 0;
+}
+
+/* Few rows and a block that is not packed: rows of q and its keys, or weights and its values. */
+struct few_product {
+    /* The rows that are not done yet: a and c are those of the first.  b is not read. */
+    struct fa_product product;
+    struct key_block block;
+};
+
 /* Rows of caller memory that are wanted soon, and rows that are wanted later, to be asked for line by line. */
 struct fa_stretch {
     const char *const *row, *const *far_row;
-    size_t bytes; /* of each row; 0: nothing is wanted soon */
-    size_t far_bytes; /* 0, or the same: of the rows that are wanted later */
-    size_t at; /* of the present row */
-    size_t due; /* bytes that may be asked for by now */
+    /* Of each row.  0: nothing is wanted soon. */
+    size_t bytes;
+    /* 0, or the same: of the rows that are wanted later. */
+    size_t far_bytes;
+    /* The next byte of the present row. */
+    size_t at;
+    /* Bytes that may be asked for by now. */
+    size_t due;
 };
 
 /* Ask for `bytes` more, in whole lines. */

@@ -62,6 +62,11 @@ _Static_assert(64 + FA_VALUE_EXPONENT_F64 == 1024, "VALUE_PROBE_f64");
 #define WIDENS_f64 0
 #define WIDENS FN(WIDENS)
 
+/* Types of caller memory that are computed in the element type without being converted before. */
+#define STORAGE_TYPES_f32(CASE) CASE(FA_F16) CASE(FA_BF16) CASE(FA_I8) CASE(FA_F32)
+#define STORAGE_TYPES_f64(CASE) CASE(FA_F64)
+#define STORAGE_TYPES FN(STORAGE_TYPES)
+
 #if defined(__GNUC__)
 /* For a body with an argument that every caller gives as a constant: each call is a version of its own. */
 #define FA_INLINE static inline __attribute__((always_inline))

@@ -59,11 +59,15 @@ static void FN(raise_row_max)(VEC block_max, REAL *row_max, REAL *row_sum, REAL 
 /* What is to be done meanwhile, a little for every vector of some rows: nothing. */
 static inline void FN(idle)(void *work) { (void)work; }
 
-/* `rows` rows, a constant up to SOFTMAX_ROWS; see softmax_update in tile_ops.h.  `meanwhile` is a constant, too. */
-FA_INLINE void FN(softmax_update_rows)(const size_t rows, REAL *s, size_t ld, size_t n,
-                                       REAL *row_max, REAL *row_sum, REAL *acc, size_t ldacc,
-                                       void (*meanwhile)(void *), void *work)
+/* Rows from `first` on, as softmax_update in tile_ops.h has it.  `rows`, up to SOFTMAX_ROWS, and
+ * `meanwhile` are constants. */
+FA_INLINE void FN(softmax_rows)(const size_t rows, const struct fa_softmax *x, size_t first,
+                                void (*meanwhile)(void *), void *work)
 {
+    const size_t ld = x->ld, n = x->cols, ldacc = x->ldacc;
+    REAL *s = (REAL *)x->scores + first * ld, *row_max = (REAL *)x->state->row_max + first;
+    REAL *row_sum = (REAL *)x->state->row_sum + first * VL;
+    REAL *acc = (REAL *)x->state->acc + first * ldacc;
     VEC block_max[SOFTMAX_ROWS], shift[SOFTMAX_ROWS], sum[SOFTMAX_ROWS];
     int outgrown = 0;
     FA_UNROLL
@@ -106,19 +110,24 @@ FA_INLINE void FN(softmax_update_rows)(const size_t rows, REAL *s, size_t ld, si
     }
 }
 
+FA_INLINE void FN(softmax_all_rows)(const struct fa_softmax *x, void (*meanwhile)(void *),
+                                    void *work)
+{
+    size_t r = 0;
+    for (; r + SOFTMAX_ROWS <= x->rows; r += SOFTMAX_ROWS) {
+        FN(softmax_rows)(SOFTMAX_ROWS, x, r, meanwhile, work);
+    }
+    for (; r < x->rows; r++) {
+        FN(softmax_rows)(1, x, r, meanwhile, work);
+    }
+}
+
 static void FN(softmax_update)(void *s, size_t ld, size_t rows, size_t n,
                                const struct fa_state *state, size_t ldacc)
 {
-    REAL *row_max = state->row_max, *row_sum = state->row_sum, *acc = state->acc;
-    size_t r = 0;
-    for (; r + SOFTMAX_ROWS <= rows; r += SOFTMAX_ROWS) {
-        FN(softmax_update_rows)(SOFTMAX_ROWS, (REAL *)s + r * ld, ld, n, row_max + r,
-                                row_sum + r * VL, acc + r * ldacc, ldacc, FN(idle), NULL);
-    }
-    for (; r < rows; r++) {
-        FN(softmax_update_rows)(1, (REAL *)s + r * ld, ld, n, row_max + r, row_sum + r * VL,
-                                acc + r * ldacc, ldacc, FN(idle), NULL);
-    }
+    const struct fa_softmax x = {
+        .scores = s, .ld = ld, .rows = rows, .cols = n, .state = state, .ldacc = ldacc};
+    FN(softmax_all_rows)(&x, FN(idle), NULL);
 }
 
 /* total = total * keep + part * join, n elements: what rounding leaves of each sum goes into rest, and joins the

@@ -60,7 +60,7 @@ static inline vec_f32 v_widen_i8(const void *p)
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
 }
 /* Element `sub` of each 32-bit lane that holds several of a narrower type. */
-static inline vec_f32 v_part_f16(vec_f32 x, int sub)
+static inline vec_f32 v_element_f16(vec_f32 x, int sub)
 {
     __m256i lane = _mm256_castps_si256(x);
     __m256i half =
@@ -68,13 +68,13 @@ static inline vec_f32 v_part_f16(vec_f32 x, int sub)
     half = _mm256_permute4x64_epi64(_mm256_packus_epi32(half, half), 0x08);
     return _mm256_cvtph_ps(_mm256_castsi256_si128(half));
 }
-static inline vec_f32 v_part_bf16(vec_f32 x, int sub)
+static inline vec_f32 v_element_bf16(vec_f32 x, int sub)
 {
     __m256i lane = _mm256_castps_si256(x);
     return _mm256_castsi256_ps(sub == 0 ? _mm256_slli_epi32(lane, 16)
                                         : _mm256_and_si256(lane, _mm256_set1_epi32(-65536)));
 }
-static inline vec_f32 v_part_i8(vec_f32 x, int sub)
+static inline vec_f32 v_element_i8(vec_f32 x, int sub)
 {
     __m256i top = _mm256_sllv_epi32(_mm256_castps_si256(x), _mm256_set1_epi32(24 - 8 * sub));
     return _mm256_cvtepi32_ps(_mm256_srai_epi32(top, 24));

@@ -60,18 +60,18 @@ static inline vec_f32 v_widen_i8(const void *p)
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
 }
 /* Element `sub` of each 32-bit lane that holds several of a narrower type. */
-static inline vec_f32 v_part_f16(vec_f32 x, int sub)
+static inline vec_f32 v_element_f16(vec_f32 x, int sub)
 {
     __m512i lane = _mm512_castps_si512(x);
     return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(sub == 0 ? lane : _mm512_srli_epi32(lane, 16)));
 }
-static inline vec_f32 v_part_bf16(vec_f32 x, int sub)
+static inline vec_f32 v_element_bf16(vec_f32 x, int sub)
 {
     __m512i lane = _mm512_castps_si512(x);
     return _mm512_castsi512_ps(sub == 0 ? _mm512_slli_epi32(lane, 16)
                                         : _mm512_and_si512(lane, _mm512_set1_epi32(-65536)));
 }
-static inline vec_f32 v_part_i8(vec_f32 x, int sub)
+static inline vec_f32 v_element_i8(vec_f32 x, int sub)
 {
     __m512i top = _mm512_sllv_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(24 - 8 * sub));
     return _mm512_cvtepi32_ps(_mm512_srai_epi32(top, 24));

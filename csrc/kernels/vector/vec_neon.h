@@ -65,19 +65,19 @@ static inline vec_f32 v_widen_i8(const void *p)
     return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(narrow))));
 }
 /* Element `sub` of each 32-bit lane that holds several of a narrower type. */
-static inline vec_f32 v_part_f16(vec_f32 x, int sub)
+static inline vec_f32 v_element_f16(vec_f32 x, int sub)
 {
     uint32x4_t lane = vreinterpretq_u32_f32(x);
     uint16x4_t half = sub == 0 ? vmovn_u32(lane) : vshrn_n_u32(lane, 16);
     return vcvt_f32_f16(vreinterpret_f16_u16(half));
 }
-static inline vec_f32 v_part_bf16(vec_f32 x, int sub)
+static inline vec_f32 v_element_bf16(vec_f32 x, int sub)
 {
     uint32x4_t lane = vreinterpretq_u32_f32(x);
     return vreinterpretq_f32_u32(sub == 0 ? vshlq_n_u32(lane, 16)
                                           : vandq_u32(lane, vdupq_n_u32(0xffff0000)));
 }
-static inline vec_f32 v_part_i8(vec_f32 x, int sub)
+static inline vec_f32 v_element_i8(vec_f32 x, int sub)
 {
     int32x4_t top = vshlq_s32(vreinterpretq_s32_f32(x), vdupq_n_s32(24 - 8 * sub));
     return vcvtq_f32_s32(vshrq_n_s32(top, 24));

@@ -46,9 +46,9 @@ static inline float v_widen_f16(const void *p) { return read_f16(p); }
 static inline float v_widen_bf16(const void *p) { return read_bf16(p); }
 static inline float v_widen_i8(const void *p) { return read_i8(p); }
 /* Element `sub` of the lane, which holds several of a narrower type in their order in memory. */
-static inline float v_part_f16(float x, int sub) { return read_f16((const char *)&x + 2 * sub); }
-static inline float v_part_bf16(float x, int sub) { return read_bf16((const char *)&x + 2 * sub); }
-static inline float v_part_i8(float x, int sub) { return read_i8((const char *)&x + sub); }
+static inline float v_element_f16(float x, int sub) { return read_f16((const char *)&x + 2 * sub); }
+static inline float v_element_bf16(float x, int sub) { return read_bf16((const char *)&x + 2 * sub); }
+static inline float v_element_i8(float x, int sub) { return read_i8((const char *)&x + sub); }
 static inline void v_narrow_f16(void *p, float x) { write_f16(p, x); }
 static inline void v_narrow_bf16(void *p, float x) { write_bf16(p, x); }
 static inline float v_add_f32(float a, float b) { return a + b; }
