@@ -1,10 +1,11 @@
-/* Both products for one row of bfloat16, as in decoding, without packing and without tiles: the same chains of
- * multiply-adds in the same order (vec_amx.h), so the same bits.  What the two forms do differently - subnormal
- * numbers - is left to the tiles for values, and for scores is below 2^-126.
+/* Both products for one row of bfloat16, as in decoding, without packing and without tiles: the
+ * same chains of multiply-adds in the same order (vec_amx.h), so the same bits.  What the two forms
+ * do differently - subnormal numbers - is left to the tiles for values, and for scores is below
+ * 2^-126.
  *
- * Cost per key at head_dim 128: scores 16 shuffles, 8 to take pairs apart and 8 multiply-adds; values 4 loads
- * to look for special ones, 8 to widen and 16 multiply-adds, since weights are split in two.  With two rows or
- * more packing for the tiles is the quicker way.
+ * Cost per key at head_dim 128: scores 16 shuffles, 8 to take pairs apart and 8 multiply-adds;
+ * values 4 loads to look for special ones, 8 to widen and 16 multiply-adds, since weights are split
+ * in two.  With two rows or more packing for the tiles is the quicker way.
  */
 #ifndef FA_BF16_FEW_H
 #define FA_BF16_FEW_H
@@ -12,7 +13,8 @@
 #define FEW_GROUPS 2 /* vectors of keys whose chains take turns */
 #define FEW_VECTORS 4 /* vectors of columns whose sums are in registers: 8 chains, 16 sums */
 
-/* The words of 16 keys, transposed: word u of all of them in square[u]; zeros beyond `keys` and `cols`. */
+/* The words of 16 keys, transposed: word u of all of them in square[u]; zeros beyond `keys` and
+ * `cols`. */
 FA_INLINE void load_words(vec_f32 square[VL_f32], const struct fa_rows *from, size_t key,
                           size_t keys, size_t c, size_t cols)
 {
@@ -180,7 +182,8 @@ static bool any_special(const struct key_block *block)
     return special != 0;
 }
 
-/* Values whose columns lie side by side and fill chunks of 32, none of them special; the tiles do others. */
+/* Values whose columns lie side by side and fill chunks of 32, none of them special; the tiles do
+ * others. */
 static bool few_values_bf16(const struct fa_product *p, size_t cols, const struct fa_rows *from,
                             void *scratch)
 {

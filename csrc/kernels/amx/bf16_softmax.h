@@ -1,10 +1,10 @@
-/* Weights for products of bfloat16: each is split into two, itself rounded and what that left of it, rounded
- * too.  One alone would be 2^-9 off, and results near zero would miss their last bits; two are 2^-18 off
- * (docs/design.md).
+/* Weights for products of bfloat16: each is split into two, itself rounded and what that left of
+ * it, rounded too.  One alone would be 2^-9 off, and results near zero would miss their last bits;
+ * two are 2^-18 off (docs/design.md).
  *
- * Split weights take the place of the scores: of every 32 floats of a row the first 16 become the upper
- * parts, the other 16 the lower parts, each as pairs of keys r and r + 16 - what a shift and a blend make of
- * two vectors.
+ * Split weights take the place of the scores: of every 32 floats of a row the first 16 become the
+ * upper parts, the other 16 the lower parts, each as pairs of keys r and r + 16 - what a shift and
+ * a blend make of two vectors.
  */
 #ifndef FA_BF16_SOFTMAX_H
 #define FA_BF16_SOFTMAX_H
@@ -12,8 +12,8 @@
 /* Scores of a row this far from 0 are weighed by the float32 softmax: see weigh_bf16. */
 #define MAX_SHIFT 0x1p18f
 
-/* 2^f = 1 + f P(f) for |f| <= 2^-5, P of degree 1 by interpolation at the Chebyshev nodes: relative error
- * 8.5e-7, a quarter of what splitting leaves. */
+/* 2^f = 1 + f P(f) for |f| <= 2^-5, P of degree 1 by interpolation at the Chebyshev nodes: relative
+ * error 8.5e-7, a quarter of what splitting leaves. */
 static const float exp2_coef_bf16[2] = {0x1.62e430p-1f, 0x1.ebfbe0p-3f};
 
 static void multiply_scores(float *s, size_t ld, size_t rows, size_t n, vec_f32 factor)
@@ -26,8 +26,8 @@ static void multiply_scores(float *s, size_t ld, size_t rows, size_t n, vec_f32 
     }
 }
 
-/* Rounding may turn a NaN whose last bits are set into a number: where the row's sum is to be NaN besides, no
- * harm is done. */
+/* Rounding may turn a NaN whose last bits are set into a number: where the row's sum is to be NaN
+ * besides, no harm is done. */
 static inline void store_split(float *s, vec_f32 p0, vec_f32 p1)
 {
     const vec_f32 round0 = v_round_half(p0), round1 = v_round_half(p1);
@@ -45,8 +45,9 @@ static void split_weights(float *s, size_t n)
     }
 }
 
-/* 2^(s factor - shift) as exp2_template.h has it, for a whole number `shift`: then base = EXP2_ROUND - shift is
- * exact, and one multiply-add gives the rounded sum.  Exactly 0 where that is below EXP2_MIN, NaN for NaN. */
+/* 2^(s factor - shift) as exp2_template.h has it, for a whole number `shift`: then base =
+ * EXP2_ROUND - shift is exact, and one multiply-add gives the rounded sum.  Exactly 0 where that is
+ * below EXP2_MIN, NaN for NaN. */
 static inline vec_f32 weigh_bf16(vec_f32 s, vec_f32 factor, vec_f32 base)
 {
     const vec_f32 t = v_fma_f32(s, factor, base);
@@ -88,8 +89,8 @@ FA_INLINE void weigh_rows_bf16(const size_t rows, const struct fa_softmax *x, si
     }
 }
 
-/* Raise row_max where a score has outgrown it, to a whole number where that is small enough.  Returns whether
- * all rows are such. */
+/* Raise row_max where a score has outgrown it, to a whole number where that is small enough.
+ * Returns whether all rows are such. */
 FA_INLINE bool raise_rows_bf16(const size_t rows, const struct fa_softmax *x, size_t first)
 {
     const size_t ld = x->ld, n = x->cols, ldacc = x->ldacc;

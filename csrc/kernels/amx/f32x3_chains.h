@@ -1,11 +1,13 @@
-/* Both products of float32 for one row or two, as in decoding, without tiles: what a product of tiles computes are
- * chains of 16 multiply-adds, two of them for each of the six products of parts (vec_amx.h), and in registers they
- * take few rows no longer than memory takes to deliver their keys.  The order of sums is that of
- * f32x3_matmul.h, and subnormal numbers count as 0, so the bits are the same.
+/* Both products of float32 for one row or two, as in decoding, without tiles: what a product of
+ * tiles computes are chains of 16 multiply-adds, two of them for each of the six products of parts
+ * (vec_amx.h), and in registers they take few rows no longer than memory takes to deliver their
+ * keys.  The order of sums is that of f32x3_matmul.h, and subnormal numbers count as 0, so the bits
+ * are the same.
  *
- * Cost of 16 elements of keys or values: 4 operations to split them, 6 multiply-adds per row, and 4 shuffles for
- * keys or 1 to look for small values.  At two operations a cycle 2 rows take 9 to 10 cycles, where memory takes 14
- * to deliver 64 bytes to a core; 3 rows take as long as f32x3_few.h does, 4 longer.
+ * Cost of 16 elements of keys or values: 4 operations to split them, 6 multiply-adds per row, and 4
+ * shuffles for keys or 1 to look for small values.  At two operations a cycle 2 rows take 9 to 10
+ * cycles, where memory takes 14 to deliver 64 bytes to a core; 3 rows take as long as f32x3_few.h
+ * does, 4 longer.
  */
 #ifndef FA_F32X3_CHAINS_H
 #define FA_F32X3_CHAINS_H
@@ -101,7 +103,8 @@ static inline struct fa_stretch chain_ahead(const struct key_block *block, size_
 {
     const struct fa_rows *from = block->from;
     const size_t near = key + keys_ahead_f32(FA_F32), far = key + keys_far_f32(FA_F32);
-    const size_t bytes = from->col_stride == (int64_t)sizeof(float) ? block->cols * sizeof(float) : 0;
+    const bool contiguous = from->col_stride == (int64_t)sizeof(float);
+    const size_t bytes = contiguous ? block->cols * sizeof(float) : 0;
     return (struct fa_stretch){
         .row = from->row + near,
         .far_row = from->row + far,
@@ -166,7 +169,8 @@ FA_INLINE void chain_scores_rows(const size_t rows, const struct chain_product *
     }
 }
 
-/* No arithmetic of its own, nor that of its caller, may be moved into the other's mode: hence a call. */
+/* No arithmetic of its own, nor that of its caller, may be moved into the other's mode: hence a
+ * call. */
 FA_NOINLINE void chain_scores(size_t rows, const struct chain_product *x)
 {
     if (rows == 1) {
@@ -194,8 +198,8 @@ static void few_scores_chains(const struct fa_product *p, const struct key_block
     restore_mode(mode);
 }
 
-/* c of the 16 columns from `col` on += weights values of the 32 keys from `key` on, or the first sums
- * of c; `whole`: all are there.  Returns the least size of these values. */
+/* c += weights values, of the 32 keys from `key` on and the 16 columns from `col` on; the first
+ * keys begin the sums.  `whole`: all are there.  Returns the least size of these values. */
 FA_INLINE vec_u32 chain_values_vector(const size_t rows, const bool whole,
                                       const struct chain_product *x, size_t key, size_t col,
                                       struct fa_stretch *wanted)
@@ -240,8 +244,9 @@ FA_INLINE vec_u32 chain_values_rows(const size_t rows, const struct chain_produc
         for (size_t col = 0; col < block->cols; col += VL_f32) {
             const bool whole =
                 contiguous && key + TILE_KEYS <= block->keys && col + VL_f32 <= block->cols;
-            least = v_min_u32(least, whole ? chain_values_vector(rows, true, x, key, col, &wanted)
-                                           : chain_values_vector(rows, false, x, key, col, &wanted));
+            const vec_u32 found = whole ? chain_values_vector(rows, true, x, key, col, &wanted)
+                                        : chain_values_vector(rows, false, x, key, col, &wanted);
+            least = v_min_u32(least, found);
         }
     }
     return least;

@@ -1,19 +1,20 @@
-/* Both products of float32 for 3 to 16 rows, as in decoding: keys and values are split in passing, a chunk of 32
- * at a time, and never packed.  The sums are those of f32x3_matmul.h, in the same order; so are those of
- * f32x3_chains.h, for fewer rows.
+/* Both products of float32 for 3 to 16 rows, as in decoding: keys and values are split in passing,
+ * a chunk of 32 at a time, and never packed.  The sums are those of f32x3_matmul.h, in the same
+ * order; so are those of f32x3_chains.h, for fewer rows.
  *
- * Scores are computed with keys as the rows of a, in the order in which they lie, and the rows of q, turned, as
- * the columns of b: no key is transposed.  Values are columns of b as they lie.  While the tiles multiply one chunk
- * the next is split.
+ * Scores are computed with keys as the rows of a, in the order in which they lie, and the rows of
+ * q, turned, as the columns of b: no key is transposed.  Values are columns of b as they lie.
+ * While the tile unit multiplies one chunk the next is split.
  *
- * Cost of 16 elements, whatever the number of rows: 7 operations to split them, 1 more to look for small values,
- * and 3 to 5 cycles of the tiles' unit, on the side: less than memory takes to deliver them to a core.
+ * Cost of 16 elements, whatever the number of rows: 7 operations to split them, 1 more to look for
+ * small values, and 3 to 5 cycles of the tile unit, on the side: less than memory takes to
+ * deliver them to a core.
  */
 #ifndef FA_F32X3_FEW_H
 #define FA_F32X3_FEW_H
 
 #define FEW_TILE_ROWS 16
-#define FEW_KEYS 32 /* keys of a tile of scores: two tiles of 16, whose sums take turns */
+#define FEW_KEYS 32 /* keys at a time: two tiles of 16, whose sums take turns */
 #define FEW_TILES 4 /* tiles of 16 columns of values at a time */
 #define TILE_SIZE (TILE_WORDS * TILE_WORDS)
 
@@ -23,9 +24,9 @@
 #define FEW_B0 6
 #define FEW_B1 7
 
-/* Keys ahead of those at work that are asked for, into L2: 24 KiB at head_dim 128, more than memory delivers to a
- * core in the time that it takes to answer.  Asking for them into L1,
- * where fewer misses can be in flight, or for others into L1 besides, took a quarter longer. */
+/* Keys ahead of those at work that are asked for, into L2: 24 KiB at head_dim 128, more than memory
+ * delivers to a core in the time that it takes to answer.  Asking for them into L1, where fewer
+ * misses can be in flight, or for others into L1 besides, took a quarter longer. */
 #define FEW_AHEAD 48
 _Static_assert(FEW_AHEAD + FEW_KEYS <= FA_KEYS_AHEAD, "where keys so far ahead lie is known");
 
@@ -48,15 +49,16 @@ static void turn_chunk(size_t rows, const float *q, size_t depth, float *b)
     }
 }
 
-/* A chunk that is split while another is multiplied: 32 elements, or columns, from `col` on of the keys
- * from `key` on. */
+/* A chunk that is split while another is multiplied: 32 elements, or columns, from `col` on of the
+ * keys from `key` on. */
 struct split_chunk {
     size_t key, col;
     /* Of keys [part][key of FEW_KEYS][16], of values [tile][part][pair of keys][16]. */
     float *parts;
 };
 
-/* Elements from byte `at` on of `count` keys that are there, side by side; later[i]: a key that comes later. */
+/* Elements from byte `at` on of `count` keys that are there, side by side; later[i]: a key that
+ * comes later. */
 FA_INLINE void split_whole_keys(const char *const *row, const char *const *later, size_t count,
                                 int64_t at, float *parts)
 {
@@ -75,7 +77,8 @@ static inline bool few_keys_whole(const struct key_block *block, size_t key, siz
            block->from->col_stride == (int64_t)sizeof(float);
 }
 
-/* The keys that are asked for while those from `key` on are split: they themselves, where there are no later ones. */
+/* The keys that are asked for while those from `key` on are split: they themselves, where there are
+ * no later ones. */
 static inline const char *const *few_later(const struct fa_rows *from, size_t key)
 {
     return from->row + key + (key + FEW_KEYS + FEW_AHEAD <= from->located ? FEW_AHEAD : 0);
@@ -119,19 +122,20 @@ FA_INLINE void few_scores_step(const size_t i, const float *keys, const float *q
     v_tile_multiply(1, FEW_A1, FEW_B0);
 }
 
-/* sums += the product of a chunk of FEW_KEYS keys and one of q, turned.  Meanwhile the next chunk of
- * the block is split; NULL: none. */
+/* sums += the product of a chunk of FEW_KEYS keys and one of q, turned.  Meanwhile the next chunk
+ * of the block is split; NULL: none. */
 FA_INLINE void few_scores_chunk(const float *parts, const float *q, const struct key_block *block,
                                 const struct split_chunk *next)
 {
+    const size_t key = next != NULL ? next->key : 0;
+    const char *const *row = block->from->row + key, *const *later = few_later(block->from, key);
     finish_stores();
     FA_UNROLL
     for (size_t i = 0; i < STEPS; i++) {
         const size_t first = FEW_KEYS * i / STEPS, end = FEW_KEYS * (i + 1) / STEPS;
         few_scores_step(i, parts, q);
         if (next != NULL) {
-            split_whole_keys(block->from->row + next->key + first,
-                             few_later(block->from, next->key) + first, end - first,
+            split_whole_keys(row + first, later + first, end - first,
                              (int64_t)(next->col * sizeof(float)),
                              next->parts + first * TILE_WORDS);
         }
@@ -256,8 +260,8 @@ struct few_values {
     vec_u32 least;
 };
 
-/* Pairs [first, end) of the 32 keys of a chunk, of `tiles` times 16 columns; `whole`: all are there,
- * side by side. */
+/* Pairs [first, end) of the 32 keys of a chunk, of `tiles` times 16 columns; `whole`: all are
+ * there, side by side. */
 FA_INLINE void split_values(const bool whole, const size_t tiles, struct few_values *v,
                             const struct split_chunk *chunk, size_t first, size_t end)
 {
@@ -274,12 +278,10 @@ FA_INLINE void split_values(const bool whole, const size_t tiles, struct few_val
                 fetch_later(later[pair], at);
                 fetch_later(later[other], at);
             }
-            const vec_f32 x =
-                whole ? v_load_f32(row[pair] + at)
-                      : load_value(from, chunk->key + pair, v->block.keys, at, cols);
-            const vec_f32 y =
-                whole ? v_load_f32(row[other] + at)
-                      : load_value(from, chunk->key + other, v->block.keys, at, cols);
+            const vec_f32 x = whole ? v_load_f32(row[pair] + at)
+                                    : load_value(from, chunk->key + pair, v->block.keys, at, cols);
+            const vec_f32 y = whole ? v_load_f32(row[other] + at)
+                                    : load_value(from, chunk->key + other, v->block.keys, at, cols);
             least = least_size(least_size(least, x), y);
             store_cut(chunk->parts + t * PARTS * TILE_SIZE + pair * TILE_WORDS, TILE_SIZE, x, y);
         }
@@ -337,8 +339,8 @@ FA_INLINE void few_values_step(const size_t tiles, const size_t i, const float *
     }
 }
 
-/* sums += the product of a chunk of weights and of values, whose parts are given.  Meanwhile the next
- * chunk of values is split; NULL: none. */
+/* sums += the product of a chunk of weights and of values, whose parts are given.  Meanwhile the
+ * next chunk of values is split; NULL: none. */
 FA_INLINE void few_values_chunk(const size_t tiles, struct few_values *v, size_t chunk,
                                 const float *parts, const struct split_chunk *next)
 {
@@ -368,8 +370,8 @@ FA_INLINE void store_few_sums(const size_t tiles, float *sums, size_t ld)
     }
 }
 
-/* sums = weights values over all keys, for columns [first, end), `tiles` times 16 of them at a time;
- * `tiles` and `split` are constants. */
+/* sums = weights values over all keys, for columns [first, end), `tiles` times 16 of them at a
+ * time; `tiles` and `split` are constants. */
 FA_INLINE void few_values_tiles(const size_t tiles,
                                 void (*split)(struct few_values *, struct split_chunk),
                                 struct few_values *v, size_t first, size_t end)
@@ -436,8 +438,8 @@ static bool few_values_f32x3(const struct fa_product *p, size_t cols, const stru
     const float *sums = scratch;
     struct fa_product apart = *p;
     apart.c = scratch;
-    const vec_u32 least = rows <= CHAIN_ROWS ? few_values_chains(&apart, &block)
-                                             : few_values_wide(&apart, &block);
+    const vec_u32 least =
+        rows <= CHAIN_ROWS ? few_values_chains(&apart, &block) : few_values_wide(&apart, &block);
     vec_f32 probe = v_zero_f32();
     for (size_t r = 0; r < rows; r++) {
         probe = v_add_f32(probe, probe_scores(sums + r * ldacc, cols));

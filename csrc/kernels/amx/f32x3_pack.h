@@ -1,15 +1,17 @@
 /* float32 rows of q, keys and values into the operands of tiles, in three parts (f32x3_parts.h).
  *
- * 32 elements of a row of q are three rows of 16 words, part by part; so are 32 elements of head_dim, or 32
- * keys of values, of a panel, where each word stands in a row of PANEL columns.  Pairs are elements, or keys, i
- * and i + 16: what a shift and a blend make of two vectors.
+ * 32 elements of a row of q are three rows of 16 words, part by part; so are 32 elements of
+ * head_dim, or 32 keys of values, of a panel, where each word stands in a row of PANEL columns.
+ * Pairs are elements, or keys, i and i + 16: what a shift and a blend make of two vectors.
  *
- * Cost of 16 keys x 32 elements: 128 shuffles, 16 times 14 operations to split and 4 to make NaN plain.
+ * Cost of 16 keys x 32 elements: 128 shuffles, 16 times 14 operations to split and 4 to make NaN
+ * plain.
  */
 #ifndef FA_F32X3_PACK_H
 #define FA_F32X3_PACK_H
 
-/* 16 elements, or the first `count` and zeros; a NaN without payload, which no cutting off turns into an infinity. */
+/* 16 elements, or the first `count` and zeros; a NaN without payload, which no cutting off turns
+ * into an infinity. */
 static inline vec_f32 load_floats(const char *p, int64_t col_stride, size_t count)
 {
     if (col_stride == (int64_t)sizeof(float)) {
@@ -133,7 +135,7 @@ static bool pack_keys_f32x3(void *dst, size_t keys, size_t cols, const struct fa
     return is_finite_f32(probe);
 }
 
-/* 16 columns of a key, `cols` of them real; zeros for a key that is not there. */
+/* 16 columns of a key, of which `cols` are there; zeros for a key that is not there. */
 static inline vec_f32 load_value(const struct fa_rows *from, size_t key, size_t keys, int64_t at,
                                  size_t cols)
 {
@@ -141,8 +143,9 @@ static inline vec_f32 load_value(const struct fa_rows *from, size_t key, size_t 
                                   : v_zero_f32();
 }
 
-/* Values of keys r and r + 16 of every 32 into rows of pairs, zero beyond `keys` and `cols`.  `whole`: chunks and
- * panels are whole, and values side by side; NaN are then not made plain.  Returns whether no value is special. */
+/* Values of keys r and r + 16 of every 32 into rows of pairs, zero beyond `keys` and `cols`.
+ * `whole`: chunks and panels are whole, and values side by side; NaN are then not made plain.
+ * Returns whether no value is special. */
 FA_INLINE bool pack_values_of(const bool whole, float *dst, size_t panel_stride, size_t keys,
                               size_t cols, const struct fa_rows *from)
 {

@@ -2,20 +2,21 @@
  * only where many rows share it.  The chains of multiply-adds are those of matmul_template.h, added
  * in the same order, so the bits are the same.  Needs storage_template.h.
  *
- * Cost per vector of keys with AVX-512: 1 load, 4 shuffles (2 for 16-bit types, 1 for int8), what takes the
- * elements of a lane apart (1 for bfloat16, 3 for int8 and float16), and a multiply-add per row; per vector
- * of values 1 load, 1 or 2 to widen it, and a multiply-add per row.  With up to 4 rows memory is slower than
- * that.
+ * Cost per vector of keys with AVX-512: 1 load, 4 shuffles (2 for 16-bit types, 1 for int8), what
+ * takes the elements of a lane apart (1 for bfloat16, 3 for int8 and float16), and a multiply-add
+ * per row; per vector of values 1 load, 1 or 2 to widen it, and a multiply-add per row.  With up to
+ * 4 rows memory is slower than that.
  *
- * Memory is asked for in ascending order, key by key, whatever the order of the loads: that is what the
- * hardware's own prefetching continues, and it keeps more requests in flight than instructions can.
+ * Memory is asked for in ascending order, key by key, whatever the order of the loads: that is what
+ * the hardware's own prefetching continues, and it keeps more requests in flight than instructions
+ * can.
  */
 
-/* Scores of `groups` times VL keys for `rows` rows, both constants, at most FEW_ROWS chains together:
- * one chain alone waits for its own latency.  Of the last VL keys `live` are there; fewer than VL
- * only where groups is 1.  The squares of all groups go through L1, so that the chains can take
- * turns.  Requests for memory are spread over the multiply-adds: a burst of them waits for a place in
- * the queue of misses, and everything behind it too. */
+/* Scores of `groups` times VL keys for `rows` rows, both constants, at most FEW_ROWS chains
+ * together: one chain alone waits for its own latency.  Of the last VL keys `live` are there; fewer
+ * than VL only where groups is 1.  The squares of all groups go through L1, so that the chains can
+ * take turns.  Requests for memory are spread over the multiply-adds: a burst of them waits for a
+ * place in the queue of misses, and everything behind it too. */
 FA_INLINE void FN(few_scores_vectors)(const size_t rows, const size_t groups,
                                       const struct few_product *x, size_t key, size_t live,
                                       enum fa_dtype dtype)
@@ -100,8 +101,8 @@ FA_INLINE void FN(few_scores_vectors)(const size_t rows, const size_t groups,
 FA_INLINE void FN(few_scores_rows)(const size_t rows, const struct few_product *x,
                                    enum fa_dtype dtype)
 {
-    /* Not more than the types' share of a lane: keys of all groups together are what memory is asked
-     * for ahead, and float32 waits for memory, not for a chain. */
+    /* Not more than the types' share of a lane: keys of all groups together are what memory is
+     * asked for ahead, and float32 waits for memory, not for a chain. */
     const size_t share = FN(lane_elements)(dtype), most = FEW_ROWS / rows;
     const size_t groups = share < most ? share : most;
     const size_t columns = x->product.panels * NR;
@@ -158,8 +159,8 @@ static void FN(few_scores)(const struct fa_product *p, size_t cols, size_t keys,
     }
 }
 
-/* sum[rows][vectors] = weights values for the columns from `first` on, rows and vectors constants; at
- * most 2 * FEW_ROWS accumulators.  The first columns ask for whole keys ahead. */
+/* sum[rows][vectors] = weights values for the columns from `first` on, rows and vectors constants;
+ * at most 2 * FEW_ROWS accumulators.  The first columns ask for whole keys ahead. */
 FA_INLINE void FN(few_values_vectors)(const size_t rows, const size_t vectors,
                                       const struct few_product *x, size_t first,
                                       enum fa_dtype dtype)
@@ -168,9 +169,8 @@ FA_INLINE void FN(few_values_vectors)(const size_t rows, const size_t vectors,
     const size_t keys = x->block.keys, ldw = x->product.a_stride, ldsum = x->product.c_row;
     const REAL *weights = x->product.a;
     REAL *sum = (REAL *)x->product.c + first;
-    const int64_t row_bytes = (int64_t)x->block.cols * fa_dtype_size(dtype);
+    const int64_t size = fa_dtype_size(dtype), row_bytes = (int64_t)x->block.cols * size;
     const bool fetch = first == 0;
-    const int64_t size = fa_dtype_size(dtype);
     const size_t ahead = FN(keys_ahead)(dtype), far = FN(keys_far)(dtype);
     VEC acc[FEW_ROWS][8];
     FA_UNROLL
@@ -211,22 +211,25 @@ FA_INLINE void FN(few_values_vectors)(const size_t rows, const size_t vectors,
     }
 }
 
-/* Columns that do not fill a vector, or do not lie side by side. */
-static void FN(few_values_column)(size_t rows, const struct few_product *x, size_t col)
+/* The columns from `first` on, which do not fill a vector, or do not lie side by side.  x is a
+ * copy, so that the caller's is known to stay as it is and may live in registers. */
+static void FN(few_values_rest)(size_t rows, struct few_product x, size_t first)
 {
-    const struct fa_rows *from = x->block.from;
-    const REAL *weights = x->product.a;
-    REAL *sum = x->product.c;
-    for (size_t r = 0; r < rows; r++) {
-        VEC acc = V(zero)();
-        for (size_t key = 0; key < x->block.keys; key++) {
-            const char *at = from->row[key] + (int64_t)col * from->col_stride;
-            const REAL value = FN(read_as)(at, from->dtype);
-            acc = V(fma)(V(set)(weights[r * x->product.a_stride + key]), V(set)(value), acc);
+    const struct fa_rows *from = x.block.from;
+    const REAL *weights = x.product.a;
+    REAL *sum = x.product.c;
+    for (size_t col = first; col < x.block.cols; col++) {
+        for (size_t r = 0; r < rows; r++) {
+            VEC acc = V(zero)();
+            for (size_t key = 0; key < x.block.keys; key++) {
+                const char *at = from->row[key] + (int64_t)col * from->col_stride;
+                const REAL value = FN(read_as)(at, from->dtype);
+                acc = V(fma)(V(set)(weights[r * x.product.a_stride + key]), V(set)(value), acc);
+            }
+            REAL lanes[VL];
+            V(store)(lanes, acc);
+            sum[r * x.product.c_row + col] = lanes[0];
         }
-        REAL lanes[VL];
-        V(store)(lanes, acc);
-        sum[r * x->product.c_row + col] = lanes[0];
     }
 }
 
@@ -258,8 +261,8 @@ FA_INLINE void FN(few_values_of)(struct few_product x, enum fa_dtype dtype)
                 first = FN(few_values_columns)(1, 1, &x, first, dtype);
             }
         }
-        for (; first < x.block.cols; first++) {
-            FN(few_values_column)(done, &x, first);
+        if (first < x.block.cols) {
+            FN(few_values_rest)(done, x, first);
         }
         left->rows -= done;
         left->a = (const REAL *)left->a + done * left->a_stride;
@@ -267,8 +270,8 @@ FA_INLINE void FN(few_values_of)(struct few_product x, enum fa_dtype dtype)
     }
 }
 
-/* acc += each of `chains` sums in order, unless a sum is not finite.  Then some value may be infinite or NaN, which
- * a weight of 0 spreads: false, and nothing is added. */
+/* acc += each of `chains` sums in order, unless a sum is not finite.  Then some value may be
+ * infinite or NaN, which a weight of 0 spreads: false, and nothing is added. */
 static bool FN(add_sums)(size_t chains, size_t rows, size_t cols, const REAL *sum, REAL *acc,
                          size_t ld)
 {

@@ -44,7 +44,8 @@ static inline float read_bf16(const void *p)
     return float_from_bits((uint32_t)bits << 16);
 }
 
-/* Halves hold 5 bits of exponent, biased by 15, and 10 of mantissa; a float's exponent is biased by 127. */
+/* Halves hold 5 bits of exponent, biased by 15, and 10 of mantissa; a float's exponent is biased by
+ * 127. */
 static inline float read_f16(const void *p)
 {
     uint16_t bits;
@@ -83,7 +84,8 @@ static inline void write_f16(void *p, float x)
     if (magnitude > 0x7f800000) {
         y = 0x7e00 | (magnitude >> 13 & 0x3ff);
     } else if (magnitude >= bits_from_float(65520.0f)) {
-        y = 0x7c00; /* what lies half-way to the first power of two that does not fit rounds up to it */
+        /* What lies half-way to the first power of two that does not fit rounds up to it. */
+        y = 0x7c00;
     } else if (magnitude < bits_from_float(0x1p-14f)) {
         /* Subnormal: multiples of 2^-24, the distance of floats between 0.5 and 1. */
         y = bits_from_float(float_from_bits(magnitude) + 0.5f) - bits_from_float(0.5f);
@@ -98,8 +100,8 @@ static inline void write_f32(void *p, float x) { memcpy(p, &x, sizeof x); }
 
 static inline void write_f64(void *p, double x) { memcpy(p, &x, sizeof x); }
 
-/* Lines asked for at a time: a core keeps a few dozen misses in flight, drops further requests, and the
- * products' own loads need some. */
+/* Lines asked for at a time: a core keeps a few dozen misses in flight, drops further requests, and
+ * the products' own loads need some. */
 #define FETCH_LINES 16
 
 static inline void fetch_some(struct fa_wanted *wanted)
@@ -140,7 +142,8 @@ struct few_product {
     struct key_block block;
 };
 
-/* Rows of caller memory that are wanted soon, and rows that are wanted later, to be asked for line by line. */
+/* Rows of caller memory that are wanted soon, and rows that are wanted later, to be asked for line
+ * by line. */
 struct fa_stretch {
     const char *const *row, *const *far_row;
     /* Of each row.  0: nothing is wanted soon. */

@@ -1,8 +1,9 @@
-/* The edge between caller memory and workspace: the only code that reads q, k and v and writes out.  Needs
- * storage_template.h.
+/* The edge between caller memory and workspace: the only code that reads q, k and v and writes out.
+ * Needs storage_template.h.
  *
  * Caller memory has byte strides and any alignment, so single elements go through memcpy, and whole
- * vectors are read only where every lane is an element of the array: guard-page tests hold it to that.
+ * vectors are read only where every lane is an element of the array: guard-page tests hold it to
+ * that.
  */
 
 /* Whether the sum of probes of elements is finite, and so every element small enough. */
@@ -46,8 +47,9 @@ static bool FN(load_rows)(void *dst, size_t rows, size_t cols, const struct fa_r
     return FN(is_finite)(probe) && rest - rest == 0;
 }
 
-/* VL keys from `key` on into one column of vectors of a panel, zero for those that are not there.  Whole squares go
- * through registers, the edges element by element.  Returns the sum of probe and their probes. */
+/* VL keys from `key` on into one column of vectors of a panel, zero for those that are not there.
+ * Whole squares go through registers, the edges element by element.  Returns the sum of probe and
+ * their probes. */
 FA_INLINE VEC FN(pack_key_vector)(REAL *panel, const struct key_block *block, size_t key,
                                   enum fa_dtype dtype, VEC probe)
 {
@@ -113,8 +115,8 @@ static bool FN(pack_keys)(void *dst, size_t keys, size_t cols, const struct fa_r
     }
 }
 
-/* NR columns of one key, the first `cols` of them real.  Returns their probes summed: not finite where a value
- * is too large. */
+/* NR columns of one key, of which the first `cols` are there.  Returns their probes summed: not
+ * finite where a value is too large. */
 static inline VEC FN(pack_value_row)(REAL *dst, size_t cols, const char *src, int64_t col_stride,
                                      enum fa_dtype dtype)
 {
@@ -204,8 +206,9 @@ static inline REAL FN(clamp)(REAL x)
 }
 
 /* Store one row of results, acc * factor + 0 (+ residual).  Adding 0 turns the -0 that an underflow
- * may leave into +0, so that skipping a masked block and multiplying by its zeros agree in every bit.
- * Reads each residual element before it writes the same element of out: they may be one array. */
+ * may leave into +0, so that skipping a masked block and multiplying by its zeros agree in every
+ * bit.  Reads each residual element before it writes the same element of out: they may be one
+ * array. */
 static void FN(store_row)(const REAL *acc, REAL factor, const struct fa_row_result *result)
 {
     const enum fa_dtype dtype = result->dtype;

@@ -1,19 +1,19 @@
 /* Online softmax over the keys of a row (Milakov & Gimelshein, arXiv:1805.02867), rescaled lazily
  * (FlashAttention-4): row_max may lag behind the true maximum by RESCALE_THRESHOLD, which costs no
  * accuracy in floating point and saves the pass over acc in all but the first blocks.  The decision
- * looks at one row only, so a row's bits do not depend on its neighbours.  Needs exp2_template.h and
- * pack_template.h.
+ * looks at one row only, so a row's bits do not depend on its neighbours.  Needs exp2_template.h
+ * and pack_template.h.
  *
- * Cost per vector of scores: 1 load + 1 max, then 1 load, 1 sub, exp2 (10 to 13), 1 add, 1 store.  One
- * exponential takes some 40 cycles from end to end, and a core's schedulers hold too few of them to hide that:
- * SOFTMAX_ROWS rows go side by side, a vector of each in turn.
+ * Cost per vector of scores: 1 load + 1 max, then 1 load, 1 sub, exp2 (10 to 13), 1 add, 1 store.
+ * One exponential takes some 40 cycles from end to end, and a core's schedulers hold too few of
+ * them to hide that: SOFTMAX_ROWS rows go side by side, a vector of each in turn.
  */
 
 /* Base-2: weights stay below 2^8 times the largest weight under the true maximum. */
 #define RESCALE_THRESHOLD 8
 
-/* row_max starts at the lowest finite number, not at -inf: a score of -inf less row_max is then never NaN,
- * and the first score that is more than that raises it. */
+/* row_max starts at the lowest finite number, not at -inf: a score of -inf less row_max is then
+ * never NaN, and the first score that is more than that raises it. */
 static void FN(softmax_begin)(size_t rows, const struct fa_state *state, size_t ldacc)
 {
     for (size_t r = 0; r < rows; r++) {
@@ -130,8 +130,8 @@ static void FN(softmax_update)(void *s, size_t ld, size_t rows, size_t n,
     FN(softmax_all_rows)(&x, FN(idle), NULL);
 }
 
-/* total = total * keep + part * join, n elements: what rounding leaves of each sum goes into rest, and joins the
- * next.  An infinite sum leaves NaN, which is dropped. */
+/* total = total * keep + part * join, n elements: what rounding leaves of each sum goes into rest,
+ * and joins the next.  An infinite sum leaves NaN, which is dropped. */
 static void FN(fold_sums)(size_t n, VEC keep, VEC join, const REAL *part, REAL *total, REAL *rest)
 {
     for (size_t i = 0; i < n; i += VL) {
@@ -144,9 +144,9 @@ static void FN(fold_sums)(size_t n, VEC keep, VEC join, const REAL *part, REAL *
     }
 }
 
-/* A stretch without keys changes no bit of the other: its factor is 0, or its sums are.  A thousand stretches of
- * like terms would be rounded in one direction: the sums are compensated, which costs a stretch 6 operations more
- * per vector of acc. */
+/* A stretch without keys changes no bit of the other: its factor is 0, or its sums are.  A thousand
+ * stretches of like terms would be rounded in one direction: the sums are compensated, which costs
+ * a stretch 6 operations more per vector of acc. */
 static void FN(softmax_fold)(size_t rows, const struct fa_state *total, const struct fa_state *rest,
                              const struct fa_state *part, size_t ldacc)
 {
