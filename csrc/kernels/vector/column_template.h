@@ -1,5 +1,5 @@
-/* Softmax over the queries of a column: the statistics of one key block, lanes along the keys, and the
- * weights from them.  Two passes over the scores replace the online rescaling of rows.  Needs
+/* Softmax over the queries of a column: the statistics of one key block, lanes along the keys, and
+ * the weights from them.  Two passes over the scores replace the online rescaling of rows.  Needs
  * exp2_template.h and pack_template.h. */
 
 static void FN(column_begin)(void *col_max, void *col_sum, size_t n)
@@ -10,7 +10,8 @@ static void FN(column_begin)(void *col_max, void *col_sum, size_t n)
     }
 }
 
-/* A column that no query has joined has max -inf; 0 in its place keeps -inf - max from being NaN. */
+/* The maximum of a column, or 0 where no query has joined it and the maximum is -inf, so that
+ * -inf - max is not NaN. */
 static inline VEC FN(finite_max)(VEC max)
 {
     return V(select_lt)(max, V(set)(-REAL_MAX), V(zero)(), max);

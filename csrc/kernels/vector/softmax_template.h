@@ -130,13 +130,13 @@ static void FN(softmax_update)(void *s, size_t ld, size_t rows, size_t n,
     FN(softmax_all_rows)(&x, FN(idle), NULL);
 }
 
-/* total = total * keep + part * join, n elements: what rounding leaves of each sum goes into rest,
+/* total = total * keep + split * join, n elements: what rounding leaves of each sum goes into rest,
  * and joins the next.  An infinite sum leaves NaN, which is dropped. */
-static void FN(fold_sums)(size_t n, VEC keep, VEC join, const REAL *part, REAL *total, REAL *rest)
+static void FN(fold_sums)(size_t n, VEC keep, VEC join, const REAL *split, REAL *total, REAL *rest)
 {
     for (size_t i = 0; i < n; i += VL) {
         const VEC a = V(mul)(V(load)(total + i), keep);
-        const VEC b = V(add)(V(mul)(V(load)(part + i), join), V(mul)(V(load)(rest + i), keep));
+        const VEC b = V(add)(V(mul)(V(load)(split + i), join), V(mul)(V(load)(rest + i), keep));
         const VEC sum = V(add)(a, b), added = V(sub)(sum, a);
         const VEC left = V(add)(V(sub)(a, V(sub)(sum, added)), V(sub)(b, added));
         V(store)(total + i, sum);
@@ -144,22 +144,22 @@ static void FN(fold_sums)(size_t n, VEC keep, VEC join, const REAL *part, REAL *
     }
 }
 
-/* A stretch without keys changes no bit of the other: its factor is 0, or its sums are.  A thousand
- * stretches of like terms would be rounded in one direction: the sums are compensated, which costs
- * a stretch 6 operations more per vector of acc. */
+/* A split without keys changes no bit of the other: its factor is 0, or its sums are.  A thousand
+ * splits of like terms would be rounded in one direction.  So the sums are compensated, which costs
+ * a split 6 operations more per vector of acc. */
 static void FN(softmax_fold)(size_t rows, const struct fa_state *total, const struct fa_state *rest,
-                             const struct fa_state *part, size_t ldacc)
+                             const struct fa_state *split, size_t ldacc)
 {
     for (size_t r = 0; r < rows; r++) {
         REAL *total_max = (REAL *)total->row_max + r;
-        const REAL part_max = ((const REAL *)part->row_max)[r];
-        const REAL max = *total_max > part_max ? *total_max : part_max;
+        const REAL split_max = ((const REAL *)split->row_max)[r];
+        const REAL max = *total_max > split_max ? *total_max : split_max;
         const VEC keep = FN(exp2)(V(set)(*total_max - max)),
-                  join = FN(exp2)(V(set)(part_max - max));
+                  join = FN(exp2)(V(set)(split_max - max));
         *total_max = max;
-        FN(fold_sums)(VL, keep, join, (const REAL *)part->row_sum + r * VL,
+        FN(fold_sums)(VL, keep, join, (const REAL *)split->row_sum + r * VL,
                       (REAL *)total->row_sum + r * VL, (REAL *)rest->row_sum + r * VL);
-        FN(fold_sums)(ldacc, keep, join, (const REAL *)part->acc + r * ldacc,
+        FN(fold_sums)(ldacc, keep, join, (const REAL *)split->acc + r * ldacc,
                       (REAL *)total->acc + r * ldacc, (REAL *)rest->acc + r * ldacc);
     }
 }
