@@ -33,7 +33,8 @@ enum loop { FMA, SCORES, VALUES, SOFTMAX, PACK_KEYS, PACK_VALUES, LOOPS };
 
 struct bench {
     const struct fa_engine *engine;
-    double (*probe_fma)(int64_t, double);
+    const struct fa_kernels *kernels;
+    enum fa_dtype dtype;
     struct fa_geometry geometry;
     struct fa_workspace ws;
     char *k, *v; /* one block, as a caller's contiguous arrays */
@@ -82,7 +83,7 @@ static void run(const struct bench *b, enum loop loop)
                 .a_stride = block_k,
                 .b = ws->v,
                 .b_panel = value_panel,
-                .c = ws->part.acc,
+                .c = ws->split.acc,
                 .c_row = dim,
                 .accumulate = true,
             },
@@ -95,7 +96,7 @@ static void run(const struct bench *b, enum loop loop)
             .rows = rows,
             .cols = block_k,
             .factor = 1,
-            .state = &ws->part,
+            .state = &ws->split,
             .ldacc = dim,
         });
         break;
@@ -123,7 +124,7 @@ static double burst(const struct bench *b, enum loop loop)
 {
     const double start = processor_seconds();
     if (loop == FMA) {
-        volatile double sink = b->probe_fma(FMA_ROUNDS, -2.0);
+        volatile double sink = fa_multiply_add(b->kernels, b->dtype, FMA_ROUNDS);
         (void)sink;
     } else {
         for (int call = 0; call < CALLS; call++) {
@@ -136,7 +137,7 @@ static double burst(const struct bench *b, enum loop loop)
 static void measure(const struct bench *b, double operations[LOOPS], double *peak)
 {
     static double ratios[LOOPS][TURNS];
-    const double round = b->probe_fma(1, -2.0);
+    const double round = fa_multiply_add(b->kernels, b->dtype, 1);
     double fastest = INFINITY, before = burst(b, FMA);
     for (int turn = 0; turn < TURNS; turn++) {
         for (int i = 0; i < LOOPS; i++) {
@@ -180,7 +181,8 @@ static int report(const struct fa_kernels *kernels, enum fa_dtype dtype, int64_t
     };
     struct bench b = {
         .engine = fa_engine_for(kernels, fa_ops_for(kernels, dtype), &params, FA_FORWARD),
-        .probe_fma = dtype == FA_F32 ? kernels->probe_fma_f32 : kernels->probe_fma_f64,
+        .kernels = kernels,
+        .dtype = dtype,
     };
     int64_t bytes;
     if (fa_geometry_init(&b.geometry, &params, b.engine) != FA_OK ||
@@ -206,7 +208,7 @@ static int report(const struct fa_kernels *kernels, enum fa_dtype dtype, int64_t
     fill(b.v, elements, dtype);
     const size_t rows = (size_t)b.geometry.tile_q;
     b.engine->load_rows(b.ws.q, rows, (size_t)head_dim, &b.keys, 1);
-    b.engine->ops->softmax_begin(rows, &b.ws.part, (size_t)head_dim);
+    b.engine->ops->softmax_begin(rows, &b.ws.split, (size_t)head_dim);
     b.engine->enter();
     run(&b, PACK_KEYS);
     run(&b, PACK_VALUES);

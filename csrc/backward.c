@@ -1,25 +1,25 @@
 /* Gradients of attention, recomputed block by block (FlashAttention-2, arXiv:2307.08691, section
  * 3.1).
  *
- *   for each row: delta, and what gives its weights                     backward_rows.c, backward_statistics.c
- *   for each task (batch, head, group of key blocks)                    threads, one atomic counter
+ *   for each row: delta, and its weighing              backward_rows.c, backward_statistics.c
+ *   for each task (batch, head, group of key blocks)   threads, one atomic counter
  *     for each key block of the group
  *       pack keys (twice) and values
  *       for each FA_BACKWARD_ROWS rows that may see one of them
- *         weights and gradients of scores                               backward_tile.c: 2 products
+ *         weights and gradients of scores              backward_tile.c: 2 products
  *         grad_v += weights^T grad_out
  *         grad_k += gradients^T q
  *         the group's grad_q += gradients k
  *       store grad_k and grad_v
  *     after the head's last group, for each row:
- *       grad_q = sum of the groups' sums                                backward_rows.c, backward_sums.c
+ *       grad_q = sum of the groups' sums               backward_rows.c, backward_sums.c
  *
- * With softmax over the queries a key's delta is v * grad_v, so its rows are visited twice: for
- * grad_v, and then for the rest, 6 products instead of 5.
+ * With softmax over the queries a key has v * grad_v as its delta.  So its rows are visited
+ * twice, for grad_v and then for all other gradients: 6 products instead of 5.
  *
- * A key block has one writer, a row's sums are added in order of key blocks within a group and of
- * groups: no atomics, and no bit depends on threads.  Memory beyond the gradients is the groups'
- * sums of grad_q, for num_threads + 1 heads at most. */
+ * A key block has one writer, and the sums of a row are added in order of key blocks within a
+ * group, and of groups: no atomics, and no bit depends on threads.  Beyond the gradients, memory
+ * is the sums of grad_q of all groups, for num_threads + 1 heads at most. */
 #include <math.h>
 
 #include "backward_bias.h"
@@ -29,18 +29,26 @@
 #include "backward_tile.h"
 #include "float_mode.h"
 
-/* What rows of a key block are visited for. */
+/* The purpose of a visit of rows to a key block. */
 enum purpose { EVERYTHING, GRAD_V, THE_REST };
 
+/* A key block of a unit (backward_sums.h), and the head that meets it. */
 struct key_block {
+    /* The first head of the unit. */
+    int64_t unit_head;
+    int64_t group;
+    /* Keys [key, key + keys) of the arrays. */
+    int64_t key, keys;
     const struct fa_head *head;
-    int64_t head_index, group;
-    int64_t key, keys, live; /* of the arrays, and valid ones */
+    /* How many of the keys are valid for the head. */
+    int64_t live;
     enum purpose purpose;
-    char *grad_v; /* where its gradients are added up */
-    char *sums; /* of grad_q: of this head and group; NULL: not wanted */
+    /* Where gradients of its values are added up. */
+    char *grad_v;
+    /* Sums of grad_q of this head and group; NULL: they are not wanted. */
+    char *sums;
+    /* A thread's workspace holds its keys and values. */
     bool packed;
-    bool finite; /* all keys are */
 };
 
 /* x *= factor, of rows whose elements lie side by side. */
@@ -53,7 +61,7 @@ static void multiply_rows(double *x, int64_t stride, int64_t rows, int64_t cols,
     }
 }
 
-/* What fa_backward_load_grad does to the rows, to their panels. */
+/* Scale grad_out in panels, as fa_backward_load_grad scales its rows. */
 static void scale_panels(const struct fa_geometry *g, char *panels, int64_t padded, int64_t rows)
 {
     const int64_t nr = (int64_t)g->engine->nr;
@@ -63,31 +71,29 @@ static void scale_panels(const struct fa_geometry *g, char *panels, int64_t padd
     }
 }
 
-/* Rows [first, first + rows) of q and grad_out, in the forms that the products take.  Returns whether q and
- * grad_out are finite. */
-static void load_tile_rows(const struct fa_backward *b, const struct key_block *block,
-                           struct fa_backward_workspace *ws, int64_t first, int64_t rows,
-                           bool *q_finite, bool *grad_finite)
+/* Rows of q and grad_out, in the forms that the products take. */
+static void load_rows(const struct fa_backward *b, struct fa_backward_workspace *ws,
+                      const struct fa_head_rows *rows)
 {
     const struct fa_geometry *g = &b->geometry;
     const struct fa_attention_params *p = &b->params->attention;
+    const size_t count = (size_t)rows->count;
     struct fa_rows from = {
         .row = ws->row, .col_stride = b->params->grad_out.col, .dtype = p->dtype};
     const size_t panel_stride = FA_BACKWARD_ROWS * g->engine->nr;
 
-    fa_load_rows(block->head, &ws->tile, first, rows);
-    fa_backward_load_grad(b, block->head_index, ws, first, rows);
-    *grad_finite = b->engine->pack(ws->grad_out_panels, panel_stride, (size_t)rows,
-                                   (size_t)p->head_dim_v, &from);
-    for (int64_t r = 0; r < rows; r++) {
-        ws->row[r] = block->head->q + fa_row_offset(g, &p->q, first + r);
+    fa_load_rows(&ws->forward, rows);
+    fa_backward_load_grad(b, ws, rows);
+    ws->grad_finite =
+        b->engine->pack(ws->grad_out_panels, panel_stride, count, (size_t)p->head_dim_v, &from);
+    for (int64_t r = 0; r < rows->count; r++) {
+        ws->row[r] = rows->head->q + fa_row_offset(g, &p->q, rows->first + r);
     }
     if (g->value_exponent != 0) {
-        scale_panels(g, ws->grad_out_panels, b->padded_v, rows);
+        scale_panels(g, ws->grad_out_panels, b->padded_v, rows->count);
     }
     from.col_stride = p->q.col;
-    *q_finite =
-        b->engine->pack(ws->q_panels, panel_stride, (size_t)rows, (size_t)p->head_dim, &from);
+    ws->q_finite = b->engine->pack(ws->q_panels, panel_stride, count, (size_t)p->head_dim, &from);
 }
 
 static void multiply(const struct fa_backward *b, const struct fa_product *product, bool transposed,
@@ -102,16 +108,17 @@ static void multiply(const struct fa_backward *b, const struct fa_product *produ
     }
 }
 
+/* The products of the rows' weights and gradients of scores, in columns `keys`. */
 static void add_products(const struct fa_backward *b, const struct key_block *block,
-                         struct fa_backward_workspace *ws, int64_t first, int64_t rows,
-                         struct fa_key_range keys, bool q_finite, bool grad_finite)
+                         struct fa_backward_workspace *ws, const struct fa_head_rows *rows,
+                         struct fa_key_range keys)
 {
     const struct fa_geometry *g = &b->geometry;
     const int64_t size = (int64_t)g->ops->size, nr = (int64_t)g->engine->nr;
     const size_t row_panel = FA_BACKWARD_ROWS * (size_t)nr;
     struct fa_product product = {
         .rows = (size_t)(keys.hi - keys.lo),
-        .depth = (size_t)rows,
+        .depth = (size_t)rows->count,
         .panels = (size_t)(b->padded_v / nr),
         .a = ws->weights + keys.lo * size,
         .a_stride = (size_t)g->score_stride,
@@ -123,7 +130,7 @@ static void add_products(const struct fa_backward *b, const struct key_block *bl
     };
     const bool needs_v = b->params->grad_v.data != NULL || block->purpose == GRAD_V;
     if (needs_v && block->purpose != THE_REST) {
-        multiply(b, &product, true, grad_finite);
+        multiply(b, &product, true, ws->grad_finite);
     }
     if (block->purpose == GRAD_V) {
         return;
@@ -134,37 +141,37 @@ static void add_products(const struct fa_backward *b, const struct key_block *bl
         product.b = ws->q_panels;
         product.c = ws->grad_k + keys.lo * b->padded_k * size;
         product.c_row = (size_t)b->padded_k;
-        multiply(b, &product, true, q_finite);
+        multiply(b, &product, true, ws->q_finite);
     }
     if (block->sums != NULL) {
         const int64_t live = fa_min(keys.hi, block->live) - keys.lo;
         product = (struct fa_product){
-            .rows = (size_t)rows,
+            .rows = (size_t)rows->count,
             .depth = (size_t)live,
             .panels = (size_t)(b->padded_k / nr),
             .a = ws->gradients + keys.lo * size,
             .a_stride = (size_t)g->score_stride,
             .b = ws->k_values + keys.lo * nr * size,
             .b_panel = (size_t)(g->block_k * nr),
-            .c = block->sums + first * b->padded_k * size,
+            .c = block->sums + rows->first * b->padded_k * size,
             .c_row = (size_t)b->padded_k,
             .accumulate = true,
             .into_chain = (size_t)keys.lo % FA_CHAIN,
         };
-        multiply(b, &product, false, block->finite);
+        multiply(b, &product, false, ws->keys_finite);
     }
 }
 
 /* Rows of accumulated gradients of keys or values to caller memory. */
 static void store_keys(struct fa_backward *b, const struct key_block *block,
-                       const struct fa_array *to, const char *acc, int64_t padded, int64_t cols,
-                       double factor)
+                       const struct fa_array *to, const char *acc, int64_t cols, double factor)
 {
     const struct fa_geometry *g = &b->geometry;
-    if (to->data == NULL || fa_backward_is_stored(b, block->head_index)) {
+    const int64_t padded = fa_round_up(cols, (int64_t)g->engine->nr);
+    if (to->data == NULL || fa_backward_is_stored(b, block->unit_head)) {
         return;
     }
-    char *out = fa_array_of(g, to, block->head_index, true) + block->key * to->row;
+    char *out = fa_array_of(g, to, block->unit_head, true) + block->key * to->row;
     for (int64_t j = 0; j < block->keys; j++) {
         const struct fa_row_result result = {
             .cols = (size_t)cols,
@@ -175,7 +182,7 @@ static void store_keys(struct fa_backward *b, const struct key_block *block,
             .mends = g->value_exponent != 0,
         };
         if (!g->ops->store_scaled(acc + j * padded * (int64_t)g->ops->size, factor, &result)) {
-            fa_backward_leave(b, block->head_index);
+            fa_backward_leave(b, block->unit_head);
         }
     }
 }
@@ -188,9 +195,9 @@ static void pack_block(const struct fa_backward *b, struct key_block *block,
         return;
     }
     fa_backward_pack(b, block->head, ws, block->key, block->live);
-    block->finite =
+    ws->keys_finite =
         b->engine->pack(ws->k_values, (size_t)g->block_k * g->engine->nr, (size_t)block->live,
-                        (size_t)g->params->head_dim, &ws->tile.keys);
+                        (size_t)g->params->head_dim, &ws->forward.keys);
     block->packed = true;
 }
 
@@ -203,9 +210,9 @@ static bool visit_rows(struct fa_job *job, int thread, struct key_block *block,
     const bool weights_only = block->purpose == GRAD_V;
     for (int64_t first = 0; block->live > 0 && first < block->head->rows;
          first += FA_BACKWARD_ROWS) {
-        const int64_t rows = fa_min(FA_BACKWARD_ROWS, block->head->rows - first);
-        const struct fa_key_range seen = fa_rows_keys(block->head, first, first + rows - 1);
-        bool q_finite, grad_finite;
+        const int64_t count = fa_min(FA_BACKWARD_ROWS, block->head->rows - first);
+        const struct fa_head_rows rows = {block->head, first, count};
+        const struct fa_key_range seen = fa_rows_keys(&rows);
         if (seen.lo >= block->key + block->live || seen.hi <= block->key) {
             continue;
         }
@@ -213,27 +220,26 @@ static bool visit_rows(struct fa_job *job, int thread, struct key_block *block,
             return false;
         }
         pack_block(b, block, ws);
-        load_tile_rows(b, block, ws, first, rows, &q_finite, &grad_finite);
-        const struct fa_key_range keys = fa_backward_tile(b, block->head, block->head_index, ws,
-                                                          first, rows, block->key, weights_only);
+        load_rows(b, ws, &rows);
+        const struct fa_key_range keys = fa_backward_tile(b, ws, &rows, weights_only);
         if (keys.hi <= keys.lo) {
             continue;
         }
         if (g->params->softcap > 0 && !weights_only) {
             const int64_t at = keys.lo * (int64_t)g->ops->size;
             g->ops->scale_gradients(ws->gradients + at, ws->slope + at, (size_t)g->score_stride,
-                                    (size_t)rows, (size_t)(keys.hi - keys.lo));
+                                    (size_t)count, (size_t)(keys.hi - keys.lo));
         }
         if (g->scales_scores && !weights_only) {
-            multiply_rows((double *)(void *)ws->gradients + keys.lo, g->score_stride, rows,
+            multiply_rows((double *)(void *)ws->gradients + keys.lo, g->score_stride, count,
                           keys.hi - keys.lo, g->params->scale);
         }
-        add_products(b, block, ws, first, rows, keys, q_finite, grad_finite);
+        add_products(b, block, ws, &rows, keys);
     }
     return true;
 }
 
-/* Softmax over the queries: queries that see a key, but for masks. */
+/* The queries that see a key, softmax being over the queries, whatever masks leave of them. */
 static int64_t count_queries(const struct fa_head *head, int64_t key)
 {
     const struct fa_attention_params *p = head->geometry->params;
@@ -253,7 +259,8 @@ static int64_t count_queries(const struct fa_head *head, int64_t key)
 /* A key's softmax, as its lse and the forward pass have it. */
 struct column {
     double lse;
-    bool is_kept; /* what the forward pass kept is there, and needs no statistics */
+    /* The forward pass has kept it, so that it needs no statistics. */
+    bool is_kept;
     struct fa_weighing kept;
     bool wants_statistics;
 };
@@ -263,18 +270,19 @@ static struct column column_at(const struct fa_backward *b, const struct key_blo
 {
     const struct fa_geometry *g = &b->geometry;
     const struct fa_array *lse = &b->params->lse, *kept = &b->params->weighing;
-    const char *from = fa_array_of(g, kept, block->head_index, false);
+    const char *from = fa_array_of(g, kept, block->head->index, false);
     struct column column = {
-        .lse = fa_read_lse(g, fa_array_of(g, lse, block->head_index, false) + key * lse->row),
+        .lse = fa_read_lse(g, fa_array_of(g, lse, block->head->index, false) + key * lse->row),
     };
     column.is_kept = from != NULL && fa_weighing_kept(b, from + key * kept->row, &column.kept);
     column.wants_statistics =
         !column.is_kept && fa_statistics_wanted(b, column.lse, count_queries(block->head, key),
-                                                fa_backward_seqlen_k(g, block->head_index));
+                                                fa_backward_seqlen_k(g, block->head->index));
     return column;
 }
 
-/* shift and factor of every key of the block; 0 up to its end. */
+/* Find shift and factor of every key of the block; both are 0 behind its last key.  False:
+ * stopped. */
 static bool weigh_columns(struct fa_job *job, int thread, struct key_block *block,
                           struct fa_backward_workspace *ws)
 {
@@ -282,8 +290,8 @@ static bool weigh_columns(struct fa_job *job, int thread, struct key_block *bloc
     const struct fa_geometry *g = &b->geometry, *before = &fa_first_run(b)->geometry;
     const struct fa_doubt doubt = fa_head_doubt(block->head, 0);
     const int64_t size = (int64_t)g->ops->size, size_before = (int64_t)before->ops->size;
-    char *excess = fa_first_run(b)->excess + fa_column_at(before, block->head_index, block->key);
-    const int64_t at = fa_column_at(g, block->head_index, block->key);
+    char *excess = fa_first_run(b)->excess + fa_column_at(before, block->head->index, block->key);
+    const int64_t at = fa_column_at(g, block->head->index, block->key);
     bool wanted = false;
 
     for (int64_t j = 0; j < block->live; j++) {
@@ -291,7 +299,7 @@ static bool weigh_columns(struct fa_job *job, int thread, struct key_block *bloc
     }
     if (wanted) {
         pack_block(b, block, ws);
-        if (!fa_backward_column_statistics(job, thread, block->head, ws, block->key)) {
+        if (!fa_backward_column_statistics(job, thread, block->head, ws)) {
             return false;
         }
     }
@@ -307,7 +315,7 @@ static bool weigh_columns(struct fa_job *job, int thread, struct key_block *bloc
             const bool left = by_sums && (!isfinite(sums.total) ||
                                           fa_is_doubtful(doubt, sums.top, sums.total == 0));
             if (left) {
-                fa_backward_leave(b, block->head_index);
+                fa_backward_leave(b, block->head->index);
             }
             weighing = fa_weigh(b, excess + j * size_before, column.is_kept ? &column.kept : NULL,
                                 by_sums ? &sums : NULL, !left, column.lse);
@@ -319,9 +327,9 @@ static bool weigh_columns(struct fa_job *job, int thread, struct key_block *bloc
     return true;
 }
 
-/* delta of every key of the block: v . grad_v, less grad_lse.  By the product that gives grad_out
- * v^T, whose bits a key that only one query sees then finds again; of it only a diagonal is
- * needed. */
+/* Find delta of every key of the block: v . grad_v, less grad_lse.  The product is the one that
+ * gives grad_out v^T, so that a key that only one query sees finds the same bits again; only its
+ * diagonal is needed. */
 static void find_column_deltas(const struct fa_backward *b, const struct key_block *block,
                                struct fa_backward_workspace *ws)
 {
@@ -329,8 +337,8 @@ static void find_column_deltas(const struct fa_backward *b, const struct key_blo
     const struct fa_array *grad_lse = &b->params->grad_lse;
     const int64_t size = (int64_t)g->ops->size, nr = (int64_t)g->engine->nr;
     const int64_t dim = g->params->head_dim_v;
-    const int64_t at = fa_column_at(g, block->head_index, block->key);
-    const char *from = fa_array_of(g, grad_lse, block->head_index, false);
+    const int64_t at = fa_column_at(g, block->head->index, block->key);
+    const char *from = fa_array_of(g, grad_lse, block->head->index, false);
 
     for (int64_t first = 0; first < block->live; first += nr) {
         const int64_t keys = fa_min(nr, block->live - first);
@@ -340,7 +348,7 @@ static void find_column_deltas(const struct fa_backward *b, const struct key_blo
             .panels = 1,
             .a = ws->head_grad_v + first * b->padded_v * size,
             .a_stride = (size_t)b->padded_v,
-            .b = ws->tile.v + first * dim * size,
+            .b = ws->forward.v + first * dim * size,
             .b_panel = (size_t)(dim * nr),
             .c = ws->value_products,
             .c_row = (size_t)nr,
@@ -357,7 +365,8 @@ static void find_column_deltas(const struct fa_backward *b, const struct key_blo
     }
 }
 
-/* Softmax over the queries, one query head: gradients of values, from them delta, from that the rest. */
+/* Visit the rows of one query head, softmax being over the queries: first for gradients of
+ * values, which give delta, then for all other gradients.  False: stopped. */
 static bool visit_rows_twice(struct fa_job *job, int thread, struct key_block *block,
                              struct fa_backward_workspace *ws)
 {
@@ -391,14 +400,14 @@ static char *sums_of(const struct fa_backward *b, char *unit_sums, int64_t membe
     return unit_sums == NULL ? NULL : unit_sums + (member * b->groups + group) * bytes;
 }
 
-/* One key block against all heads that read it. */
+/* One key block against all heads that read it.  False: stopped. */
 static bool visit_key_block(struct fa_job *job, int thread, struct key_block *block,
-                            struct fa_backward_workspace *ws, int64_t members, char *unit_sums)
+                            struct fa_backward_workspace *ws, char *unit_sums)
 {
     struct fa_backward *b = job->context;
     const struct fa_geometry *g = &b->geometry;
     const struct fa_attention_params *p = &b->params->attention;
-    const int64_t size = (int64_t)g->ops->size, first_head = block->head_index;
+    const int64_t size = (int64_t)g->ops->size, members = fa_backward_members(g);
     bool done = true;
 
     memset(ws->grad_k, 0, (size_t)(g->block_k * b->padded_k * size));
@@ -406,10 +415,9 @@ static bool visit_key_block(struct fa_job *job, int thread, struct key_block *bl
     block->packed = false;
     for (int64_t i = 0; done && i < members; i++) {
         struct fa_head head;
-        block->head_index = first_head + i;
         block->head = &head;
         block->sums = sums_of(b, unit_sums, i, block->group);
-        fa_head_init(&head, g, block->head_index);
+        fa_head_init(&head, g, block->unit_head + i);
         block->live = fa_min(block->keys, head.kv_length - block->key);
         if (fa_over_queries(g)) {
             done = visit_rows_twice(job, thread, block, ws);
@@ -419,16 +427,14 @@ static bool visit_key_block(struct fa_job *job, int thread, struct key_block *bl
             done = visit_rows(job, thread, block, ws);
         }
     }
-    block->head_index = first_head;
     if (done) {
-        store_keys(b, block, &b->params->grad_k, ws->grad_k, b->padded_k, p->head_dim,
-                   fa_backward_factor(g));
-        store_keys(b, block, &b->params->grad_v, ws->grad_v, b->padded_v, p->head_dim_v, 1);
+        store_keys(b, block, &b->params->grad_k, ws->grad_k, p->head_dim, fa_backward_factor(g));
+        store_keys(b, block, &b->params->grad_v, ws->grad_v, p->head_dim_v, 1);
     }
     return done;
 }
 
-/* After the last group of a unit: grad_q of its heads. */
+/* Store grad_q of the heads of a unit, after its last group. */
 static void store_unit(struct fa_backward *b, struct fa_backward_workspace *ws, int64_t unit,
                        char *unit_sums)
 {
@@ -446,9 +452,9 @@ static void run_group(struct fa_job *job, int64_t index, int thread)
     struct fa_backward_workspace ws = fa_backward_workspace_of(b, thread);
     const int64_t members = fa_backward_members(g), unit = index / b->groups;
     const int64_t groups = fa_backward_groups(g, unit * members);
-    struct key_block block = {.head_index = unit * members, .group = index % b->groups};
+    struct key_block block = {.unit_head = unit * members, .group = index % b->groups};
 
-    if (block.group >= groups || fa_backward_is_done(b, block.head_index)) {
+    if (block.group >= groups || fa_backward_is_done(b, block.unit_head)) {
         return;
     }
     char *unit_sums = b->sums == NULL ? NULL : fa_sums_enter(b->sums, unit, groups);
@@ -456,12 +462,12 @@ static void run_group(struct fa_job *job, int64_t index, int thread)
         memset(sums_of(b, unit_sums, i, block.group), 0,
                (size_t)(g->rows * b->padded_k * (int64_t)g->ops->size));
     }
-    /* Dealt out in turn, because under a causal mask the first blocks are seen by the most rows. */
-    const int64_t seqlen_k = fa_backward_seqlen_k(g, block.head_index);
+    /* Blocks are dealt out in turn, because under a causal mask most rows see the first ones. */
+    const int64_t seqlen_k = fa_backward_seqlen_k(g, block.unit_head);
     for (int64_t i = block.group; i * g->block_k < seqlen_k; i += groups) {
         block.key = i * g->block_k;
         block.keys = fa_min(g->block_k, seqlen_k - block.key);
-        if (!visit_key_block(job, thread, &block, &ws, members, unit_sums)) {
+        if (!visit_key_block(job, thread, &block, &ws, unit_sums)) {
             return;
         }
     }
@@ -470,7 +476,7 @@ static void run_group(struct fa_job *job, int64_t index, int thread)
     }
 }
 
-/* Rows of all heads.  In 64 bits: the geometry has multiplied as much. */
+/* Rows of all heads.  Their number fits 64 bits: the geometry has multiplied as much. */
 static int64_t count_rows(const struct fa_backward *b)
 {
     const struct fa_geometry *g = &b->geometry;
@@ -549,7 +555,7 @@ static enum fa_status run_passes(struct fa_backward *b)
     const struct fa_geometry *g = &b->geometry;
     const struct fa_backward_params *p = b->params;
     const int64_t heads = g->batch * g->heads, row_tasks = heads * fa_backward_row_blocks(g);
-    /* Over the queries it makes shift, factor and delta, too. */
+    /* With softmax over the queries the main pass finds shift, factor and delta, too. */
     const bool main_pass = fa_over_queries(g) || p->grad_q.data != NULL || p->grad_k.data != NULL ||
                            p->grad_v.data != NULL;
     enum fa_status status =
@@ -557,8 +563,8 @@ static enum fa_status run_passes(struct fa_backward *b)
     if (status == FA_OK && main_pass) {
         status = run_pass(b, run_group, heads / fa_backward_members(g) * b->groups);
     }
-    /* A second run does that for all heads: their sums may meet in the same elements.  For float64 it mends what it
-     * finds. */
+    /* A second run computes it for all heads: their sums may meet in the same elements.  For
+     * float64 it mends the elements that it finds not finite. */
     if (status == FA_OK && p->grad_bias.data != NULL &&
         (!atomic_load(&b->any_left) || p->attention.dtype == FA_F64)) {
         status = run_pass(b, fa_backward_bias, fa_backward_bias_tasks(b));
@@ -582,7 +588,8 @@ static enum fa_status run(struct fa_backward *b, const struct fa_kernels *kernel
     g->block_q = FA_BACKWARD_ROWS;
     g->scales_scores = fa_scales_scores(p, again);
     g->value_exponent = again && p->dtype == FA_F64 ? FA_AGAIN_EXPONENT : 0;
-    /* Products read columns of weights: rows a power of two apart would share few sets of L1. */
+    /* Products read columns of weights: if rows were a power of two apart, they would share few
+     * sets of L1. */
     g->score_stride += FA_LINE / (int64_t)ops->size;
     b->padded_k = fa_round_up(p->head_dim, (int64_t)g->engine->nr);
     b->padded_v = fa_round_up(p->head_dim_v, (int64_t)g->engine->nr);
@@ -607,10 +614,10 @@ static void release(struct fa_backward *b)
     fa_sums_release(b->sums);
 }
 
-/* In float64 where the options leave no choice, or, for heads whose softmax or gradients left the range of their type,
- * in a second run.  For float64 that has grad_out and grad_lse divided by 2^value_exponent, and the gradients, which are
- * linear in them, multiplied again; of these only elements are stored that were not finite, because small ones lose
- * bits. */
+/* Float64 computes where the options leave no choice, and in a second run for heads whose softmax
+ * or gradients left the range of their type.  A second run for float64 has grad_out and grad_lse
+ * divided by 2^value_exponent, and the gradients, which are linear in both, multiplied by it.  It
+ * stores only elements that were not finite, because small ones lose bits. */
 static enum fa_status compute_gradients(const struct fa_backward_params *params,
                                         const struct fa_kernels *kernels)
 {

@@ -4,11 +4,11 @@
 
 #include "backward_frame.h"
 
-/* A part of a plane of the bias; how many of them there are. */
+/* A task: an area of a plane of the bias; and how many tasks there are. */
 void fa_backward_bias(struct fa_job *job, int64_t index, int thread);
 int64_t fa_backward_bias_tasks(const struct fa_backward *backward);
 
-/* bias_sums, for a run that needs them. */
+/* Allocate bias_sums for a run that needs them. */
 enum fa_status fa_backward_allocate_bias(struct fa_backward *backward);
 
 #endif

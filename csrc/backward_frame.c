@@ -39,7 +39,7 @@ static void take_buffers(struct fa_memory *memory, const struct fa_backward *b,
     const int64_t size = (int64_t)g->ops->size, rows = FA_BACKWARD_ROWS;
     const int64_t nr = (int64_t)g->engine->nr;
     const bool over_queries = fa_over_queries(g);
-    fa_take_workspace(memory, g, &ws->tile);
+    fa_take_workspace(memory, g, &ws->forward);
     ws->grad_out = fa_take(memory, rows, g->params->head_dim_v, size);
     ws->q_panels = fa_take(memory, rows, b->padded_k, size);
     ws->grad_out_panels = fa_take(memory, rows, b->padded_v, size);
@@ -50,7 +50,8 @@ static void take_buffers(struct fa_memory *memory, const struct fa_backward *b,
     ws->head_grad_v = fa_take(memory, over_queries ? g->block_k : 0, b->padded_v, size);
     ws->grad_k = fa_take(memory, g->block_k, b->padded_k, size);
     ws->grad_v = fa_take(memory, g->block_k, b->padded_v, size);
-    /* Last: between the others they cost 4 % of the pass at head_dim 64 with vectors of 8. */
+    /* Last: between the buffers above, these cost 4 % of the pass at head_dim 64 with vectors of
+     * 8. */
     ws->row_products = fa_take(memory, rows, (int64_t)g->ops->vl, size);
     ws->col_max = fa_take(memory, over_queries ? g->block_k : 0, 1, size);
     ws->col_sum = fa_take(memory, over_queries ? g->block_k : 0, 1, size);

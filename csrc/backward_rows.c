@@ -5,14 +5,13 @@
 
 #include "backward_statistics.h"
 
-static double row_lse(const struct fa_backward *b, int64_t head_index, int64_t row)
+static double row_lse(const struct fa_backward *b, const struct fa_head *head, int64_t row)
 {
     const struct fa_geometry *g = &b->geometry;
-    const struct fa_array *lse = &b->params->lse;
-    return fa_read_lse(g, fa_row_of(g, lse, head_index, row));
+    return fa_read_lse(g, fa_row_of(g, &b->params->lse, head->index, row));
 }
 
-/* The base-2 score of a row's sink; -inf: none. */
+/* The base-2 score of the sink of a row; -inf: there is no sink. */
 static double row_sink(const struct fa_head *head, int64_t row)
 {
     const struct fa_geometry *g = head->geometry;
@@ -23,7 +22,7 @@ static double row_sink(const struct fa_head *head, int64_t row)
     return fa_read_number(head->sinks + fa_row_offset(g, sinks, row), sizeof(double)) * FA_LOG2_E;
 }
 
-/* Whether a row's result is there as the sums left it. */
+/* Whether there is a result that is as the sums left it. */
 static bool is_out_exact(const struct fa_backward_params *p)
 {
     const struct fa_attention_params *forward = &p->attention;
@@ -32,7 +31,7 @@ static bool is_out_exact(const struct fa_backward_params *p)
 }
 
 /* sum(grad_out * out), of the exact result or of the one that the caller has. */
-static double delta_of_out(const struct fa_backward *b, int64_t head_index, int64_t row)
+static double delta_of_out(const struct fa_backward *b, const struct fa_head *head, int64_t row)
 {
     const struct fa_geometry *g = &b->geometry;
     const struct fa_backward_params *p = b->params;
@@ -40,9 +39,9 @@ static double delta_of_out(const struct fa_backward *b, int64_t head_index, int6
     const bool exact = p->exact.data != NULL;
     const struct fa_array *out = exact ? &p->exact : &p->out;
     const struct fa_row_terms terms = {
-        .grad = fa_row_of(g, &p->grad_out, head_index, row),
-        .out = fa_row_of(g, out, head_index, row),
-        .residual = exact ? NULL : fa_row_of(g, &forward->residual, head_index, row),
+        .grad = fa_row_of(g, &p->grad_out, head->index, row),
+        .out = fa_row_of(g, out, head->index, row),
+        .residual = exact ? NULL : fa_row_of(g, &forward->residual, head->index, row),
         .grad_stride = p->grad_out.col,
         .out_stride = out->col,
         .residual_stride = forward->residual.col,
@@ -62,31 +61,31 @@ static bool have_scores_left(const struct fa_backward *b, const struct fa_head *
 }
 
 /* Whether the forward pass kept all that a row needs. */
-static bool is_row_kept(const struct fa_backward *b, int64_t head_index, int64_t row,
+static bool is_row_kept(const struct fa_backward *b, const struct fa_head *head, int64_t row,
                         struct fa_weighing *kept)
 {
     const struct fa_geometry *g = &b->geometry;
     const struct fa_array *from = &b->params->weighing;
     return from->data != NULL && is_out_exact(b->params) &&
-           fa_weighing_kept(b, fa_row_of(g, from, head_index, row), kept);
+           fa_weighing_kept(b, fa_row_of(g, from, head->index, row), kept);
 }
 
-/* shift, factor and delta of a row, and what it adds to the gradient of its sink.  of: its
- * statistics, or NULL. */
-static void store_row(struct fa_backward *b, const struct fa_head *head, int64_t head_index,
-                      int64_t row, struct fa_statistics *of)
+/* Store shift, factor and delta of a row, and its term of the gradient of its sink.  of: the
+ * statistics of the row, or NULL. */
+static void store_row(struct fa_backward *b, const struct fa_head *head, int64_t row,
+                      struct fa_statistics *of)
 {
     const struct fa_geometry *g = &b->geometry;
     const struct fa_backward_params *p = b->params;
     const struct fa_backward *first = fa_first_run(b);
-    const int64_t index = fa_rows_before(g, head_index) + row;
+    const int64_t index = fa_rows_before(g, head->index) + row;
     const int64_t at = index * (int64_t)g->ops->size;
     char *excess = first->excess + index * (int64_t)first->geometry.ops->size;
     const struct fa_array *to = &p->sink_terms;
-    const double lse = row_lse(b, head_index, row), sink = row_sink(head, row);
+    const double lse = row_lse(b, head, row), sink = row_sink(head, row);
     struct fa_weighing kept;
-    const bool is_kept = of == NULL && is_row_kept(b, head_index, row, &kept);
-    /* A row without keys has no weights; nothing that is subtracted from -inf may be -inf. */
+    const bool is_kept = of == NULL && is_row_kept(b, head, row, &kept);
+    /* A row without keys has no weights.  Nothing that is subtracted from -inf may be -inf. */
     bool empty = lse == -INFINITY, left = false;
     double delta = 0;
 
@@ -104,10 +103,10 @@ static void store_row(struct fa_backward *b, const struct fa_head *head, int64_t
     if (empty) {
         weighing = (struct fa_weighing){0};
     } else {
-        delta = weighing.own ? of->products / of->total : delta_of_out(b, head_index, row);
+        delta = weighing.own ? of->products / of->total : delta_of_out(b, head, row);
     }
     if (p->grad_lse.data != NULL && !empty) {
-        const double grad = fa_read_lse(g, fa_row_of(g, &p->grad_lse, head_index, row));
+        const double grad = fa_read_lse(g, fa_row_of(g, &p->grad_lse, head->index, row));
         delta -= ldexp(grad, -g->value_exponent);
     }
     fa_write_real(g, b->shift + at, weighing.shift);
@@ -115,10 +114,10 @@ static void store_row(struct fa_backward *b, const struct fa_head *head, int64_t
     fa_write_real(g, b->delta + at, delta);
     b->delta_of_out[index] = !empty && !weighing.own;
     if (left || !isfinite(fa_read_real(g, b->delta + at))) {
-        fa_backward_leave(b, head_index);
+        fa_backward_leave(b, head->index);
     }
-    if (to->data != NULL && !fa_backward_is_stored(b, head_index)) {
-        char *term = fa_row_of(g, to, head_index, row);
+    if (to->data != NULL && !fa_backward_is_stored(b, head->index)) {
+        char *term = fa_row_of(g, to, head->index, row);
         double weight = 0;
         if (is_kept && !empty) {
             weight = fa_kept_sink_weight(&kept, sink);
@@ -132,15 +131,16 @@ static void store_row(struct fa_backward *b, const struct fa_head *head, int64_t
     }
 }
 
-/* With a residual besides: `out` was rounded with that in it, and may have lost the rest. */
+/* Whether a row needs statistics.  A row with a residual does, too: `out` was rounded with the
+ * residual in it, and may have lost the rest. */
 static bool row_wants_statistics(const struct fa_backward *b, const struct fa_head *head,
-                                 int64_t head_index, int64_t row)
+                                 int64_t row)
 {
     const struct fa_geometry *g = &b->geometry;
     const struct fa_key_range keys = fa_token_keys(head, fa_row_token(g, row));
-    const double lse = row_lse(b, head_index, row);
+    const double lse = row_lse(b, head, row);
     struct fa_weighing kept;
-    if (is_row_kept(b, head_index, row, &kept)) {
+    if (is_row_kept(b, head, row, &kept)) {
         return false;
     }
     return fa_statistics_wanted(b, lse, keys.hi - keys.lo, head->rows / g->stacked) ||
@@ -160,20 +160,19 @@ void fa_backward_prepare_rows(struct fa_job *job, int64_t index, int thread)
         return;
     }
     fa_head_init(&head, g, head_index);
-    const int64_t rows = fa_min(FA_BACKWARD_ROWS, head.rows - first);
-    for (int64_t r = 0; r < rows; r++) {
-        wanted[r] = row_wants_statistics(b, &head, head_index, first + r);
+    const struct fa_head_rows rows = {&head, first, fa_min(FA_BACKWARD_ROWS, head.rows - first)};
+    for (int64_t r = 0; r < rows.count; r++) {
+        wanted[r] = row_wants_statistics(b, &head, first + r);
         any = any || wanted[r];
     }
     if (any) {
         struct fa_backward_workspace ws = fa_backward_workspace_of(b, thread);
-        if (!fa_backward_row_statistics(job, thread, &head, head_index, &ws, first, rows, wanted,
-                                        of)) {
+        if (!fa_backward_row_statistics(job, thread, &ws, &rows, wanted, of)) {
             return;
         }
     }
-    for (int64_t r = 0; r < rows; r++) {
-        store_row(b, &head, head_index, first + r, wanted[r] ? &of[r] : NULL);
+    for (int64_t r = 0; r < rows.count; r++) {
+        store_row(b, &head, first + r, wanted[r] ? &of[r] : NULL);
     }
 }
 

@@ -1,11 +1,12 @@
-/* What makes weights of scores: lse, or, where that is not exact enough, the sums of the softmax
- * once more.
+/* The weighing of a softmax: from lse, or, where lse is not exact enough, from the sums of the
+ * softmax once more.
  *
  * lse is one number of the results' dtype.  Its rounding is an error of u |lse| that all weights
- * of a row share: 8 u of them at lse 8, and where the scores are huge (a mask of finfo.min or
- * -1e9) log(n) is lost altogether.  A row of many keys with weights of the same order shows
- * nothing of 8 u beside the other roundings, and such are most rows of a long call.  The others,
- * where the forward pass did not keep its own shift and factor (fa_attention_params), have row_max, row_sum and delta summed from their own scores first, by the tiles that the main
+ * of a row share: 8 u of them at lse 8.  Where the scores are huge (a mask of finfo.min or -1e9),
+ * log(n) is lost altogether.  A row of many keys with weights of the same order shows nothing of
+ * 8 u beside all other roundings, and most rows of a long call are such.  If the forward pass did
+ * not keep shift and factor of a row (fa_attention_params), and the row is of another kind, its
+ * row_max, row_sum and delta are summed from its own scores first, by the tiles that the main
  * pass computes again: 2 products more for the tiles that hold such a row.
  *
  *   top = row_max, total = sum exp2(s - top), products = sum exp2(s - top) * (grad_out v^T)
@@ -25,8 +26,8 @@
 #define LARGE_LSE 16
 #define MANY 64
 
-/* Scores of a softmax that is flat: there are so many, and lse is within FLAT of their number's
- * logarithm.  Normal scores of deviation x have x^2 / 2 there. */
+/* A softmax is flat if it has so many scores, and lse is within FLAT of the logarithm of their
+ * number.  Normal scores of deviation x have x^2 / 2 there. */
 #define FLAT_SCORES 32
 #define FLAT 2
 
@@ -36,7 +37,7 @@
 /* Base-2: totals up to here leave factor = 1 / total far from the smallest float32. */
 #define LARGE_TOTAL 0x1p40
 
-/* Base-2: how far a shift may be from its softmax' top, and its factor from 1 / total. */
+/* Base-2: how far a shift may be from the top of its softmax, and its factor from 1 / total. */
 #define MOST_APART 64
 
 /* Base-2: beside a sink this far above them, scores are nothing. */
@@ -53,12 +54,13 @@ bool fa_statistics_wanted(const struct fa_backward *backward, double lse, int64_
         return false;
     }
     const bool flat = scores >= FLAT_SCORES && fabs(lse - log((double)scores)) <= FLAT;
-    /* lse may be of a first run's scores, and delta be lost among sums that passed the range of the results. */
+    /* In a second run lse may be of the scores of the first, and delta be lost among sums that
+     * passed the range of the results. */
     return backward->first != NULL || !flat ||
            fabs(lse) > (softmaxes >= MANY ? LARGE_LSE : SMALL_LSE);
 }
 
-/* How far apart two lse of the same scores may be, besides their own rounding. */
+/* How far apart two lse of the same scores may be, beside the rounding of each. */
 static double tolerance(enum fa_dtype dtype)
 {
     switch (dtype) {
@@ -78,7 +80,8 @@ static double lse_again(const struct fa_geometry *g, const struct fa_statistics 
     return fa_natural(of->top, log2(of->total), is_biased(g), g->ops->size);
 }
 
-/* Whether lse is theirs alone.  Of more keys it is larger: where it is less, roundings made it so. */
+/* Whether lse is of these scores alone.  The lse of more keys is larger: where it is less,
+ * roundings made it so. */
 static bool agrees(const struct fa_backward *backward, const struct fa_statistics *of, double lse)
 {
     const struct fa_geometry *g = &backward->geometry;
@@ -93,7 +96,7 @@ static bool agrees(const struct fa_backward *backward, const struct fa_statistic
     return lse - again <= tolerance(g->params->dtype) + 8 * unit * fabs(lse);
 }
 
-/* Nothing is left of a sum whose factor is 0, whatever it is. */
+/* A sum times a factor.  A factor of 0 leaves nothing of any sum. */
 static double fade(double sum, double factor) { return factor == 0 ? 0 : sum * factor; }
 
 void fa_statistics_add_sink(struct fa_statistics *of, double sink)
@@ -117,7 +120,7 @@ static struct fa_weighing weighing_by_statistics(const struct fa_geometry *g,
 {
     const double more = of->total > LARGE_TOTAL ? log2(of->total) : 0;
     const double shift = fa_round_real(g, of->top + more);
-    /* Far apart only where a sink is the top, and no score near it. */
+    /* They are far apart only where a sink is the top, and no score is near it. */
     const double apart = fmin(fmax(shift - of->top, -MOST_APART), MOST_APART);
     return (struct fa_weighing){.shift = shift, .factor = exp2(apart) / of->total, .by_sums = true};
 }
@@ -132,7 +135,7 @@ static struct fa_weighing weighing_by_lse(const struct fa_geometry *g, double ls
         return (struct fa_weighing){.shift = moved, .factor = 1};
     }
     const double shift = fa_round_real(g, lse * FA_LOG2_E);
-    /* What rounding it left: exact in double, but for the last bits of log2(e). */
+    /* The error of that rounding: exact in double, but for the last bits of log2(e). */
     const double rest = fma(lse, FA_LOG2_E, -shift) + lse * LOG2_E_REST;
     return (struct fa_weighing){.shift = shift, .factor = exp2(-rest)};
 }
@@ -150,7 +153,7 @@ bool fa_weighing_kept(const struct fa_backward *backward, const char *at, struct
     return !isnan(kept->factor);
 }
 
-/* A sink so far above the scores that float32 cannot hold their weights has all of it. */
+/* A sink so far above the scores that float32 cannot hold their weights has all of the weight. */
 double fa_kept_sink_weight(const struct fa_weighing *kept, double sink)
 {
     const bool alone = kept->factor == 0 || sink - kept->shift >= ALL_APART;
@@ -193,15 +196,16 @@ struct fa_weighing fa_weigh(const struct fa_backward *backward, char *excess,
     return weighing;
 }
 
-/* The statistics of the rows over one more stretch of keys.  In double, once per split_k keys. */
+/* Fold the statistics of the rows over one more split of the keys.  In double, as there are few
+ * folds. */
 static void fold(const struct fa_geometry *g, const struct fa_backward_workspace *ws, int64_t rows,
                  struct fa_statistics *of)
 {
     const int64_t size = (int64_t)g->ops->size, vl = (int64_t)g->ops->vl;
     for (int64_t r = 0; r < rows; r++) {
-        const char *row_sum = (const char *)ws->tile.part.row_sum + r * vl * size;
+        const char *row_sum = (const char *)ws->forward.split.row_sum + r * vl * size;
         const char *row_products = ws->row_products + r * vl * size;
-        double top = fa_read_real(g, (const char *)ws->tile.part.row_max + r * size);
+        double top = fa_read_real(g, (const char *)ws->forward.split.row_max + r * size);
         double total = 0, products = 0;
         for (int64_t i = 0; i < vl; i++) {
             total += fa_read_real(g, row_sum + i * size);
@@ -221,86 +225,88 @@ static void fold(const struct fa_geometry *g, const struct fa_backward_workspace
 }
 
 /* One key block against the tiles that hold a wanted row. */
-static void sum_block(const struct fa_backward *b, const struct fa_head *head,
-                      struct fa_backward_workspace *ws, int64_t first, int64_t rows,
-                      const bool *wanted, int64_t block_key)
+static void sum_block(const struct fa_backward *b, struct fa_backward_workspace *ws,
+                      const struct fa_head_rows *rows, const bool *wanted, int64_t block_key)
 {
-    const struct fa_geometry *g = head->geometry;
+    const struct fa_geometry *g = &b->geometry;
     const int64_t size = (int64_t)g->ops->size, vl = (int64_t)g->ops->vl;
     const size_t ld = (size_t)g->score_stride;
     bool packed = false;
-    for (int64_t r = 0; r < rows; r += g->tile_q) {
-        const int64_t count = fa_min(g->tile_q, rows - r);
-        const struct fa_key_range keys = fa_rows_keys(head, first + r, first + r + count - 1);
-        struct fa_workspace part;
+    for (int64_t r = 0; r < rows->count; r += g->tile_q) {
+        const struct fa_head_rows of_tile = fa_tile_rows(rows, r);
+        const struct fa_key_range keys = fa_rows_keys(&of_tile);
         struct fa_tile tile;
         bool any = false;
-        for (int64_t i = r; i < r + count; i++) {
+        for (int64_t i = r; i < r + of_tile.count; i++) {
             any = any || wanted[i];
         }
         if (!any || keys.lo >= block_key + g->block_k || keys.hi <= block_key) {
             continue;
         }
         if (!packed) {
-            fa_backward_pack(b, head, ws, block_key,
-                             fa_min(g->block_k, head->kv_length - block_key));
+            const int64_t live = fa_min(g->block_k, rows->head->kv_length - block_key);
+            fa_backward_pack(b, rows->head, ws, block_key, live);
             packed = true;
         }
-        if (!fa_backward_scores(b, &tile, &part, head, ws, first + r, count, r, block_key, false)) {
+        if (!fa_backward_scores(&tile, ws, rows, r)) {
             continue;
         }
-        /* To a row, its products are what acc is in the forward pass: one vector wide. */
+        /* A row has its products in the place that acc has in the forward pass: one vector wide. */
         const struct fa_state state = {
-            .row_max = (char *)ws->tile.part.row_max + r * size,
-            .row_sum = (char *)ws->tile.part.row_sum + r * vl * size,
+            .row_max = (char *)ws->forward.split.row_max + r * size,
+            .row_sum = (char *)ws->forward.split.row_sum + r * vl * size,
             .acc = ws->row_products + r * vl * size,
         };
-        char *scores = fa_tile_score_data(&tile, &part);
-        const char *gradients = ws->gradients + (scores - ws->weights);
-        g->ops->softmax_update(scores, ld, (size_t)count, (size_t)tile.columns, &state, (size_t)vl);
-        g->ops->add_row_products(state.acc, scores, gradients, ld, (size_t)count,
-                                 (size_t)tile.columns);
+        char *scores = fa_tile_score_data(&tile, &ws->forward);
+        const char *gradients = fa_backward_weight_gradients(b, &tile, ws);
+        const size_t count = (size_t)tile.rows, columns = (size_t)tile.columns;
+        g->ops->softmax_update(scores, ld, count, columns, &state, (size_t)vl);
+        g->ops->add_row_products(state.acc, scores, gradients, ld, count, columns);
     }
 }
 
-bool fa_backward_row_statistics(struct fa_job *job, int thread, const struct fa_head *head,
-                                int64_t head_index, struct fa_backward_workspace *ws, int64_t first,
-                                int64_t rows, const bool *wanted, struct fa_statistics *of)
+bool fa_backward_row_statistics(struct fa_job *job, int thread, struct fa_backward_workspace *ws,
+                                const struct fa_head_rows *rows, const bool *wanted,
+                                struct fa_statistics *of)
 {
     const struct fa_backward *b = job->context;
     const struct fa_geometry *g = &b->geometry;
-    const struct fa_key_range keys = fa_rows_keys(head, first, first + rows - 1);
-    const struct fa_state begin = {ws->tile.part.row_max, ws->tile.part.row_sum, ws->row_products};
-    for (int64_t r = 0; r < rows; r++) {
+    const struct fa_key_range keys = fa_rows_keys(rows);
+    const struct fa_state begin = {
+        .row_max = ws->forward.split.row_max,
+        .row_sum = ws->forward.split.row_sum,
+        .acc = ws->row_products,
+    };
+    for (int64_t r = 0; r < rows->count; r++) {
         of[r] = (struct fa_statistics){.top = -INFINITY};
     }
-    fa_load_rows(head, &ws->tile, first, rows);
-    fa_backward_load_grad(b, head_index, ws, first, rows);
+    fa_load_rows(&ws->forward, rows);
+    fa_backward_load_grad(b, ws, rows);
     for (int64_t lo = keys.lo / g->split_k * g->split_k; lo < keys.hi; lo += g->split_k) {
-        g->ops->softmax_begin((size_t)rows, &begin, g->ops->vl);
+        g->ops->softmax_begin((size_t)rows->count, &begin, g->ops->vl);
         for (int64_t key = lo; key < fa_min(lo + g->split_k, keys.hi); key += g->block_k) {
             if (fa_job_checkpoint(job, thread)) {
                 return false;
             }
             g->engine->enter();
-            sum_block(b, head, ws, first, rows, wanted, key);
+            sum_block(b, ws, rows, wanted, key);
             g->engine->leave();
         }
-        fold(g, ws, rows, of);
+        fold(g, ws, rows->count, of);
     }
     return true;
 }
 
 bool fa_backward_column_statistics(struct fa_job *job, int thread, const struct fa_head *head,
-                                   struct fa_backward_workspace *ws, int64_t block_key)
+                                   struct fa_backward_workspace *ws)
 {
     const struct fa_geometry *g = head->geometry;
-    const int64_t size = (int64_t)g->ops->size;
+    const struct fa_head_rows all = {.head = head, .count = head->rows};
+    const int64_t size = (int64_t)g->ops->size, block_key = ws->block_key;
     g->ops->column_begin(ws->col_max, ws->col_sum, (size_t)g->block_k);
     for (int64_t first = 0; first < head->rows; first += g->tile_q) {
-        const int64_t rows = fa_min(g->tile_q, head->rows - first);
-        const struct fa_key_range keys = fa_rows_keys(head, first, first + rows - 1);
-        struct fa_workspace part;
+        const struct fa_head_rows rows = fa_tile_rows(&all, first);
+        const struct fa_key_range keys = fa_rows_keys(&rows);
         struct fa_tile tile;
         if (fa_job_checkpoint(job, thread)) {
             return false;
@@ -309,11 +315,10 @@ bool fa_backward_column_statistics(struct fa_job *job, int thread, const struct 
             continue;
         }
         g->engine->enter();
-        fa_load_rows(head, &ws->tile, first, rows);
-        if (fa_backward_scores(job->context, &tile, &part, head, ws, first, rows, 0, block_key,
-                               true)) {
-            g->ops->column_update(fa_tile_score_data(&tile, &part), (size_t)g->score_stride,
-                                  (size_t)rows, (size_t)tile.columns,
+        fa_load_rows(&ws->forward, &rows);
+        if (fa_backward_scores(&tile, ws, &rows, 0)) {
+            g->ops->column_update(fa_tile_score_data(&tile, &ws->forward), (size_t)g->score_stride,
+                                  (size_t)tile.rows, (size_t)tile.columns,
                                   ws->col_max + tile.begin * size, ws->col_sum + tile.begin * size);
         }
         g->engine->leave();

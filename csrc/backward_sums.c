@@ -1,22 +1,25 @@
 /* The memory for sums of grad_q: of a few units at a time.
  *
- * Tasks are handed out in order, so a unit that has begun and is not done has a task under way, or is the one
- * whose tasks are handed out next: no more than num_threads + 1.  Few buffers stay in cache and are mapped by the
- * kernel once; sums of all heads were 8 % of the time of (1, 12, 2048, 64) in page faults alone.
- */
+ * Tasks are handed out in order.  So a unit that has begun and is not done has a task under way,
+ * or is the unit whose tasks are handed out next: there are no more than num_threads + 1.  Few
+ * buffers stay in cache, and the system maps them once; with sums of all heads, page faults alone
+ * were 8 % of the time of (1, 12, 2048, 64). */
 #include "backward_sums.h"
 
 #include <pthread.h>
 
 struct unit {
-    int slot;      /* -1: none */
-    int64_t tasks; /* that are not done */
+    /* Below 0: the unit has no slot. */
+    int slot;
+    /* Tasks that are not done. */
+    int64_t tasks;
 };
 
 struct fa_sums {
     pthread_mutex_t mutex;
     struct unit *units;
-    bool *taken; /* [slots] */
+    /* [slots] */
+    bool *taken;
     int slots;
     char *memory;
     int64_t slot_bytes;

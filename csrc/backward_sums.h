@@ -4,14 +4,16 @@
 
 #include "backward_frame.h"
 
-/* A unit is what one task of each group works on: a key head, or, with softmax
- * over the queries, all heads that share it.  Its sums, real [heads of it][groups][rows][padded_k], exist from
- * its first task on until its last has added and stored them. */
+/* A unit is the heads that one task of each group works on: a key head, or, with softmax over the
+ * queries, all heads that share it.  Its sums, real [heads of it][groups][rows][padded_k], exist
+ * from its first task on until its last has added and stored them. */
 enum fa_status fa_sums_init(struct fa_backward *backward, int64_t units, int64_t heads_per_unit);
 void fa_sums_release(struct fa_sums *sums);
-/* A unit's sums, for a task of it; their contents are arbitrary.  `tasks`: how many it has. */
+/* The sums of a unit, for one of its tasks; their contents are arbitrary.  `tasks`: how many
+ * tasks the unit has. */
 char *fa_sums_enter(struct fa_sums *sums, int64_t unit, int64_t tasks);
-/* The task is done.  True: it is the unit's last, and calls fa_sums_leave when it needs the sums no more. */
+/* Note that a task of the unit is done.  True: it is the last, and is to call fa_sums_leave when
+ * it needs the sums no more. */
 bool fa_sums_finish(struct fa_sums *sums, int64_t unit);
 void fa_sums_leave(struct fa_sums *sums, int64_t unit);
 

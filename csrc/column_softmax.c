@@ -7,9 +7,9 @@
  *       scores = q k^T, options applied
  *       running column maxima and sums, lanes along the keys
  *
- * The second pass is the loop nest of forward.c with weights exp2(score - maximum) / sum, computed from
- * the same scores bit for bit.  Three matrix products in all, and two numbers per key of memory.
- */
+ * The second pass is the loop nest of forward.c with weights exp2(score - maximum) / sum,
+ * computed from the same scores bit for bit.  Three matrix products in all, and two numbers per
+ * key of memory. */
 #include "column_softmax.h"
 
 #include <math.h>
@@ -63,20 +63,21 @@ void fa_columns_release(struct fa_columns *columns)
     fa_release(columns->head_given_back);
 }
 
-/* Give back columns whose statistics left the range of their type, or lost what tells their scores apart. */
+/* Give back columns whose statistics left the range of their type, or lost what tells their
+ * scores apart. */
 static void give_back_columns(struct fa_columns *columns, const struct fa_head *head,
-                              int64_t head_index, int64_t block_key, int64_t keys)
+                              int64_t block_key, int64_t keys)
 {
     const struct fa_geometry *g = columns->geometry;
     const struct fa_doubt doubt = fa_head_doubt(head, 0);
     const int64_t size = (int64_t)g->ops->size;
-    int64_t at = fa_column_offset(g, head_index, block_key / g->block_k);
+    int64_t at = fa_column_offset(g, head->index, block_key / g->block_k);
     for (int64_t j = 0; j < keys; j++, at += size) {
         const double max = fa_read_real(g, columns->col_max + at);
         const double inverse = fa_read_real(g, columns->col_inverse + at);
         if (fa_is_doubtful(doubt, max, inverse == 0) || !isfinite(inverse) || !isfinite(max)) {
             fa_write_real(g, columns->col_inverse + at, NAN);
-            atomic_store_explicit(columns->head_given_back + head_index, true,
+            atomic_store_explicit(columns->head_given_back + head->index, true,
                                   memory_order_relaxed);
             atomic_store_explicit(&columns->any_given_back, true, memory_order_relaxed);
         }
@@ -85,12 +86,12 @@ static void give_back_columns(struct fa_columns *columns, const struct fa_head *
 
 /* lse of the columns that the first run gave back, from their statistics in float64. */
 static void store_lse_again(const struct fa_columns *columns, const struct fa_head *head,
-                            int64_t head_index, int64_t block_key, int64_t keys)
+                            int64_t block_key, int64_t keys)
 {
     const struct fa_geometry *g = columns->geometry, *before = columns->first->geometry;
-    const char *given = columns->first->col_inverse + fa_column_offset(before, head_index, 0) +
+    const char *given = columns->first->col_inverse + fa_column_offset(before, head->index, 0) +
                         block_key * (int64_t)before->ops->size;
-    int64_t at = fa_column_offset(g, head_index, block_key / g->block_k);
+    int64_t at = fa_column_offset(g, head->index, block_key / g->block_k);
     for (int64_t j = 0; j < keys; j++, at += (int64_t)g->ops->size) {
         if (isnan(fa_read_real(before, given + j * (int64_t)before->ops->size))) {
             const double max = fa_read_real(g, columns->col_max + at);
@@ -102,13 +103,13 @@ static void store_lse_again(const struct fa_columns *columns, const struct fa_he
     }
 }
 
-/* Maximum and reciprocal sum are shift and factor; those of a column that was given back are NaN. */
+/* Maximum and reciprocal sum are shift and factor; they are NaN in a column that was given back. */
 static void store_weighing(const struct fa_columns *columns, const struct fa_head *head,
-                           int64_t head_index, int64_t block_key, int64_t keys)
+                           int64_t block_key, int64_t keys)
 {
     const struct fa_geometry *g = columns->geometry;
     const struct fa_array *to = &g->params->weighing;
-    int64_t at = fa_column_offset(g, head_index, block_key / g->block_k);
+    int64_t at = fa_column_offset(g, head->index, block_key / g->block_k);
     for (int64_t j = 0; j < keys; j++, at += (int64_t)g->ops->size) {
         char *weighing = head->weighing + (block_key + j) * to->row;
         if (columns->keeps_weighing) {
@@ -133,6 +134,7 @@ static void run_column_task(struct fa_job *job, int64_t index, int thread)
     char *col_max = columns->col_max + fa_column_offset(g, head_index, key_block);
     char *col_sum = columns->col_inverse + fa_column_offset(g, head_index, key_block);
     struct fa_head head;
+    const struct fa_head_rows all = {.head = &head, .count = g->rows};
     bool packed = false;
 
     if (columns->first != NULL && !columns->first->head_given_back[head_index]) {
@@ -142,13 +144,14 @@ static void run_column_task(struct fa_job *job, int64_t index, int thread)
     g->engine->enter();
     ops->column_begin(col_max, col_sum, (size_t)g->block_k);
     for (int64_t row = 0; row < g->rows; row += g->tile_q) {
+        const struct fa_head_rows rows = fa_tile_rows(&all, row);
+        const struct fa_head_rows next = fa_tile_rows(&all, row + g->tile_q);
         struct fa_tile tile;
         if (fa_job_checkpoint(job, thread)) {
             g->engine->leave();
             return;
         }
-        int64_t rows = fa_min(g->tile_q, g->rows - row);
-        if (!fa_tile_init(&tile, &head, &ws, row, rows, 0, block_key)) {
+        if (!fa_tile_init(&tile, &ws, &rows, 0, block_key)) {
             continue;
         }
         if (!packed) {
@@ -157,26 +160,32 @@ static void run_column_task(struct fa_job *job, int64_t index, int thread)
             fa_pack_keys(&head, &ws, live);
             packed = true;
         }
-        fa_load_rows(&head, &ws, row, rows);
-        fa_want_bias(&head, &ws, row + rows, fa_min(g->tile_q, g->rows - row - rows), block_key);
+        fa_load_rows(&ws, &rows);
+        fa_want_bias(&ws, &next, block_key);
         fa_tile_scores(&tile, &ws, false);
-        ops->column_update(fa_tile_score_data(&tile, &ws), (size_t)g->block_k, (size_t)rows,
-                           (size_t)tile.columns, col_max + tile.begin * size,
+        ops->column_update(fa_tile_score_data(&tile, &ws), (size_t)g->score_stride,
+                           (size_t)rows.count, (size_t)tile.columns, col_max + tile.begin * size,
                            col_sum + tile.begin * size);
     }
     g->engine->leave();
     const struct fa_array *lse = &g->params->lse;
     const bool stores = head.lse != NULL && columns->first == NULL;
-    ops->column_finish(col_max, col_sum, (size_t)keys, (size_t)g->block_k,
-                       stores ? head.lse + block_key * lse->row : NULL, lse->row,
-                       fa_lse_dtype(g->params), g->params->bias.data != NULL);
+    const struct fa_column_result result = {
+        .cols = (size_t)keys,
+        .padded = (size_t)g->block_k,
+        .lse = stores ? head.lse + block_key * lse->row : NULL,
+        .lse_stride = lse->row,
+        .lse_dtype = fa_lse_dtype(g->params),
+        .biased = g->params->bias.data != NULL,
+    };
+    ops->column_finish(col_max, col_sum, &result);
     if (columns->gives_back) {
-        give_back_columns(columns, &head, head_index, block_key, keys);
+        give_back_columns(columns, &head, block_key, keys);
     } else if (columns->first != NULL && head.lse != NULL) {
-        store_lse_again(columns, &head, head_index, block_key, keys);
+        store_lse_again(columns, &head, block_key, keys);
     }
     if (head.weighing != NULL && columns->first == NULL) {
-        store_weighing(columns, &head, head_index, block_key, keys);
+        store_weighing(columns, &head, block_key, keys);
     }
 }
 

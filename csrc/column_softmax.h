@@ -7,20 +7,24 @@
 #include "geometry.h"
 #include "schedule.h"
 
-/* What the tasks of the first pass share, and what the second pass has of them. */
+/* The numbers that the tasks of the first pass share, and that the second pass has of them. */
 struct fa_columns {
     const struct fa_geometry *geometry;
-    char *workspaces; /* of geometry->num_threads threads: the caller's */
-    /* Whether columns whose statistics left the range of float32 are given back, for a second run; such a column has a
-     * reciprocal sum of NaN, which gives back the rows that it takes part in. */
+    /* The caller's workspaces, for geometry->num_threads threads. */
+    char *workspaces;
+    /* Whether columns whose statistics left the range of float32 are given back, for a second
+     * run.  Such a column has a reciprocal sum of NaN, which gives back the rows that it takes
+     * part in. */
     bool gives_back;
-    bool
-        keeps_weighing; /* the backward pass computes the same scores, so that their weighing holds there */
-    const struct fa_columns
-        *first; /* NULL, or the first run, whose columns of that kind this one computes */
-    /* real [batch * heads][key_blocks * block_k]: the base-2 maximum and the reciprocal sum of every column. */
+    /* The backward pass computes the same scores, so that their weighing holds there. */
+    bool keeps_weighing;
+    /* NULL, or the first run.  A second run computes the columns that the first gave back. */
+    const struct fa_columns *first;
+    /* real [batch * heads][key_blocks * block_k]: the base-2 maximum and the reciprocal sum of
+     * every column. */
     char *col_max, *col_inverse;
-    /* With gives_back, else NULL: [batch * heads], whether rows or columns of a head were given back. */
+    /* [batch * heads], with gives_back, else NULL: whether rows or columns of a head were given
+     * back. */
     atomic_bool *head_given_back;
     atomic_bool any_given_back;
 };
@@ -40,7 +44,8 @@ static inline int64_t fa_column_offset(const struct fa_geometry *g, int64_t head
     return (head_index * g->key_blocks + key_block) * g->block_k * (int64_t)g->ops->size;
 }
 
-/* A row's or a key's place of `weighing`: the backward pass is to find these out for itself. */
+/* Mark a row's, or a key's, place of `weighing`: the backward pass is to find shift and factor by
+ * itself. */
 static inline void fa_forget_weighing(const struct fa_geometry *g, char *weighing)
 {
     fa_write_lse(g, weighing, 0);

@@ -1,5 +1,6 @@
-/* Small things every C file needs: assertions, checked sizes, alignment, and most of what the compiler must extend C
- * by outside kernels/. */
+/* Small things every C file needs: assertions, checked sizes, alignment, and the extensions of C
+ * that files outside kernels/ use.  Only cpu_features.c has one of its own, to ask the processor,
+ * and team.c an OpenMP region. */
 #ifndef FA_COMMON_H
 #define FA_COMMON_H
 
@@ -7,7 +8,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* Contracts that the Python side has already enforced; checked in test builds (FASTATTN_DEBUG=1). */
+/* Contracts that the Python side has enforced already.  Test builds check them
+ * (FASTATTN_DEBUG=1). */
 #ifdef FA_DEBUG
 #include <assert.h>
 #define FA_ASSERT(condition) assert(condition)
@@ -15,7 +17,7 @@
 #define FA_ASSERT(condition) ((void)0)
 #endif
 
-/* Bytes.  One cache line, and the widest vector of any kernel set. */
+/* Bytes of a cache line, and of the widest vector of any kernel set. */
 #define FA_ALIGNMENT 64
 
 static inline int64_t fa_min(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -28,24 +30,29 @@ static inline int64_t fa_ceil_div(int64_t a, int64_t b) { return a / b + (a % b 
 /* a rounded up to a multiple of step > 0, for a far from INT64_MAX. */
 static inline int64_t fa_round_up(int64_t a, int64_t step) { return fa_ceil_div(a, step) * step; }
 
-/* *total += count * size, rounded up to FA_ALIGNMENT.  False when it leaves int64. */
-static inline bool fa_add_bytes(int64_t *total, int64_t count, int64_t size)
+/* *sum = a + b.  False when the sum leaves int64. */
+static inline bool fa_add(int64_t a, int64_t b, int64_t *sum)
 {
-    int64_t bytes;
-    if (__builtin_mul_overflow(count, size, &bytes) ||
-        __builtin_add_overflow(bytes, FA_ALIGNMENT - 1, &bytes)) {
-        return false;
-    }
-    bytes -= bytes % FA_ALIGNMENT;
-    return !__builtin_add_overflow(*total, bytes, total);
+    return !__builtin_add_overflow(a, b, sum);
 }
 
+/* *product = a * b.  False when the product leaves int64. */
 static inline bool fa_multiply(int64_t a, int64_t b, int64_t *product)
 {
     return !__builtin_mul_overflow(a, b, product);
 }
 
-/* In a loop that waits for another thread's write: lets the core's other thread run meanwhile. */
+/* *total += count * size, rounded up to FA_ALIGNMENT.  False when it leaves int64. */
+static inline bool fa_add_bytes(int64_t *total, int64_t count, int64_t size)
+{
+    int64_t bytes;
+    if (!fa_multiply(count, size, &bytes) || !fa_add(bytes, FA_ALIGNMENT - 1, &bytes)) {
+        return false;
+    }
+    return fa_add(*total, bytes - bytes % FA_ALIGNMENT, total);
+}
+
+/* For a loop that waits for another thread's write: the core's other thread runs meanwhile. */
 static inline void fa_pause(void)
 {
 #if defined(__x86_64__)
@@ -60,7 +67,8 @@ static inline void fa_pause(void)
  * name. */
 #if defined(__x86_64__)
 
-#define FA_DEFAULT_FLOAT_CONTROL UINT64_C(0x1F80) /* MXCSR: to nearest, no trap, nothing flushed */
+/* MXCSR: rounds to nearest, traps nothing, flushes nothing. */
+#define FA_DEFAULT_FLOAT_CONTROL UINT64_C(0x1F80)
 
 static inline uint64_t fa_float_control(void) { return __builtin_ia32_stmxcsr(); }
 

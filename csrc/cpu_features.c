@@ -27,8 +27,9 @@
 #define XCR0_SSE_AVX_AVX512 0xe6u
 #define XCR0_TILES 0x60000u /* configuration and data */
 
-/* Linux, Documentation/arch/x86/xstate.rst: which state components it can save, and permission to use
- * one, which a process must ask for before it uses the tiles.  18 is the component of their data. */
+/* Linux, Documentation/arch/x86/xstate.rst: the state components that it can save, and permission
+ * to use one, which a process must ask for before it uses tile registers.  18 is the component of
+ * their data. */
 #define ARCH_GET_XCOMP_SUPP 0x1021
 #define ARCH_REQ_XCOMP_PERM 0x1023
 #define XFEATURE_XTILEDATA 18

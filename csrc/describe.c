@@ -1,4 +1,5 @@
-/* What fa_attention would do, from the same geometry and the same tiles, without doing it. */
+/* The figures of a call that fa_attention would compute: from the same geometry and the same
+ * tiles, without results. */
 #include "float_mode.h"
 #include "forward.h"
 #include "scores.h"
@@ -7,12 +8,14 @@
 struct count {
     const struct fa_geometry *geometry;
     char *workspaces;
-    int64_t heads;      /* of a batch entry, that are counted */
-    int64_t row_blocks; /* of a head */
+    /* Heads of a batch entry that are counted. */
+    int64_t heads;
+    /* Blocks of rows of a head. */
+    int64_t row_blocks;
     _Atomic int64_t total, computed;
 };
 
-/* Whether the batch entries differ in what rules keys out. */
+/* Whether batch entries differ in the keys that are ruled out. */
 static bool entries_differ(const struct fa_attention_params *p)
 {
     const struct fa_array *ruling_out[] = {&p->mask, &p->kv_lengths, &p->q_offset,
@@ -36,10 +39,11 @@ static int64_t head_key_blocks(const struct fa_head *head)
 
 /* Tiles of some rows that some key takes part in. */
 static int64_t count_tiles(struct fa_job *job, int thread, struct fa_workspace *ws,
-                           const struct fa_head *head, int64_t row, int64_t rows)
+                           const struct fa_head_rows *rows)
 {
+    const struct fa_head *head = rows->head;
     const struct fa_geometry *g = head->geometry;
-    const struct fa_key_range keys = fa_rows_keys(head, row, row + rows - 1);
+    const struct fa_key_range keys = fa_rows_keys(rows);
     const int64_t first = keys.lo / g->block_k, last = fa_ceil_div(keys.hi, g->block_k);
     if (keys.lo >= keys.hi) {
         return 0;
@@ -50,7 +54,7 @@ static int64_t count_tiles(struct fa_job *job, int thread, struct fa_workspace *
     int64_t count = 0;
     for (int64_t block = first; block < last && !fa_job_checkpoint(job, thread); block++) {
         struct fa_tile tile;
-        count += fa_tile_init(&tile, head, ws, row, rows, 0, block * g->block_k);
+        count += fa_tile_init(&tile, ws, rows, 0, block * g->block_k);
     }
     return count;
 }
@@ -65,13 +69,15 @@ static void run_count(struct fa_job *job, int64_t index, int thread)
     struct fa_head head;
     int64_t total = 0, computed = 0;
     fa_head_init(&head, g, place / count->heads * g->heads + place % count->heads);
-    const int64_t first = block * g->block_q, last = fa_min(first + g->block_q, head.rows);
-    for (int64_t row = first; row < last; row += g->tile_q) {
+    const int64_t first = block * g->block_q;
+    const struct fa_head_rows all = {&head, first, fa_min(g->block_q, head.rows - first)};
+    for (int64_t r = 0; r < all.count; r += g->tile_q) {
+        const struct fa_head_rows rows = fa_tile_rows(&all, r);
         if (fa_job_checkpoint(job, thread)) {
             return;
         }
         total += head_key_blocks(&head);
-        computed += count_tiles(job, thread, &ws, &head, row, fa_min(g->tile_q, last - row));
+        computed += count_tiles(job, thread, &ws, &rows);
     }
     atomic_fetch_add_explicit(&count->total, total, memory_order_relaxed);
     atomic_fetch_add_explicit(&count->computed, computed, memory_order_relaxed);
@@ -130,8 +136,8 @@ static struct fa_attention_plan plan_of(const struct fa_geometry *g, int64_t num
     };
 }
 
-/* Of a call without results, whose sizes may be anything: the blocks of its widths, or of the widest that
- * can be counted with, and no tasks. */
+/* Describe a call without results, whose sizes may be anything: the blocks of its widths, or of
+ * the widest that can be counted with, and no tasks. */
 static enum fa_status describe_nothing(const struct fa_attention_params *params,
                                        const struct fa_kernels *kernels,
                                        struct fa_attention_plan *plan)
@@ -179,7 +185,7 @@ static enum fa_status describe(const struct fa_attention_params *params,
         (params->softmax_axis == FA_SOFTMAX_QUERIES && !fa_columns_bytes(&g, &columns))) {
         return FA_OVERFLOW;
     }
-    const int64_t more[] = {bytes.workspaces, bytes.given_back, bytes.parts, bytes.arrived,
+    const int64_t more[] = {bytes.workspaces, bytes.given_back, bytes.states, bytes.arrived,
                             columns};
     for (size_t i = 0; i < sizeof more / sizeof *more; i++) {
         if (!fa_add_bytes(&total, more[i], 1)) {

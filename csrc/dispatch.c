@@ -1,5 +1,5 @@
-/* The table of kernel sets.  Selection is the caller's: it asks once, at import, and passes the pointer
- * down; nothing here remembers it. */
+/* The table of kernel sets.  Selection is the caller's: it asks once, at import, and passes the
+ * pointer down; nothing here remembers it. */
 #include <stdbool.h>
 #include <stddef.h>
 

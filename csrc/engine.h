@@ -1,11 +1,12 @@
-/* Engines: ways to multiply, each with the form that its operands take; and what a kernel set is.
+/* Engines, each a way to multiply with the form that its operands take; and kernel sets.
  *
  * Attention multiplies twice.  Scores are rows of q times keys, results are weights times values,
  * and between the two the softmax makes weights of scores.  An engine does both products and the
- * softmax, because these three share more than a tile: the softmax leaves weights in the form that
- * the second product takes, it may compute the scores of the next tile meanwhile, and it may apply
- * the scale that the first product left out.  Scores, row_max, row_sum and acc are `real` in every
- * engine.  The form of packed operands and of weights is the engine's own: nobody else reads them.
+ * softmax, because these three share more than a tile: the softmax leaves weights in the form
+ * that the second product takes, it may compute the scores of the next tile meanwhile, and it may
+ * apply the scale that the first product left out.  Scores, row_max, row_sum and acc are `real`
+ * in every engine.  The form of packed operands and of weights is the engine's own: no other code
+ * reads them.
  *
  * Gradients are products of matrices of `real`, and have engines of their own (struct
  * fa_gradient_engine).
@@ -47,19 +48,23 @@
 struct fa_wanted {
     const char *row[FA_MAX_TILE_Q];
     size_t rows, bytes;
-    size_t next_row, next_byte; /* not asked for yet */
+    /* The next byte to ask for. */
+    size_t next_row, next_byte;
 };
 
 /* Rows of caller memory, wherever each of them lies: of q or of a gradient, or the keys or
  * values of a block. */
 struct fa_rows {
-    const char *const *row; /* the first element of each */
-    /* Of these there may be more than are packed: they come next, and may be asked for. */
+    /* The first element of each row. */
+    const char *const *row;
+    /* There may be more rows than are packed: these come next, and may be asked for. */
     size_t located;
     int64_t col_stride;
     enum fa_dtype dtype;
-    const float *scale; /* of each row, up to a whole panel; NULL: 1.  Not part of the elements. */
-    size_t into_chain; /* place of the first row in its chain: below FA_CHAIN */
+    /* A factor of each row, which its elements do not have yet, up to a whole panel; NULL: 1. */
+    const float *scale;
+    /* The place of the first row in its chain: below FA_CHAIN. */
+    size_t into_chain;
 };
 
 /* c = (accumulate ? c : 0) + a b, in elements of the workspace's type, for i < rows, k < depth and
@@ -78,7 +83,8 @@ struct fa_product {
     void *c;
     size_t c_row;
     bool accumulate;
-    size_t into_chain; /* place of k = 0 in its chain: below FA_CHAIN */
+    /* The place of k = 0 in its chain: below FA_CHAIN. */
+    size_t into_chain;
 };
 
 /* Elements of queries, scaled or not, and of keys that are below 2^FA_ORDINARY_EXPONENT are
@@ -96,47 +102,58 @@ struct fa_product {
 #define FA_VALUE_EXPONENT_F64 960
 #define FA_MOST_KEYS (1 << 23)
 
-/* What scores are computed for.  What comes after the forward pass, its gradients and its
- * weights made visible, computes its scores again, and is the more exact the more bits of them
- * are the same. */
+/* The purpose of scores.  Gradients, and weights made visible, come after the forward pass and
+ * compute its scores again.  They are the more exact, the more bits of the scores are the same. */
 enum fa_pass { FA_FORWARD, FA_AGAIN };
 
 /* Where the factor between <q, k> and a score comes in. */
 enum fa_scale_at {
-    FA_SCALE_ROWS, /* load_rows multiplies q by it; the factor of every later slot is 1 */
-    FA_SCALE_LATE, /* `scores` multiplies by it, or `softmax` where no option comes between */
+    /* load_rows multiplies q by it, and the factor of every later slot is 1. */
+    FA_SCALE_ROWS,
+    /* `scores` multiplies by it, or `softmax` where no option comes between. */
+    FA_SCALE_LATE,
 };
 
 /* Rows of a score tile to be weighed. */
 struct fa_softmax {
-    void *scores; /* real [rows][ld]: replaced by weights in the form that `values` takes */
+    /* real [rows][ld]: replaced by weights in the form that `values` takes. */
+    void *scores;
     size_t ld, rows;
-    size_t cols; /* whole panels */
-    float factor; /* finite, above 0: the scores are to be multiplied by it first */
+    /* Whole panels. */
+    size_t cols;
+    /* A factor that the scores are to be multiplied by first: finite, and above 0. */
+    float factor;
     const struct fa_state *state;
     size_t ldacc;
     /* Scores of the next tile, to be computed meanwhile; NULL: none. */
     const struct fa_product *beside;
-    struct fa_wanted *wanted; /* as in `scores`, for `beside` */
+    /* As in `scores`, for `beside`. */
+    struct fa_wanted *wanted;
 };
 
 /* One way to do the products of attention.  No slot is NULL. */
 struct fa_engine {
-    const char *name; /* which explain() prints */
-    const struct fa_tile_ops *ops; /* of the scores between the products, and of the sums */
+    /* The name that explain() prints. */
+    const char *name;
+    /* The operations on scores between the products, and on sums. */
+    const struct fa_tile_ops *ops;
 
-    size_t tile_q; /* rows of a score tile: a multiple of mr, FA_MIN_TILE_Q to FA_MAX_TILE_Q */
+    /* Rows of a score tile: a multiple of mr, from FA_MIN_TILE_Q to FA_MAX_TILE_Q. */
+    size_t tile_q;
     /* Rows and columns of the register tile; nr, a panel, is a whole number of vectors. */
     size_t mr, nr;
-    size_t row_step; /* products touch rows of q, scores and acc up to a multiple of this */
+    /* Products touch rows of q, scores and acc up to a multiple of this. */
+    size_t row_step;
     enum fa_scale_at scale_at;
-    bool multiplies_beside; /* softmax takes a product beside it; FA_SCALE_ROWS then */
+    /* `softmax` takes a product beside it; scale_at is FA_SCALE_ROWS then. */
+    bool multiplies_beside;
 
-    /* Whether the engine serves a call: reads its q, k and v, and has all that its options need. */
+    /* Whether the engine serves a call: it reads q, k and v of the call, and has all that its
+     * options need. */
     bool (*takes)(const struct fa_attention_params *params, enum fa_pass pass);
 
-    /* Elements of the workspace that a row of q, or a packed key, takes; and a packed column of
-     * so many values, a whole number of panels. */
+    /* Elements of the workspace in a row of q or in a packed key; and in a packed column of so
+     * many values, a whole number of panels. */
     size_t (*row_elements)(size_t head_dim);
     size_t (*value_elements)(size_t keys);
 
@@ -156,7 +173,7 @@ struct fa_engine {
      * engine.  Asks for some of what is wanted. */
     void (*scores)(const struct fa_product *product, float factor, struct fa_wanted *wanted);
 
-    /* Values into panels, panel_stride elements apart, zero beyond `cols` up to a whole panel. 
+    /* Values into panels, panel_stride elements apart, zero beyond `cols` up to a whole panel.
      * Returns whether `values` may have them: every value is so small that FA_MOST_KEYS of them
      * have a finite sum under the largest weights, or what the engine says besides. */
     bool (*pack_values)(void *dst, size_t panel_stride, size_t keys, size_t cols,
@@ -167,11 +184,11 @@ struct fa_engine {
      * infinities and NaN, which 0 * b would spread. */
     void (*values_careful)(const struct fa_product *product);
 
-    /* For at most few_rows(head_dim) rows, both products without packing, with the same bits. 
-     * few_scores: product->b is not read, `keys` of the product's columns are there, the others
-     * become 0.  few_values: b is not read; scratch is [chains of the keys][rows][c_row]. 
-     * False, and c as it was, if a sum is not finite, or a value is one that it does not take:
-     * only values_careful is then right. */
+    /* For at most few_rows(head_dim) rows, both products without packing, with the same bits.
+     * few_scores does not read product->b; `keys` of the product's columns are keys, and all
+     * other columns become 0.  few_values does not read b; scratch is [chains of the
+     * keys][rows][c_row].  False, and c as it was, if a sum is not finite, or the engine does not
+     * take a value: then only values_careful is right. */
     size_t (*few_rows)(size_t head_dim);
     void (*few_scores)(const struct fa_product *product, size_t head_dim, size_t keys,
                        const struct fa_rows *from, float factor);
@@ -184,8 +201,8 @@ struct fa_engine {
     /* Softmax over the queries: scores to weights, exp2(s - col_max) * col_inverse. */
     void (*weigh_columns)(void *s, size_t ld, size_t rows, size_t n, const void *col_max,
                           const void *col_inverse);
-    /* n weights of a row times factors of dropout, real [n]: exactly 0 where the factor is.  n:
-     * multiple of vl. */
+    /* n weights of a row times factors of dropout, real [n]: exactly 0 where the factor is 0.  n
+     * is a multiple of vl. */
     void (*drop_weights)(void *weights, const void *factors, size_t n);
     /* Weights times the scale of their column; 0 stays 0. */
     void (*scale_weights)(void *w, size_t ld, size_t rows, size_t n, const float *scale);
@@ -194,7 +211,8 @@ struct fa_engine {
 /* One way to do the products of gradients, all of whose operands are `real`.  No slot is NULL. */
 struct fa_gradient_engine {
     const struct fa_tile_ops *ops;
-    size_t nr; /* columns of a panel */
+    /* Columns of a panel. */
+    size_t nr;
 
     /* dst[r][0..cols) = factor * from[r][...]. */
     bool (*load_rows)(void *dst, size_t rows, size_t cols, const struct fa_rows *from,
@@ -206,7 +224,8 @@ struct fa_gradient_engine {
      * fa_engine.pack_values does. */
     bool (*pack)(void *dst, size_t panel_stride, size_t rows, size_t cols,
                  const struct fa_rows *from);
-    /* Products as `scores` are, of a as it is or transposed; careful: as values_careful. */
+    /* Products like those of `scores`, of a as it is or transposed; the careful one is like
+     * values_careful. */
     void (*multiply)(const struct fa_product *product);
     void (*multiply_transposed)(const struct fa_product *product);
     void (*multiply_careful)(const struct fa_product *product, bool transposed);
@@ -231,6 +250,15 @@ static inline const struct fa_tile_ops *fa_ops_for(const struct fa_kernels *kern
                                                    enum fa_dtype dtype)
 {
     return dtype == FA_F64 ? kernels->f64 : kernels->f32;
+}
+
+/* `rounds` rounds of multiply-adds in a type.  x - 2 x changes only its sign, so that no number
+ * becomes infinite or subnormal, which is slow on some CPUs. */
+static inline double fa_multiply_add(const struct fa_kernels *kernels, enum fa_dtype dtype,
+                                     int64_t rounds)
+{
+    return dtype == FA_F64 ? kernels->probe_fma_f64(rounds, -2.0)
+                           : kernels->probe_fma_f32(rounds, -2.0);
 }
 
 /* The best engine for a call that computes by `ops`. */

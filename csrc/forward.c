@@ -6,23 +6,23 @@
  *       for each block of block_k keys                            absolute boundaries
  *         for each tile of tile_q rows
  *           scores = q k^T, options applied                       ws->scores, L1
- *           weights in place; row_max, row_sum and acc kept up    online softmax, ws->part
+ *           weights in place; row_max, row_sum and acc kept up    online softmax, ws->split
  *           acc += weights v
  *       fold the split into the rows' total                       ws->total
  *     store acc / row_sum + residual, lse
  *
- * Where rows are few and keys are many, as in decoding, a task is one split: its state stays in memory,
- * and the task that finishes last folds all of them, in order.
+ * Where rows are few and keys are many, as in decoding, a task is one split: its state stays in
+ * memory, and the task that finishes last folds all of them, in order.
  *
- * A row whose scores or sums left the range of float32 is given back instead of stored, and a second pass computes it
- * with the operations of float64.  A row of float64 has its values scaled down there, so that an average of finite
- * numbers is finite.  Only what a row attends to decides that.
+ * A row whose scores or sums left the range of float32 is given back instead of stored, and a
+ * second run computes it with the operations of float64.  A row of float64 has its values scaled
+ * down there, so that an average of finite numbers is finite.  Only the keys that a row attends
+ * to decide that.
  *
- * K and V of a block are packed when the first tile needs them: once per block_q rows, which costs
- * 2.5 / block_q + 0.5 / block_q of the products, or three times that where an engine splits
- * operands.  Every row's result depends on its own scores and on boundaries of blocks and splits
- * only, so threads, batch and neighbours leave no trace in its bits.
- */
+ * K and V of a block are packed when the first tile needs them: once for block_q rows, which
+ * costs 2.5 / block_q + 0.5 / block_q of the products, or three times that where an engine splits
+ * operands.  The result of a row depends on its own scores and on boundaries of blocks and splits
+ * only, so threads, batch and neighbours leave no trace in its bits. */
 #include "forward.h"
 
 #include <math.h>
@@ -34,10 +34,14 @@
 
 /* A block of keys, as the tiles of a task find it. */
 struct block {
-    int64_t key, keys; /* [key, key + keys) */
-    bool few;          /* read where it lies, not packed */
-    bool ready;        /* located, and packed if it is to be */
-    bool finite;       /* no value needs matmul_skip_zeros; with few: not known */
+    /* Keys [key, key + keys). */
+    int64_t key, keys;
+    /* The products read its keys and values where they lie. */
+    bool few;
+    /* It is located, and packed if it is to be. */
+    bool ready;
+    /* engine->values may have its values.  With `few` that is not known. */
+    bool finite;
 };
 
 /* acc[tile rows] += weights v */
@@ -61,7 +65,7 @@ static void add_weighted_values(const struct fa_tile *tile, struct fa_workspace 
             .b = ws->v +
                  (int64_t)engine->value_elements((size_t)(tile->begin + keys.lo)) * nr * size,
             .b_panel = (size_t)(g->value_depth * nr),
-            .c = fa_state_from(g, &ws->part, tile->row_offset + r).acc,
+            .c = fa_state_from(g, &ws->split, tile->row_offset + r).acc,
             .c_row = (size_t)g->block_dv,
             .accumulate = true,
             .into_chain = (size_t)(tile->begin + keys.lo) % FA_CHAIN,
@@ -82,29 +86,30 @@ static void add_weighted_values(const struct fa_tile *tile, struct fa_workspace 
     }
 }
 
-/* `beside`: a product to compute at the same time, or NULL. */
+/* Scores of the tile to weights.  beside: a product to compute at the same time, or NULL. */
 static void weigh_tile(const struct fa_forward *forward, const struct fa_tile *tile,
-                       struct fa_workspace *ws, int64_t head_index, const struct fa_product *beside)
+                       struct fa_workspace *ws, const struct fa_product *beside)
 {
     const struct fa_geometry *g = forward->geometry;
     const struct fa_engine *engine = g->engine;
     const int64_t size = (int64_t)g->ops->size;
     char *scores = fa_tile_score_data(tile, ws);
     if (forward->columns.col_max != NULL) {
-        int64_t at =
-            fa_column_offset(g, head_index, tile->block_key / g->block_k) + tile->begin * size;
+        const int64_t key_block = tile->block_key / g->block_k;
+        const int64_t at = fa_column_offset(g, tile->head->index, key_block) + tile->begin * size;
         engine->weigh_columns(scores, (size_t)g->score_stride, (size_t)tile->rows,
                               (size_t)tile->columns, forward->columns.col_max + at,
                               forward->columns.col_inverse + at);
         return;
     }
-    /* In a cut tile only what some row of the group may see has been computed, and the rest weighs 0. */
+    /* In a cut tile only the keys that some row of the group may see have been computed; the rest
+     * weighs 0. */
     const int64_t group = fa_tile_group(tile);
     const float factor = fa_softmax_factor(tile->head);
     FA_ASSERT(beside == NULL || group >= tile->rows); /* once, not once per group */
     for (int64_t r = 0; r < tile->rows; r += group) {
         const struct fa_key_range keys = fa_group_keys(tile, r);
-        const struct fa_state state = fa_state_from(g, &ws->part, tile->row_offset + r);
+        const struct fa_state state = fa_state_from(g, &ws->split, tile->row_offset + r);
         engine->softmax(&(struct fa_softmax){
             .scores = scores + (r * g->score_stride + keys.lo) * size,
             .ld = (size_t)g->score_stride,
@@ -119,7 +124,8 @@ static void weigh_tile(const struct fa_forward *forward, const struct fa_tile *t
     }
 }
 
-/* Scales of integer values, and of values computed again, join the weights, once row_sum has them without. */
+/* Scales of integer values, and of values computed again, join the weights after row_sum, which
+ * is a sum without scales. */
 static void scale_weights(const struct fa_tile *tile, struct fa_workspace *ws)
 {
     const struct fa_geometry *g = tile->head->geometry;
@@ -131,7 +137,13 @@ static void scale_weights(const struct fa_tile *tile, struct fa_workspace *ws)
     }
 }
 
-/* The bias of the tile that follows: of the rows from r on, or of the first rows and the next block. */
+static struct fa_head_rows rows_of(const struct fa_task *task)
+{
+    return (struct fa_head_rows){&task->head, task->first_row, task->rows};
+}
+
+/* The bias of the tile that follows: of the rows from r on, or of the first rows and the next
+ * block. */
 static void want_next(const struct fa_task *task, struct fa_workspace *ws, int64_t r,
                       int64_t block_key)
 {
@@ -139,8 +151,8 @@ static void want_next(const struct fa_task *task, struct fa_workspace *ws, int64
         r = 0;
         block_key += task->head.geometry->block_k;
     }
-    const int64_t tile_q = task->head.geometry->tile_q;
-    fa_want_bias(&task->head, ws, task->first_row + r, fa_min(tile_q, task->rows - r), block_key);
+    const struct fa_head_rows all = rows_of(task), rows = fa_tile_rows(&all, r);
+    fa_want_bias(ws, &rows, block_key);
 }
 
 /* Find and pack the keys when the first tile needs them. */
@@ -162,10 +174,10 @@ static void prepare_block(struct block *block, const struct fa_task *task, struc
 static bool find_tile(struct fa_tile *tile, const struct fa_task *task, struct fa_workspace *ws,
                       int64_t block_key, int64_t *r)
 {
-    const int64_t tile_q = task->head.geometry->tile_q;
-    for (; *r < task->rows; *r += tile_q) {
-        const int64_t rows = fa_min(tile_q, task->rows - *r);
-        if (fa_tile_init(tile, &task->head, ws, task->first_row + *r, rows, *r, block_key)) {
+    const struct fa_head_rows all = rows_of(task);
+    for (; *r < all.count; *r += task->head.geometry->tile_q) {
+        const struct fa_head_rows rows = fa_tile_rows(&all, *r);
+        if (fa_tile_init(tile, ws, &rows, *r, block_key)) {
             return true;
         }
     }
@@ -179,8 +191,8 @@ static void swap_scores(struct fa_workspace *ws)
     ws->scores_ahead = scores;
 }
 
-/* One key block against all rows of the task.  Where the softmax multiplies beside, each tile leaves
- * behind the product of the next: `ready`. */
+/* One key block against all rows of the task.  Where the softmax multiplies beside, each tile
+ * leaves behind the product of the next: `ready`. */
 static void attend_block(const struct fa_forward *forward, const struct fa_task *task,
                          struct fa_workspace *ws, int64_t block_key, int64_t keys)
 {
@@ -195,7 +207,6 @@ static void attend_block(const struct fa_forward *forward, const struct fa_task 
     while (more) {
         int64_t next_r = r + g->tile_q;
         struct fa_product product;
-        tile.few = block.few;
         prepare_block(&block, task, ws);
         want_next(task, ws, fa_min(next_r, task->rows), block_key);
         fa_tile_scores(&tile, ws, ready);
@@ -205,7 +216,7 @@ static void attend_block(const struct fa_forward *forward, const struct fa_task 
         if (ready) {
             product = fa_tile_product_ahead(&next, ws);
         }
-        weigh_tile(forward, &tile, ws, task->head_index, ready ? &product : NULL);
+        weigh_tile(forward, &tile, ws, ready ? &product : NULL);
         /* After row_sum: what is dropped stays in the denominator. */
         fa_draw_dropout(&tile, ws);
         fa_apply_dropout(&tile, ws, fa_tile_score_data(&tile, ws), g->engine->drop_weights);
@@ -221,18 +232,19 @@ static void attend_block(const struct fa_forward *forward, const struct fa_task 
     }
 }
 
-/* Keys [lo, hi) of the head against all rows of the task, from nothing into ws->part.  False: stopped. */
+/* Keys [lo, hi) of the head against all rows of the task: a new state, in ws->split.  False:
+ * stopped. */
 static bool attend_keys(struct fa_job *job, int thread, const struct fa_task *task,
                         struct fa_workspace *ws, int64_t lo, int64_t hi)
 {
     const struct fa_forward *forward = job->context;
     const struct fa_geometry *g = forward->geometry;
-    const struct fa_key_range keys =
-        fa_rows_keys(&task->head, task->first_row, task->first_row + task->rows - 1);
+    const struct fa_head_rows rows = rows_of(task);
+    const struct fa_key_range keys = fa_rows_keys(&rows);
     hi = fa_min(hi, keys.hi);
     lo = fa_max(lo, keys.lo) / g->block_k * g->block_k;
 
-    g->ops->softmax_begin((size_t)task->rows, &ws->part, (size_t)g->block_dv);
+    g->ops->softmax_begin((size_t)task->rows, &ws->split, (size_t)g->block_dv);
     for (int64_t block = lo; block < hi; block += g->block_k) {
         if (fa_job_checkpoint(job, thread)) {
             return false;
@@ -242,7 +254,8 @@ static bool attend_keys(struct fa_job *job, int thread, const struct fa_task *ta
     return true;
 }
 
-/* Where the task's first row stands among the rows of all tasks, those of a group in the place of its first. */
+/* Where the task's first row stands among the rows of all tasks, those of a group in the place of
+ * its first. */
 static int64_t place_of(const struct fa_forward *forward, const struct fa_task *task)
 {
     const int64_t block_q = forward->geometry->block_q;
@@ -261,12 +274,12 @@ static void give_back(struct fa_forward *forward, const struct fa_task *task, in
     given_back_of(forward, task)[r] = (uint8_t)why;
     atomic_store_explicit(&forward->any_given_back, true, memory_order_relaxed);
     if (forward->columns.head_given_back != NULL) {
-        atomic_store_explicit(forward->columns.head_given_back + task->head_index, true,
+        atomic_store_explicit(forward->columns.head_given_back + task->head.index, true,
                               memory_order_relaxed);
     }
 }
 
-/* The bits of a row of the task whose sums left; NULL: there is no memory for them. */
+/* The bits of a row of the task whose sums left; NULL: there is no memory for bits. */
 static uint8_t *columns_of(struct fa_forward *forward, const struct fa_task *task, int64_t r)
 {
     const struct fa_geometry *g = forward->geometry;
@@ -296,14 +309,16 @@ static enum fa_stored store_row(const struct fa_forward *forward, const struct f
     const struct fa_geometry *g = forward->geometry;
     if (forward->columns.col_max != NULL) {
         if (!result->final && result->doubt.from < 0) {
-            return FA_ROW_LEFT; /* a weight that seems to be 0 does not show that its column was given back */
+            /* A weight that seems to be 0 does not show that its column was given back. */
+            return FA_ROW_LEFT;
         }
         return g->ops->store(fa_state_from(g, state, (int64_t)result->row).acc, result);
     }
     return g->ops->softmax_store(state, (size_t)g->block_dv, result);
 }
 
-/* Where a row's weighing is stored, if it is known; if not, that is noted. */
+/* Where the weighing of a row is stored; NULL: nowhere, or it is not known, which is noted there.
+ */
 static char *weighing_of(const struct fa_forward *forward, const struct fa_head *head, int64_t row)
 {
     const struct fa_geometry *g = forward->geometry;
@@ -319,7 +334,7 @@ static char *weighing_of(const struct fa_forward *forward, const struct fa_head 
     return weighing;
 }
 
-/* What is the row's own in its result.  of_softmax: and in what tells of its softmax. */
+/* Fill in the members of a result that belong to one row.  of_softmax: lse and weighing, too. */
 static void place_row(const struct fa_forward *forward, const struct fa_task *task, int64_t r,
                       bool of_softmax, struct fa_row_result *result)
 {
@@ -408,13 +423,13 @@ static void run_whole(struct fa_job *job, const struct fa_task *task, struct fa_
 {
     struct fa_forward *forward = job->context;
     const struct fa_geometry *g = forward->geometry;
-    const struct fa_key_range keys =
-        fa_rows_keys(&task->head, task->first_row, task->first_row + task->rows - 1);
+    const struct fa_head_rows own = rows_of(task);
+    const struct fa_key_range keys = fa_rows_keys(&own);
     const size_t rows = (size_t)task->rows, ldacc = (size_t)g->block_dv;
     const bool one = keys.hi <= keys.lo || keys.lo / g->split_k == (keys.hi - 1) / g->split_k;
     if (one) {
         if (attend_keys(job, thread, task, ws, keys.lo, keys.hi)) {
-            store_rows(forward, task, &ws->part, ws->look_at_acc);
+            store_rows(forward, task, &ws->split, ws->look_at_acc);
         }
         return;
     }
@@ -423,27 +438,28 @@ static void run_whole(struct fa_job *job, const struct fa_task *task, struct fa_
             return;
         }
         if (lo <= keys.lo) { /* the first split is the total so far */
-            const struct fa_state first = ws->part;
-            ws->part = ws->total;
+            const struct fa_state first = ws->split;
+            ws->split = ws->total;
             ws->total = first;
             g->ops->softmax_begin(rows, &ws->rest, ldacc);
         } else {
-            g->ops->softmax_fold(rows, &ws->total, &ws->rest, &ws->part, ldacc);
+            g->ops->softmax_fold(rows, &ws->total, &ws->rest, &ws->split, ldacc);
         }
     }
     store_rows(forward, task, &ws->total, ws->look_at_acc);
 }
 
-/* One split; whoever is last of the group folds them in order into the first and stores the rows. */
+/* One split.  The last task of the group folds all of them, in order, into the first, and stores
+ * the rows. */
 static void run_split(struct fa_job *job, int64_t index, const struct fa_task *task,
                       struct fa_workspace *ws, int thread)
 {
     struct fa_forward *forward = job->context;
     const struct fa_geometry *g = forward->geometry;
     const int64_t lo = task->first_split * g->split_k, first = task->first_in_group;
-    char *parts = forward->parts + first * forward->part_bytes;
+    char *states = forward->states + first * forward->state_bytes;
 
-    ws->part = fa_state_at(g, g->block_q, forward->parts + index * forward->part_bytes);
+    ws->split = fa_state_at(g, g->block_q, forward->states + index * forward->state_bytes);
     if (!attend_keys(job, thread, task, ws, lo, lo + task->splits * g->split_k)) {
         return;
     }
@@ -451,19 +467,20 @@ static void run_split(struct fa_job *job, int64_t index, const struct fa_task *t
     if (before + 1 < task->group_size) {
         return;
     }
-    const struct fa_state total = fa_state_at(g, g->block_q, parts);
+    const struct fa_state total = fa_state_at(g, g->block_q, states);
     const size_t rows = (size_t)task->rows, ldacc = (size_t)g->block_dv;
     if (task->group_size > 1) {
         g->ops->softmax_begin(rows, &ws->rest, ldacc);
     }
     for (int64_t i = 1; i < task->group_size; i++) {
-        const struct fa_state part = fa_state_at(g, g->block_q, parts + i * forward->part_bytes);
-        g->ops->softmax_fold(rows, &total, &ws->rest, &part, ldacc);
+        const struct fa_state split = fa_state_at(g, g->block_q, states + i * forward->state_bytes);
+        g->ops->softmax_fold(rows, &total, &ws->rest, &split, ldacc);
     }
     store_rows(forward, task, &total, true);
 }
 
-/* Cut a task down to the rows from the first to the last that was given back.  False: there is none. */
+/* Cut a task down to the rows from the first to the last that was given back.  False: there is
+ * none. */
 static bool keep_given_back(const struct fa_forward *first, struct fa_task *task)
 {
     const uint8_t *given = given_back_of(first, task);
@@ -488,8 +505,9 @@ static void run_task(struct fa_job *job, int64_t index, int thread)
         return;
     }
     ws.look_at_acc = forward->columns.col_max != NULL || forward->geometry->params->dropout_p > 0;
+    const struct fa_head_rows rows = rows_of(&task);
     forward->geometry->engine->enter();
-    fa_load_rows(&task.head, &ws, task.first_row, task.rows);
+    fa_load_rows(&ws, &rows);
     if (forward->plan.by_splits) {
         run_split(job, index, &task, &ws, thread);
     } else {
@@ -498,7 +516,8 @@ static void run_task(struct fa_job *job, int64_t index, int thread)
     forward->geometry->engine->leave();
 }
 
-/* Rows that float32 computes, and those of float64 whose values are as they are, may be given back. */
+/* Rows that float32 computes may be given back, and rows of float64 whose values are as they are.
+ */
 static bool gives_back(const struct fa_geometry *g, bool again) { return !again && !g->widened; }
 
 bool fa_forward_count(const struct fa_geometry *geometry, const struct fa_plan *plan, bool again,
@@ -518,19 +537,19 @@ bool fa_forward_count(const struct fa_geometry *geometry, const struct fa_plan *
     if (!plan->by_splits) {
         return true;
     }
-    return fa_state_bytes(g, g->block_q, &bytes->part) &&
-           fa_multiply(bytes->part, plan->num_tasks, &bytes->parts) &&
+    return fa_state_bytes(g, g->block_q, &bytes->state) &&
+           fa_multiply(bytes->state, plan->num_tasks, &bytes->states) &&
            fa_add_bytes(&bytes->arrived, plan->num_tasks, (int64_t)sizeof(atomic_int));
 }
 
 /* The states of all tasks, where each has one split. */
-static enum fa_status allocate_parts(struct fa_forward *forward,
-                                     const struct fa_forward_bytes *bytes)
+static enum fa_status allocate_states(struct fa_forward *forward,
+                                      const struct fa_forward_bytes *bytes)
 {
-    forward->part_bytes = bytes->part;
-    forward->parts = fa_allocate(bytes->parts);
+    forward->state_bytes = bytes->state;
+    forward->states = fa_allocate(bytes->states);
     forward->arrived = fa_allocate(bytes->arrived);
-    if (forward->parts == NULL || forward->arrived == NULL) {
+    if (forward->states == NULL || forward->arrived == NULL) {
         return FA_NO_MEMORY;
     }
     for (int64_t i = 0; i < forward->plan.num_tasks; i++) {
@@ -570,7 +589,7 @@ static enum fa_status allocate(struct fa_forward *forward)
         };
         status = fa_columns_allocate(&forward->columns);
     }
-    return status == FA_OK && forward->plan.by_splits ? allocate_parts(forward, &bytes) : status;
+    return status == FA_OK && forward->plan.by_splits ? allocate_states(forward, &bytes) : status;
 }
 
 static enum fa_status run_passes(struct fa_forward *forward)
@@ -598,7 +617,7 @@ static void release(struct fa_forward *forward)
 {
     fa_release(forward->workspaces);
     fa_columns_release(&forward->columns);
-    fa_release(forward->parts);
+    fa_release(forward->states);
     fa_release(forward->arrived);
     fa_release(forward->given_back);
     fa_release(forward->elements_left);

@@ -2,16 +2,17 @@
 
 #include <string.h>
 
-/* Bytes of K per block, as they are or packed, whichever is less: with V's equal share half of a 256 KiB L2, the
- * smallest in use.  Where an engine packs keys into half as many bytes again, L2 has 2 MiB.  Long heads halve the
- * block, down to what a register tile of any engine divides. */
+/* Bytes of K per block, as they are or packed, whichever is less: with V's equal share half of a
+ * 256 KiB L2, the smallest in use.  Where an engine packs keys into half as many bytes again, L2
+ * has 2 MiB.  Long heads halve the block, down to what a register tile of any engine divides. */
 #define KEY_BLOCK_BYTES (64 * 1024)
 #define MIN_BLOCK_K 32
 
-/* Rows of a task, and bytes of its scaled Q rows and accumulators.  Packing a block of K and V, which
- * waits for the last cache or memory, is shared by the rows of a task; they stream past the packed block,
- * which stays in L2, at 1 byte per cycle and need no cache of their own.  At 768 rows packing is 1 % of
- * the time at head_dim 64, at 192 it is 5 (10 at head_dim 128); `make bench` with other values. */
+/* Rows of a task, and bytes of its scaled Q rows and accumulators.  Packing a block of K and V,
+ * which waits for the last cache or memory, is shared by the rows of a task; they stream past the
+ * packed block, which stays in L2, at 1 byte per cycle and need no cache of their own.  At 768
+ * rows packing is 1 % of the time at head_dim 64, at 192 it is 5 (10 at head_dim 128); `make
+ * bench` with other values. */
 #define MAX_BLOCK_Q 768
 #define ROW_BLOCK_BYTES (768 * 1024)
 
@@ -19,15 +20,15 @@
  * buffer grows with head_dim_v; at 1024 that costs at most head_dim / 1024 of the work. */
 #define BLOCK_DV 1024
 
-/* Keys per split.  A row's softmax starts anew at every multiple of it, and the splits are folded in order:
- * so threads may share the keys of a few queries, and yet nobody's bits depend on whether they do.  K and V
- * of a split are 1 MiB at head_dim 128, 50 us of reading, ten times what a task costs beside; in prefill a
- * new start costs 1 / split_k * 20 cycles per row and key. */
+/* Keys per split.  The softmax of a row starts anew at every multiple of it, and the splits are
+ * folded in order: so threads may share the keys of a few queries, and no bit depends on whether
+ * they do.  K and V of a split are 1 MiB at head_dim 128, 50 us of reading, ten times the cost of
+ * a task; in prefill a new start costs 1 / split_k * 20 cycles per row and key. */
 #define SPLIT_K 1024
 
-/* Multiply-adds that pay for one more thread: about 80 us at 50 per nanosecond, the time that one which
- * sleeps takes to wake.  The caller does not wait for it, but smaller gains are not worth the processor
- * time that they cost others. */
+/* Multiply-adds that pay for one more thread: about 80 us at 50 per nanosecond, the time that a
+ * sleeping thread takes to wake.  The caller does not wait for it, but smaller gains are not
+ * worth the processor time that they cost the rest of the system. */
 #define WORK_PER_THREAD 4e6
 
 static int64_t choose_block_k(const struct fa_geometry *g)
@@ -41,8 +42,8 @@ static int64_t choose_block_k(const struct fa_geometry *g)
     return block_k;
 }
 
-/* Blocks of equal size, as few as memory and balance allow.  Few rows stay together and share the keys by
- * splits (plan.c): cut, each part would pack all of K and V. */
+/* Blocks of equal size, as few as memory and balance allow.  Few rows stay together and share the
+ * keys by splits (plan.c): if they were cut, each block would pack all of K and V. */
 static int64_t choose_block_q(const struct fa_geometry *g)
 {
     int64_t size = (int64_t)g->ops->size, tile_q = g->tile_q;
@@ -174,7 +175,8 @@ void fa_geometry_choose(struct fa_geometry *geometry, const int64_t *heads, int6
     geometry->block_q = choose_block_q(geometry);
 }
 
-/* Where head `head`, row `row` of a batch entry begins whose coordinates are in `at`; NULL stays NULL. */
+/* Where head `head`, row `row` of a batch entry begins whose coordinates are in `at`; NULL stays
+ * NULL. */
 static char *locate(const struct fa_array *array, const int64_t *at, int64_t ndim, int64_t head,
                     int64_t row)
 {
@@ -250,6 +252,7 @@ void fa_head_init(struct fa_head *head, const struct fa_geometry *geometry, int6
     const int64_t kv_ndim = paged ? 0 : n; /* pages have no batch axis of their own */
     *head = (struct fa_head){
         .geometry = geometry,
+        .index = index,
         .entry = entry,
         .first_head = first_head,
         .q = locate(&p->q, at, n, first_head, q_start),
@@ -299,10 +302,12 @@ struct fa_key_range fa_token_keys(const struct fa_head *head, int64_t token)
     return keys;
 }
 
-struct fa_key_range fa_rows_keys(const struct fa_head *head, int64_t first, int64_t last)
+struct fa_key_range fa_rows_keys(const struct fa_head_rows *rows)
 {
+    const struct fa_geometry *g = rows->head->geometry;
+    const int64_t last = rows->first + rows->count - 1;
     return (struct fa_key_range){
-        .lo = fa_token_keys(head, fa_row_token(head->geometry, first)).lo,
-        .hi = fa_token_keys(head, fa_row_token(head->geometry, last)).hi,
+        .lo = fa_token_keys(rows->head, fa_row_token(g, rows->first)).lo,
+        .hi = fa_token_keys(rows->head, fa_row_token(g, last)).hi,
     };
 }

@@ -5,15 +5,15 @@
 #include "geometry.h"
 #include "workspace.h"
 
-/* Find keys [block_key, block_key + keys) and columns [first_col, ...) of their values: ws->keys and
- * ws->values, and whether the keys' type alone says that they are ordinary (engine.h). */
+/* Find keys [block_key, block_key + keys) and columns [first_col, ...) of their values: ws->keys
+ * and ws->values, and whether the type of the keys alone says that they are ordinary (engine.h). */
 void fa_locate_keys(const struct fa_head *head, struct fa_workspace *ws, int64_t block_key,
                     int64_t keys, int64_t first_col);
 
-/* Pack `keys` of them into ws->k, and see whether they are ordinary. */
+/* Pack the first `keys` of these keys into ws->k, and see whether they are ordinary. */
 void fa_pack_keys(const struct fa_head *head, struct fa_workspace *ws, int64_t keys);
 
-/* Pack `cols` columns of their values into ws->v.  Returns whether matmul_values may have them. */
+/* Pack `cols` columns of their values into ws->v.  Returns whether engine->values may have them. */
 bool fa_pack_values(const struct fa_head *head, struct fa_workspace *ws, int64_t keys,
                     int64_t cols);
 

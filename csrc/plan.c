@@ -15,7 +15,8 @@ struct fa_key_range fa_head_splits(const struct fa_head *head)
     if (head->rows == 0) {
         return (struct fa_key_range){0, 0};
     }
-    const struct fa_key_range keys = fa_rows_keys(head, 0, head->rows - 1);
+    const struct fa_head_rows rows = {.head = head, .count = head->rows};
+    const struct fa_key_range keys = fa_rows_keys(&rows);
     return (struct fa_key_range){.lo = keys.lo / split_k, .hi = fa_ceil_div(keys.hi, split_k)};
 }
 
@@ -41,7 +42,7 @@ struct ranked {
     int64_t entry;
 };
 
-/* Most work first; equals in their own order. */
+/* Most work first, and batch entries of equal work in their own order. */
 static int compare_ranks(const void *left, const void *right)
 {
     const struct ranked *a = left, *b = right;
@@ -94,7 +95,7 @@ static enum fa_status number_tasks(struct fa_plan *plan)
         }
         plan->first[i] = plan->num_tasks;
         if (!fa_multiply(tasks, g->heads, &tasks) ||
-            __builtin_add_overflow(plan->num_tasks, tasks, &plan->num_tasks)) {
+            !fa_add(plan->num_tasks, tasks, &plan->num_tasks)) {
             return FA_OVERFLOW;
         }
     }
@@ -143,7 +144,7 @@ void fa_plan_release(struct fa_plan *plan)
     plan->entry = NULL;
 }
 
-/* The place in the order of the batch entry that a task belongs to. */
+/* The place of a task's batch entry in the order of batch entries. */
 static int64_t find_place(const struct fa_plan *plan, int64_t index)
 {
     int64_t lo = 0, hi = plan->geometry->batch - 1;
@@ -158,18 +159,18 @@ static int64_t find_place(const struct fa_plan *plan, int64_t index)
     return lo;
 }
 
-/* Tasks of a head are neighbours, so that threads share its K and V in the last cache; within a head
- * the rows that see the most keys under a causal mask come first. */
+/* Tasks of a head are neighbours, so that threads share its K and V in the last cache; within a
+ * head the rows that see the most keys under a causal mask come first. */
 struct fa_task fa_plan_task(const struct fa_plan *plan, int64_t index)
 {
     const struct fa_geometry *g = plan->geometry;
     const int64_t place = find_place(plan, index);
     const int64_t tasks = (plan->first[place + 1] - plan->first[place]) / g->heads;
     int64_t within = index - plan->first[place];
-    struct fa_task task = {.head_index = plan->entry[place] * g->heads + within / tasks};
+    struct fa_task task;
+    fa_head_init(&task.head, g, plan->entry[place] * g->heads + within / tasks);
     within %= tasks;
 
-    fa_head_init(&task.head, g, task.head_index);
     const struct fa_key_range splits = fa_head_splits(&task.head);
     task.first_split = splits.lo;
     task.splits = splits.hi - splits.lo;

@@ -1,18 +1,21 @@
-/* What this machine can do at most, for benchmarks to compare with. */
+/* The most that this machine can do, for benchmarks to compare with. */
 #include "common.h"
 #include "fastattn.h"
 #include "float_mode.h"
 #include "engine.h"
 #include "schedule.h"
 
-/* Tasks per thread: a thread that wakes late, or shares its core, leaves its part to the others. */
+/* Tasks per thread: a thread that wakes late, or shares its core, leaves most of its tasks to the
+ * rest of the team. */
 #define FMA_TASKS_PER_THREAD 8
 /* Bytes per task of reading: long against taking a task, short against the whole. */
 #define READ_TASK_BYTES (1 << 20)
 
 struct fma_probe {
-    double (*multiply_add)(int64_t rounds, double factor);
-    int64_t rounds; /* per task */
+    const struct fa_kernels *kernels;
+    enum fa_dtype dtype;
+    /* Rounds of a task. */
+    int64_t rounds;
 };
 
 static void run_fma(struct fa_job *job, int64_t task, int thread)
@@ -20,9 +23,7 @@ static void run_fma(struct fa_job *job, int64_t task, int thread)
     const struct fma_probe *probe = job->context;
     (void)task;
     (void)thread;
-    /* x - 2 x: only the sign changes, so that nothing becomes infinite or subnormal, which is slow
-     * on some CPUs. */
-    probe->multiply_add(probe->rounds, -2.0);
+    fa_multiply_add(probe->kernels, probe->dtype, probe->rounds);
 }
 
 struct read_probe {
@@ -62,12 +63,14 @@ enum fa_status fa_probe_fma(const struct fa_kernels *kernels, enum fa_dtype dtyp
 {
     FA_ASSERT(rounds >= 1 && num_threads >= 1);
     const int64_t num_tasks = (int64_t)FMA_TASKS_PER_THREAD * num_threads;
-    struct fma_probe probe = {.multiply_add =
-                                  dtype == FA_F64 ? kernels->probe_fma_f64 : kernels->probe_fma_f32,
-                              .rounds = fa_ceil_div(rounds, FMA_TASKS_PER_THREAD)};
+    struct fma_probe probe = {
+        .kernels = kernels,
+        .dtype = dtype,
+        .rounds = fa_ceil_div(rounds, FMA_TASKS_PER_THREAD),
+    };
     struct fa_job job = {
         .num_tasks = num_tasks, .num_threads = num_threads, .run = run_fma, .context = &probe};
-    *flops = probe.multiply_add(1, -2.0) * (double)probe.rounds * (double)num_tasks;
+    *flops = fa_multiply_add(kernels, dtype, 1) * (double)probe.rounds * (double)num_tasks;
     return time_job(&job, seconds);
 }
 

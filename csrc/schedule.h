@@ -13,7 +13,8 @@
  * cost, so that the threads finish within one small task of each other. */
 struct fa_job {
     int64_t num_tasks;
-    int num_threads; /* `thread` is less than that, whatever the team has */
+    /* `thread` is less than that, however many threads the team has. */
+    int num_threads;
     void (*run)(struct fa_job *job, int64_t task, int thread);
     void *context;
     int (*poll)(void *poll_arg);
@@ -22,8 +23,10 @@ struct fa_job {
     /* private */
     _Atomic int64_t next;
     atomic_bool stop;
-    bool interrupted; /* poll asked to stop */
-    int64_t next_poll; /* fa_nanoseconds */
+    /* poll has asked to stop. */
+    bool interrupted;
+    /* The time of the next poll, as fa_nanoseconds tells it. */
+    int64_t next_poll;
     struct fa_offer offer;
 };
 

@@ -59,8 +59,8 @@ static struct fa_segment_range query_segments(const struct fa_tile *tile)
     return range;
 }
 
-/* Segments of packed documents ascend, so that ranges decide almost every tile: those of other documents
- * are skipped without a look at the keys, and those inside one document need no mask. */
+/* Segments of packed documents ascend, so that ranges decide almost every tile: a tile of another
+ * document is skipped without a look at its keys, and one inside a document needs no mask. */
 enum overlap { NONE, SOME, ALL };
 
 static enum overlap compare_segments(const struct fa_tile *tile, struct fa_workspace *ws)
@@ -111,16 +111,16 @@ static bool gather_mask(struct fa_tile *tile, struct fa_workspace *ws, bool use_
     return any;
 }
 
-bool fa_tile_init(struct fa_tile *tile, const struct fa_head *head, struct fa_workspace *ws,
-                  int64_t first_row, int64_t rows, int64_t row_offset, int64_t block_key)
+bool fa_tile_init(struct fa_tile *tile, struct fa_workspace *ws, const struct fa_head_rows *rows,
+                  int64_t row_offset, int64_t block_key)
 {
+    const struct fa_head *head = rows->head;
     const struct fa_geometry *g = head->geometry;
-    const int64_t last_row = first_row + rows - 1;
-    const struct fa_key_range keys = fa_rows_keys(head, first_row, last_row);
+    const struct fa_key_range keys = fa_rows_keys(rows);
     const int64_t lo = fa_max(keys.lo, block_key), hi = fa_min(keys.hi, block_key + g->block_k);
     const int64_t panel = (int64_t)g->engine->nr;
 
-    FA_ASSERT(rows >= 1 && rows <= g->tile_q);
+    FA_ASSERT(rows->count >= 1 && rows->count <= g->tile_q);
     if (lo >= hi) {
         return false;
     }
@@ -128,18 +128,19 @@ bool fa_tile_init(struct fa_tile *tile, const struct fa_head *head, struct fa_wo
     const int64_t live = hi - block_key - begin;
     *tile = (struct fa_tile){
         .head = head,
-        .first_row = first_row,
-        .rows = rows,
+        .first_row = rows->first,
+        .rows = rows->count,
         .row_offset = row_offset,
         .block_key = block_key,
         .begin = begin,
         .keys = live,
         .columns = fa_round_up(live, panel),
     };
-    /* Both ends of the range grow with the row: the last row has the highest lo, the first the lowest
-     * hi. */
+    /* Both ends of the range grow with the row: the last row has the highest lo, the first the
+     * lowest hi. */
+    const int64_t last_row = rows->first + rows->count - 1;
     const int64_t lo_max = fa_token_keys(head, fa_row_token(g, last_row)).lo;
-    const int64_t hi_min = fa_token_keys(head, fa_row_token(g, first_row)).hi;
+    const int64_t hi_min = fa_token_keys(head, fa_row_token(g, rows->first)).hi;
     tile->use_range = lo_max > block_key + begin || hi_min < block_key + begin + tile->columns;
     const enum overlap segments = compare_segments(tile, ws);
     if (segments == NONE || (segments == ALL && head->mask == NULL)) {
@@ -160,32 +161,37 @@ struct fa_key_range fa_group_keys(const struct fa_tile *tile, int64_t r)
     if (!tile->use_range) {
         return (struct fa_key_range){.lo = 0, .hi = tile->keys};
     }
-    const int64_t last = fa_min(r + fa_tile_group(tile), tile->rows) - 1;
-    struct fa_key_range keys =
-        fa_rows_keys(tile->head, tile->first_row + r, tile->first_row + last);
+    const struct fa_head_rows rows = {
+        .head = tile->head,
+        .first = tile->first_row + r,
+        .count = fa_min(fa_tile_group(tile), tile->rows - r),
+    };
+    struct fa_key_range keys = fa_rows_keys(&rows);
     keys.hi = fa_min(fa_max(keys.hi - first_key, 0), tile->keys);
     keys.lo = fa_min(fa_max(keys.lo - first_key, 0), keys.hi) / panel * panel;
     return keys;
 }
 
-/* From <q, k> to what softcap or the softmax takes. */
+/* The factor from <q, k> to the number that softcap or the softmax takes. */
 static double score_factor(const struct fa_attention_params *p)
 {
     return p->softcap > 0 ? p->scale / p->softcap : p->scale * FA_LOG2_E;
 }
 
-/* Of a run that scales scores: a scale that makes numbers smaller comes before the sum of products, which then does not
- * pass the range on its way, and one that makes them larger after it. */
+/* The factor of q in a run that scales scores: a scale that makes numbers smaller comes before
+ * the sum of products, which then does not pass the range on its way, and one that makes them
+ * larger comes after it. */
 static double row_factor(const struct fa_attention_params *p)
 {
     return fabs(p->scale) < 1 ? p->scale : 1;
 }
 
-/* Powers of 2 that float32 holds with as many bits, its own products with ordinary numbers included. */
+/* Whether float32 holds the number with as many bits, and its products with ordinary numbers,
+ * too. */
 static bool is_narrow(double x) { return x == 0 || (fabs(x) > 0x1p-100 && fabs(x) < 0x1p100); }
 
-/* A product that becomes a subnormal number when it is divided by the cap loses bits, and the cap multiplies what is
- * lost: below this cap, by less than a rounding of the score. */
+/* A product that becomes a subnormal number when it is divided by the cap loses bits, and the cap
+ * multiplies that loss: below this cap, by less than a rounding of the score. */
 #define NARROW_SOFTCAP 0x1p20
 
 bool fa_has_narrow_options(const struct fa_attention_params *params)
@@ -212,9 +218,10 @@ bool fa_scales_scores(const struct fa_attention_params *params, bool again)
     return !fa_has_narrow_options(params) || (again && params->dtype == FA_F64);
 }
 
-/* Beside a bias, or a distance, of more than 2^16 the rest of a score has less than 7 bits left in float32 behind
- * the point, by which keys are told apart.  Narrow biases from -2^127 down leave none of it in float64 either: that is
- * how models mask, with the lowest number of a type, and such rows are the average of their keys in both. */
+/* Beside a bias, or a distance, of more than 2^16, float32 has less than 7 bits for the rest of a
+ * score behind the point, and these tell keys apart.  Narrow biases from -2^127 down leave none
+ * of it in float64 either: models mask with the lowest number of a type, and such rows are the
+ * average of their keys in both types. */
 #define DOUBTFUL_FROM 0x1p16
 #define DOUBTFUL_TO 0x1p127
 
@@ -248,9 +255,9 @@ float fa_softmax_factor(const struct fa_head *head)
                : 1;
 }
 
-void fa_load_rows(const struct fa_head *head, struct fa_workspace *ws, int64_t first_row,
-                  int64_t rows)
+void fa_load_rows(struct fa_workspace *ws, const struct fa_head_rows *rows)
 {
+    const struct fa_head *head = rows->head;
     const struct fa_geometry *g = head->geometry;
     const struct fa_attention_params *p = g->params;
     const double scale = g->scales_scores ? row_factor(p) : score_factor(p);
@@ -259,11 +266,10 @@ void fa_load_rows(const struct fa_head *head, struct fa_workspace *ws, int64_t f
     const struct fa_rows from = {.row = src, .col_stride = p->q.col, .dtype = p->dtype};
 
     ws->rows_ordinary = fabs(scale) <= FA_ORDINARY_FACTOR && p->head_dim <= FA_ORDINARY_DIM;
-    for (int64_t r = 0; r < rows; r += FA_MAX_TILE_Q) {
-        const int64_t count = fa_min(FA_MAX_TILE_Q, rows - r);
+    for (int64_t r = 0; r < rows->count; r += FA_MAX_TILE_Q) {
+        const int64_t count = fa_min(FA_MAX_TILE_Q, rows->count - r);
         for (int64_t i = 0; i < count; i++) {
-            const int64_t row = first_row + r + i;
-            src[i] = head->q + fa_row_offset(g, &p->q, row);
+            src[i] = head->q + fa_row_offset(g, &p->q, rows->first + r + i);
         }
         ws->rows_ordinary &=
             g->engine->load_rows(ws->q + r * g->depth * (int64_t)g->ops->size, (size_t)count,
@@ -271,8 +277,8 @@ void fa_load_rows(const struct fa_head *head, struct fa_workspace *ws, int64_t f
     }
 }
 
-/* The options that look at one row at a time, on the columns [first, first + columns) of the tile, whose
- * row r begins at row_scores. */
+/* The options that look at one row at a time, on the columns [first, first + columns) of the
+ * tile, whose row r begins at row_scores. */
 static void edit_row(const struct fa_tile *tile, const struct fa_workspace *ws, int64_t r,
                      char *row_scores, int64_t first, int64_t columns)
 {
@@ -306,26 +312,26 @@ static void edit_row(const struct fa_tile *tile, const struct fa_workspace *ws, 
     }
 }
 
-void fa_want_bias(const struct fa_head *head, struct fa_workspace *ws, int64_t first_row,
-                  int64_t rows, int64_t block_key)
+void fa_want_bias(struct fa_workspace *ws, const struct fa_head_rows *rows, int64_t block_key)
 {
+    const struct fa_head *head = rows->head;
     const struct fa_geometry *g = head->geometry;
     const struct fa_array *bias = &g->params->bias;
     const int64_t size = fa_dtype_size(g->params->bias_dtype);
     ws->wanted = (struct fa_wanted){0};
-    if (head->bias == NULL || bias->row == 0 || bias->col != size || rows <= 0) {
+    if (head->bias == NULL || bias->row == 0 || bias->col != size || rows->count <= 0) {
         return;
     }
-    const int64_t end = fa_rows_keys(head, first_row, first_row + rows - 1).hi;
-    ws->wanted.rows = (size_t)rows;
+    const int64_t end = fa_rows_keys(rows).hi;
+    ws->wanted.rows = (size_t)rows->count;
     ws->wanted.bytes = (size_t)(fa_max(0, fa_min(g->block_k, end - block_key)) * size);
-    for (int64_t r = 0; r < rows; r++) {
-        const int64_t row = first_row + r;
+    for (int64_t r = 0; r < rows->count; r++) {
+        const int64_t row = rows->first + r;
         ws->wanted.row[r] = head->bias + fa_row_offset(g, bias, row) + block_key * size;
     }
 }
 
-/* The factor that the product of scores is to have: what neither rows nor softmax multiply by. */
+/* The factor that the product of scores is to have: neither rows nor softmax multiply by it. */
 static float product_factor(const struct fa_head *head)
 {
     const struct fa_geometry *g = head->geometry;
@@ -355,11 +361,12 @@ static struct fa_product group_product(const struct fa_tile *tile, const struct 
 
 struct fa_product fa_tile_product_ahead(const struct fa_tile *tile, const struct fa_workspace *ws)
 {
-    FA_ASSERT(!tile->few && fa_tile_group(tile) >= tile->rows);
+    FA_ASSERT(ws->keys_packed && fa_tile_group(tile) >= tile->rows);
     return group_product(tile, ws, fa_tile_scores_in(tile, ws->scores_ahead), 0, tile->rows);
 }
 
-/* The rest of what score_factor does.  Scale and cap may have a quotient that float64 has not. */
+/* Multiply products by the rest of score_factor.  Scale and cap may have a quotient that float64
+ * has not. */
 static void scale_products(double *scores, int64_t stride, int64_t rows, int64_t columns,
                            const struct fa_attention_params *p)
 {
@@ -388,12 +395,12 @@ static void group_scores(const struct fa_tile *tile, struct fa_workspace *ws, in
     if (!ready) {
         const struct fa_product product =
             group_product(tile, ws, fa_tile_score_data(tile, ws), r, rows);
-        if (tile->few) {
+        if (ws->keys_packed) {
+            g->engine->scores(&product, product_factor(head), &ws->wanted);
+        } else {
             const struct fa_rows from = fa_rows_from(&ws->keys, tile->begin + keys.lo);
             g->engine->few_scores(&product, (size_t)g->params->head_dim,
                                   (size_t)(keys.hi - keys.lo), &from, product_factor(head));
-        } else {
-            g->engine->scores(&product, product_factor(head), &ws->wanted);
         }
     }
     if (ws->keys.scale != NULL) {
@@ -403,8 +410,9 @@ static void group_scores(const struct fa_tile *tile, struct fa_workspace *ws, in
     if (g->scales_scores) {
         scale_products((double *)(void *)scores, g->score_stride, rows, columns, g->params);
     } else if (!g->widened && !(ws->rows_ordinary && ws->keys_ordinary)) {
-        /* Before the options, so that keys which take no part are masked after all.  A run that scales scores is the
-         * last, and float64 holds every score of narrower numbers: there a score is infinite where the reference's is. */
+        /* Before the options, so that keys which take no part are masked after all.  A run that
+         * scales scores is the last, and float64 holds every score of narrower numbers: there a
+         * score is infinite where the reference's is. */
         ops->mark_overflow(scores, (size_t)g->score_stride, (size_t)rows, (size_t)columns);
     }
     if (g->params->softcap > 0) {

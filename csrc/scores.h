@@ -1,5 +1,5 @@
-/* Score tiles: which keys of a block take part for tile_q rows, and their scores with every option
- * applied.  Shared by all forms of softmax. */
+/* Score tiles: the keys of a block that take part in the scores of tile_q rows, and these scores
+ * with every option applied.  All forms of softmax share them. */
 #ifndef FA_SCORES_H
 #define FA_SCORES_H
 
@@ -9,70 +9,79 @@
 /* tile_q rows or fewer against a stretch of one key block. */
 struct fa_tile {
     const struct fa_head *head;
-    int64_t first_row, rows; /* rows of the head */
-    int64_t row_offset; /* of first_row in the workspace's blocks of rows */
-    bool few; /* so few rows that both products read the keys where they lie */
-    int64_t block_key; /* first key of the key block */
-    int64_t begin; /* first key of the tile within the block; a whole panel */
-    int64_t keys; /* that any row may see, from begin on */
-    int64_t columns; /* keys rounded up to whole panels: what is computed */
-    bool use_range; /* some row sees only part of [0, columns) */
-    bool use_mask; /* workspace mask rules out some key */
+    /* Rows [first_row, first_row + rows) of the head. */
+    int64_t first_row, rows;
+    /* Where first_row stands in the workspace's blocks of rows. */
+    int64_t row_offset;
+    /* The first key of the key block. */
+    int64_t block_key;
+    /* The first key of the tile within the block: that of a panel. */
+    int64_t begin;
+    /* Keys that any row may see, from `begin` on. */
+    int64_t keys;
+    /* These keys in whole panels: the columns that are computed. */
+    int64_t columns;
+    /* Some row sees less than all of [0, columns). */
+    bool use_range;
+    /* The workspace's mask rules out some key. */
+    bool use_mask;
 };
 
-/* Set up the tile of rows [first_row, first_row + rows) and the key block at block_key.  Reads mask and
- * segment ids into ws.  False: no key of the block takes part in any of the rows. */
-bool fa_tile_init(struct fa_tile *tile, const struct fa_head *head, struct fa_workspace *ws,
-                  int64_t first_row, int64_t rows, int64_t row_offset, int64_t block_key);
+/* Set up the tile of at most tile_q rows, which stand in the workspace from row_offset on, and
+ * the key block at block_key.  Reads mask and segment ids into ws.  False: no key of the block
+ * takes part in any of the rows. */
+bool fa_tile_init(struct fa_tile *tile, struct fa_workspace *ws, const struct fa_head_rows *rows,
+                  int64_t row_offset, int64_t block_key);
 
-/* The products are computed for groups of rows: all of the tile, or mr rows where the rows see different
- * keys, so that a diagonal costs little more than its useful half. */
+/* The products are computed for groups of rows: all of the tile, or mr rows where the rows see
+ * different keys, so that a diagonal costs little more than its useful half. */
 int64_t fa_tile_group(const struct fa_tile *tile);
 
-/* Keys of the tile, from its first on, that its rows [r, r + group) may see; lo is a whole panel. */
+/* Keys that rows [r, r + group) of the tile may see, counted from the tile's first; lo begins a
+ * panel. */
 struct fa_key_range fa_group_keys(const struct fa_tile *tile, int64_t r);
 
-/* Scale rows [first_row, first_row + rows) of q into ws->q, and see whether they are ordinary (engine.h). */
-void fa_load_rows(const struct fa_head *head, struct fa_workspace *ws, int64_t first_row,
-                  int64_t rows);
+/* Scale rows of q into ws->q, and see whether they are ordinary (engine.h). */
+void fa_load_rows(struct fa_workspace *ws, const struct fa_head_rows *rows);
 
-/* Have the products fetch the bias of rows [first_row, first_row + rows) and the key block at block_key,
- * for the tile after the present one: it is read once, in stretches of a row that the hardware does not
- * foresee.  rows <= 0: of nothing. */
-void fa_want_bias(const struct fa_head *head, struct fa_workspace *ws, int64_t first_row,
-                  int64_t rows, int64_t block_key);
+/* Have the products fetch the bias of some rows and the key block at block_key, for the tile
+ * after the present one: the bias is read once, in stretches of a row that the hardware does not
+ * foresee.  A count of 0 or less wants nothing. */
+void fa_want_bias(struct fa_workspace *ws, const struct fa_head_rows *rows, int64_t block_key);
 
-/* Base-2 scores of the tile, -inf where a key takes no part, into ws->scores [rows][columns].  `ready`: their
- * product has been computed there. */
+/* Base-2 scores of the tile, -inf where a key takes no part, into ws->scores [rows][columns].
+ * ready: ws->scores holds their product already. */
 void fa_tile_scores(const struct fa_tile *tile, struct fa_workspace *ws, bool ready);
 
-/* That product, for a tile of one group of rows, into ws->scores_ahead: so softmax_update can compute it beside
- * the weights of the tile before, whose ws->scores are in use. */
+/* That product into ws->scores_ahead, for a tile of one group of rows: so engine->softmax can
+ * compute it beside the weights of the tile before, whose ws->scores are in use. */
 struct fa_product fa_tile_product_ahead(const struct fa_tile *tile, const struct fa_workspace *ws);
 
-/* The factor that engine->softmax is to multiply a head's scores by, because nothing before it needs them
- * multiplied; 1 where they are. */
+/* The factor that engine->softmax is to multiply the scores of a head by, because nothing before
+ * it needs them multiplied; 1 where they are multiplied. */
 float fa_softmax_factor(const struct fa_head *head);
 
-/* Whether a call's scale and softcap, as the scores take them, are numbers of float32 with room on both sides. */
+/* Whether a call's scale and softcap, as the scores take them, are numbers of float32 with room
+ * on both sides. */
 bool fa_has_narrow_options(const struct fa_attention_params *params);
 
 /* The operations of a call's first run: of float64 where its options leave no choice. */
 const struct fa_tile_ops *fa_ops_of_call(const struct fa_kernels *kernels,
                                          const struct fa_attention_params *params);
 
-/* Whether so many rows are too few for packing keys: the engine's few-row products then read them where they lie. */
+/* Whether so many rows are too few for packing keys: the engine's products for few rows then read
+ * keys and values where they lie. */
 bool fa_are_few(const struct fa_geometry *geometry, int64_t rows);
 
 /* The scales_scores of a run (geometry.h).  again: it is a second run. */
 bool fa_scales_scores(const struct fa_attention_params *params, bool again);
 
-/* Of the rows of a head's stacked query head `member`. */
+/* Maxima that are doubtful in rows of the head's stacked query head `member`. */
 struct fa_doubt fa_head_doubt(const struct fa_head *head, int64_t member);
 
-/* Draw the factors of dropout for the tile, into ws->factors; multiply the tile's part of `rows`, which are
- * score_stride elements apart, by them.  Neither does anything without dropout.  multiply: of n elements of a row, in
- * the form that they have. */
+/* Draw the factors of dropout for the tile, into ws->factors; and multiply the tile's columns of
+ * `rows`, which are score_stride elements apart, by them.  Without dropout neither does
+ * anything.  multiply: of n elements of a row, in the form that they have. */
 void fa_draw_dropout(const struct fa_tile *tile, struct fa_workspace *ws);
 void fa_apply_dropout(const struct fa_tile *tile, const struct fa_workspace *ws, char *rows,
                       void (*multiply)(void *row, const void *factors, size_t n));
@@ -94,7 +103,7 @@ static inline char *fa_tile_scores_in(const struct fa_tile *tile, char *scores)
     return scores + tile->begin * (int64_t)tile->head->geometry->ops->size;
 }
 
-static inline void *fa_tile_score_data(const struct fa_tile *tile, struct fa_workspace *ws)
+static inline void *fa_tile_score_data(const struct fa_tile *tile, const struct fa_workspace *ws)
 {
     return fa_tile_scores_in(tile, ws->scores);
 }

@@ -1,8 +1,8 @@
-/* One team for the process.  A thread of ours, the host, enters an OpenMP parallel region and stays
- * in it: so OpenMP makes the threads, by its rules for places, binding and limits, and yet no
- * caller is ever inside a region, whose barrier would neither answer Ctrl-C nor survive a fork, and
- * whose threads spin for milliseconds.  The host, thread 0 of the region, sleeps: its place is the
- * caller's.  The others, the members, take offers from a queue.
+/* One team for the process.  A thread of ours, the host, enters an OpenMP parallel region and
+ * stays in it.  So OpenMP makes the threads, by its rules for places, binding and limits, and yet
+ * no caller is ever inside a region, whose barrier would neither answer Ctrl-C nor survive a
+ * fork, and whose threads spin for milliseconds.  The host, thread 0 of the region, sleeps: its
+ * place is the caller's.  All other threads are members, which take offers from a queue.
  *
  *   caller                                        member
  *     fa_team_offer: queue, wake two                find an open offer, join it, wake two more
@@ -76,20 +76,33 @@ int64_t fa_nanoseconds(void)
 
 static struct team {
     pthread_mutex_t mutex;
-    pthread_cond_t offered; /* members sleep */
-    pthread_cond_t growth; /* the host sleeps */
-    pthread_cond_t left; /* callers sleep, until their helpers have gone */
-    struct fa_offer *first; /* of the queue */
-    int callers; /* that have an offer in the queue */
-    int size; /* members */
+    /* Members sleep on it. */
+    pthread_cond_t offered;
+    /* The host sleeps on it. */
+    pthread_cond_t growth;
+    /* Callers sleep on it until their helpers have gone. */
+    pthread_cond_t left;
+    /* The head of the queue. */
+    struct fa_offer *first;
+    /* Callers that have an offer in the queue. */
+    int callers;
+    /* Members. */
+    int size;
     int working, spinning, sleeping;
-    int permits; /* sleepers that are to wake */
-    int waiting; /* callers that sleep */
-    int wanted; /* members, of the next region */
-    bool hosted; /* the host exists, and waits for `ending` or will look at `wanted` */
-    bool ending; /* members leave the region */
-    bool growing; /* the next region is on its way */
-    int64_t next_growth; /* fa_nanoseconds: not before then */
+    /* Sleepers that are to wake. */
+    int permits;
+    /* Callers that sleep. */
+    int waiting;
+    /* Members of the next region. */
+    int wanted;
+    /* The host exists, and waits for `ending` or will look at `wanted`. */
+    bool hosted;
+    /* Members are to leave the region. */
+    bool ending;
+    /* The next region is on its way. */
+    bool growing;
+    /* The team does not grow before this time (fa_nanoseconds). */
+    int64_t next_growth;
 } team;
 
 static const struct team new_team = {

@@ -6,25 +6,29 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-/* What a caller shares with the team while it works on it itself. */
+/* The work that a caller shares with the team while it works itself. */
 struct fa_offer {
-    /* Work until nothing is left.  `thread` is 1 .. threads - 1, and nobody else's; the caller is
-     * 0. */
+    /* Work until nothing is left.  `thread` is from 1 to threads - 1, and no two helpers have the
+     * same; the caller is 0. */
     void (*help)(struct fa_offer *offer, int thread);
     void *context;
-    int threads; /* that may work on it, the caller among them */
+    /* Threads that may work on it, the caller among them. */
+    int threads;
 
     /* private */
     struct fa_offer *next;
-    int joined;         /* helpers that have come, gone ones included */
-    atomic_int inside;  /* helpers that have come and not gone */
-    atomic_bool closed; /* nothing is left to do */
+    /* Helpers that have come, with those that have gone. */
+    int joined;
+    /* Helpers that have come and not gone. */
+    atomic_int inside;
+    /* Nothing is left to do. */
+    atomic_bool closed;
     unsigned era;
 };
 
-/* From here on helpers may come, if any are free: nobody waits for them. */
+/* From here on helpers may come, if any are free.  The caller does not wait for helpers. */
 void fa_team_offer(struct fa_offer *offer);
-/* No more helpers come.  Again, or without an offer: nothing. */
+/* No more helpers come.  A second call does nothing, nor does one without an offer. */
 void fa_team_withdraw(struct fa_offer *offer);
 /* Wait for the helpers that came, `nanoseconds` at most.  True: they have gone. */
 bool fa_team_wait(struct fa_offer *offer, int64_t nanoseconds);

@@ -1,26 +1,28 @@
-/* Weights made visible: those of chosen rows, means of blocks of them, or sums over the queries, without a matrix of
- * seqlen_q x seqlen_k.
+/* Weights made visible: those of chosen rows, means of blocks of them, or sums over the queries,
+ * without a matrix of seqlen_q x seqlen_k.
  *
- *   for each task (batch, head, rows of the result)                    threads, one atomic counter
+ *   for each task (batch, head, rows of the result)                  threads, one atomic counter
  *     for each stretch of block_q rows of q
  *       for each key block, each tile of tile_q rows
- *         scores; row_max and row_sum kept up                          first pass: maximum and sum of each row
+ *         scores; row_max and row_sum kept up                        first pass: statistics
  *       for each key block, each tile
- *         the same scores; weights in place, relative to row_max       second pass
+ *         the same scores; weights in place, relative to row_max     second pass
  *         times 1 / row_sum: stored, or summed into cells
  *     store the cells
  *
- * Softmax over the queries has its statistics from column_softmax.c, of all queries, and the second pass only.  Products
- * are two, as in attention, which has one with the values instead.
+ * Softmax over the queries has the statistics of all queries from column_softmax.c, and the
+ * second pass only.  Products are two, as many as attention has.
  *
- * The result is rows of cells.  A task has whole rows of it, so that it stores what it has summed; where the queries of
- * one row are many, tasks share them, and their sums, kept apart, are added in order at the end.  Which queries a task has
- * depends on sizes alone, and every cell is a sum in order of key blocks and tiles: of at most tile_q weights in the
- * workspace's type, then in double.  So no bit depends on threads.
+ * The result is rows of cells.  A task has whole rows of it, and stores them when it has summed
+ * them.  Where the queries of one row are many, tasks share them, and their sums, kept apart, are
+ * added in order at the end.  The queries of a task depend on sizes alone, and every cell is a
+ * sum in order of key blocks and tiles: of at most tile_q weights in the workspace's type, then
+ * in double.  So no bit depends on threads.
  *
- * Rows whose scores left the range of float32 are given back, as in forward.c, and computed by the operations of float64
- * in a second run: rows that are stored by themselves one by one, summed ones with all that their task sums; columns of a
- * softmax over the queries one by one, or with all that is summed of their head. */
+ * Rows whose scores left the range of float32 are given back, as in forward.c, and a second run
+ * computes them by the operations of float64: rows that are stored by themselves one by one,
+ * summed rows with all that their task sums.  Of a softmax over the queries, columns are given
+ * back one by one, or with all that is summed of their head. */
 #include <math.h>
 #include <string.h>
 
@@ -29,11 +31,12 @@
 #include "keys.h"
 #include "scores.h"
 
-/* Queries of a task: q stays in the cache while both passes read it, and a block of keys is packed once for each pass. */
+/* Queries of a task: q stays in the cache while both passes read it, and a block of keys is
+ * packed once for each pass. */
 #define MOST_ROWS 768
 #define ROW_BYTES (512 * 1024)
-/* Parts that the queries of a head are cut into, if that leaves LEAST_ROWS. */
-#define PARTS 16
+/* Stretches that the queries of a head are cut into, if that leaves LEAST_ROWS in each. */
+#define STRETCHES 16
 #define LEAST_ROWS 96
 
 /* Bytes of cells that a task's own rows of the result may have, if they are more than one row. */
@@ -44,36 +47,48 @@ struct weights {
     struct fa_geometry geometry;
     /* The result of a head: so many rows of so many cells; FA_WEIGHTS_EACH has no cells. */
     int64_t result_rows, result_cols;
-    /* A task has the queries of `together` of these rows, or one of `shares` of those of one row. */
+    /* A task has the queries of `together` of these rows, or one of `shares` of the queries of
+     * one. */
     int64_t together, shares;
     int64_t tasks_per_head, num_tasks;
     int64_t thread_bytes;
     char *workspaces;
-    double *parts; /* cells [batch * heads][result_rows][shares], if shares are more than one */
-    /* Rows that were given back, [batch * heads][rows], a row of a task for all that the task sums; NULL if none may be. */
+    /* Cells [batch * heads][result_rows][shares], if there is more than one share. */
+    double *shared;
+    /* [batch * heads][rows]: rows that were given back, a row of a task for all that the task
+     * sums; NULL if none may be. */
     uint8_t *given_back;
     atomic_bool any_given_back;
-    struct fa_columns columns; /* softmax over the queries: statistics of all of them */
+    /* Softmax over the queries: the statistics of all queries. */
+    struct fa_columns columns;
     struct fa_geometry column_geometry;
-    struct weights
-        *first; /* NULL, or the run whose rows and columns of that kind this one computes */
+    /* NULL, or the first run.  A second run computes the rows and columns that the first gave
+     * back. */
+    struct weights *first;
 };
 
 /* One thread's buffers. */
 struct buffers {
-    struct fa_workspace tile;
-    double *top, *total; /* [block_q]: of each row, in base 2 */
-    char *factor; /* real [block_q]: of what the second pass leaves of scores */
-    char *column_sums; /* real [block_k]: of some rows of a tile */
-    double *cells; /* [together][result_cols] */
+    struct fa_workspace ws;
+    /* [block_q]: maximum and sum of each row, in base 2. */
+    double *top, *total;
+    /* real [block_q]: the factor of each row in the second pass. */
+    char *factor;
+    /* real [block_k]: sums over some rows of a tile. */
+    char *column_sums;
+    /* [together][result_cols] */
+    double *cells;
+    /* The rows that ws.q holds: block_q of a task, or fewer. */
+    struct fa_head_rows rows;
 };
 
 struct task {
     struct fa_head head;
-    int64_t head_index;
     int64_t first_result_row, result_rows;
-    int64_t begin, end; /* rows */
-    double *cells; /* of these rows of the result; NULL: each weight is stored */
+    /* Rows [begin, end) of the head. */
+    int64_t begin, end;
+    /* The cells of these rows of the result; NULL: each weight is stored. */
+    double *cells;
 };
 
 static bool over_queries(const struct weights *w)
@@ -83,7 +98,7 @@ static bool over_queries(const struct weights *w)
 
 static bool sums(const struct weights *w) { return w->params->form != FA_WEIGHTS_EACH; }
 
-/* The block that element i of n is in, of m; where block i begins. */
+/* The block that element i of n is in, of m blocks; and the first element of block i. */
 static int64_t block_of(int64_t i, int64_t n, int64_t m) { return ((i + 1) * m - 1) / n; }
 
 static int64_t block_begin(int64_t i, int64_t n, int64_t m) { return i * n / m; }
@@ -93,7 +108,7 @@ static void take_buffers(struct fa_memory *memory, const struct weights *w, stru
 {
     const struct fa_geometry *g = &w->geometry;
     const int64_t size = (int64_t)g->ops->size, own = w->shares == 1 && sums(w) ? w->together : 0;
-    fa_take_workspace(memory, g, &to->tile);
+    fa_take_workspace(memory, g, &to->ws);
     to->top = fa_take(memory, g->block_q, 1, (int64_t)sizeof *to->top);
     to->total = fa_take(memory, g->block_q, 1, (int64_t)sizeof *to->total);
     to->factor = fa_take(memory, g->block_q, 1, size);
@@ -101,23 +116,24 @@ static void take_buffers(struct fa_memory *memory, const struct weights *w, stru
     to->cells = fa_take(memory, own, w->result_cols, (int64_t)sizeof *to->cells);
 }
 
-/* --- first pass --------------------------------------------------------------------------------------------- */
+/* ---- first pass ---- */
 
-/* Statistics over one more stretch of keys.  In double, once per split_k keys. */
-static void fold_rows(const struct fa_geometry *g, struct buffers *to, int64_t rows)
+/* Fold the statistics of the rows over one more split of the keys.  In double, as there are few
+ * folds. */
+static void fold_rows(const struct fa_geometry *g, struct buffers *to)
 {
     const int64_t size = (int64_t)g->ops->size, vl = (int64_t)g->ops->vl;
-    const struct fa_state *state = &to->tile.part;
-    for (int64_t r = 0; r < rows; r++) {
+    const struct fa_state *state = &to->ws.split;
+    for (int64_t r = 0; r < to->rows.count; r++) {
         const char *lanes = (const char *)state->row_sum + r * vl * size;
-        const double part_top = fa_read_real(g, (const char *)state->row_max + r * size);
-        double part = 0;
+        const double max = fa_read_real(g, (const char *)state->row_max + r * size);
+        double sum = 0;
         for (int64_t i = 0; i < vl; i++) {
-            part += fa_read_real(g, lanes + i * size);
+            sum += fa_read_real(g, lanes + i * size);
         }
-        if (part != 0) { /* a key takes part */
-            const double top = part_top > to->top[r] ? part_top : to->top[r];
-            to->total[r] = to->total[r] * exp2(to->top[r] - top) + part * exp2(part_top - top);
+        if (sum != 0) { /* a key takes part */
+            const double top = max > to->top[r] ? max : to->top[r];
+            to->total[r] = to->total[r] * exp2(to->top[r] - top) + sum * exp2(max - top);
             to->top[r] = top;
         }
     }
@@ -131,7 +147,7 @@ static void weigh_rows(const struct fa_tile *tile, struct fa_workspace *ws)
     char *scores = fa_tile_score_data(tile, ws);
     for (int64_t r = 0; r < tile->rows; r += group) {
         const struct fa_key_range keys = fa_group_keys(tile, r);
-        const struct fa_state state = fa_state_from(g, &ws->part, tile->row_offset + r);
+        const struct fa_state state = fa_state_from(g, &ws->split, tile->row_offset + r);
         g->ops->softmax_update(scores + (r * g->score_stride + keys.lo) * size,
                                (size_t)g->score_stride, (size_t)fa_min(group, tile->rows - r),
                                (size_t)fa_round_up(keys.hi - keys.lo, (int64_t)g->engine->nr),
@@ -139,14 +155,15 @@ static void weigh_rows(const struct fa_tile *tile, struct fa_workspace *ws)
     }
 }
 
-/* --- second pass -------------------------------------------------------------------------------------------- */
+/* ---- second pass ---- */
 
-/* Scores of rows whose softmax is NaN: what takes part is NaN, what does not stays at -inf. */
+/* In rows whose softmax is NaN, scores of keys that take part become NaN, and the rest stays at
+ * -inf. */
 static void spoil_rows(const struct fa_tile *tile, struct buffers *of)
 {
     const struct fa_geometry *g = tile->head->geometry;
     const int64_t size = (int64_t)g->ops->size;
-    char *scores = fa_tile_score_data(tile, &of->tile);
+    char *scores = fa_tile_score_data(tile, &of->ws);
     for (int64_t r = 0; r < tile->rows; r++) {
         if (isnan(of->total[tile->row_offset + r])) {
             char *row = scores + r * g->score_stride * size;
@@ -158,7 +175,7 @@ static void spoil_rows(const struct fa_tile *tile, struct buffers *of)
     }
 }
 
-/* Sums of a tile's columns, from key `key` on, into a row of cells. */
+/* Add sums of the columns of a tile, from key `key` on, to a row of cells. */
 static void add_to_cells(const struct weights *w, const char *column_sums, int64_t key,
                          int64_t keys, double *cells)
 {
@@ -183,7 +200,7 @@ static void add_to_cells(const struct weights *w, const char *column_sums, int64
     }
 }
 
-/* Rows [r, r + rows) of the tile into cells: those of one row of the result together. */
+/* Sum rows [r, r + rows) of the tile into cells: rows of one row of the result together. */
 static void sum_group(const struct weights *w, const struct task *task, const struct fa_tile *tile,
                       struct buffers *of, int64_t r, int64_t rows)
 {
@@ -191,7 +208,7 @@ static void sum_group(const struct weights *w, const struct task *task, const st
     const struct fa_key_range keys = fa_group_keys(tile, r);
     const int64_t size = (int64_t)g->ops->size, n = g->rows, m = w->result_rows;
     const int64_t columns = fa_round_up(keys.hi - keys.lo, (int64_t)g->engine->nr);
-    const char *weights = fa_tile_score_data(tile, &of->tile);
+    const char *weights = fa_tile_score_data(tile, &of->ws);
     const int64_t end = r + rows;
     while (keys.lo < keys.hi && r < end) {
         const int64_t result_row = block_of(tile->first_row + r, n, m);
@@ -220,15 +237,16 @@ static bool stores_row(const struct weights *w, int64_t head_index, int64_t row)
                             : w->given_back == NULL || !is_given_back(w, head_index, row);
 }
 
-/* A row of weights to the result: the columns that the first run gave back, where this is the second over columns. */
+/* Store a row of weights; in a second run over columns, only columns that the first run gave
+ * back. */
 static void store_columns(const struct weights *w, int64_t head_index, const char *weights,
-                          int64_t key, int64_t keys, char *out, double factor)
+                          struct fa_key_range keys, char *out, double factor)
 {
     const struct fa_geometry *g = &w->geometry;
     const int64_t out_size = fa_dtype_size(fa_lse_dtype(g->params));
     if (w->first == NULL || !over_queries(w)) {
         const struct fa_row_result result = {
-            .cols = (size_t)keys,
+            .cols = (size_t)(keys.hi - keys.lo),
             .dtype = fa_lse_dtype(g->params),
             .out = out,
             .out_stride = out_size,
@@ -238,8 +256,8 @@ static void store_columns(const struct weights *w, int64_t head_index, const cha
     }
     const struct fa_geometry *before = &w->first->column_geometry;
     const char *inverse = w->first->columns.col_inverse + fa_column_offset(before, head_index, 0) +
-                          key * (int64_t)before->ops->size;
-    for (int64_t j = 0; j < keys; j++) {
+                          keys.lo * (int64_t)before->ops->size;
+    for (int64_t j = 0; j < keys.hi - keys.lo; j++) {
         if (isnan(fa_read_real(before, inverse + j * (int64_t)before->ops->size))) {
             fa_write_lse(g, out + j * out_size,
                          factor * fa_read_real(g, weights + j * (int64_t)g->ops->size));
@@ -254,17 +272,18 @@ static void store_group(const struct weights *w, const struct task *task,
     const struct fa_key_range keys = fa_group_keys(tile, r);
     const int64_t size = (int64_t)g->ops->size;
     const int64_t out_size = fa_dtype_size(fa_lse_dtype(g->params));
-    const int64_t key = tile->block_key + tile->begin + keys.lo;
-    const char *weights = fa_tile_score_data(tile, &of->tile);
+    const int64_t first_key = tile->block_key + tile->begin;
+    const struct fa_key_range stored = {first_key + keys.lo, first_key + keys.hi};
+    const char *weights = fa_tile_score_data(tile, &of->ws);
     for (int64_t i = r; i < r + rows; i++) {
         const int64_t row = tile->first_row + i;
         const int64_t place = w->params->places == NULL ? row : w->params->places[row];
-        const int64_t at = (task->head_index * g->rows + place) * w->result_cols + key;
-        if (!stores_row(w, task->head_index, row)) {
+        const int64_t at = (task->head.index * g->rows + place) * w->result_cols + stored.lo;
+        if (!stores_row(w, task->head.index, row)) {
             continue;
         }
-        store_columns(w, task->head_index, weights + (i * g->score_stride + keys.lo) * size, key,
-                      keys.hi - keys.lo, (char *)w->params->weights + at * out_size,
+        store_columns(w, task->head.index, weights + (i * g->score_stride + keys.lo) * size, stored,
+                      (char *)w->params->weights + at * out_size,
                       fa_read_real(g, of->factor + (tile->row_offset + i) * size));
     }
 }
@@ -276,14 +295,14 @@ static void use_tile(const struct weights *w, const struct task *task, const str
     const int64_t group = fa_tile_group(tile);
     if (over_queries(w)) {
         const struct fa_columns *columns = &w->columns;
-        const int64_t at = fa_column_offset(g, task->head_index, tile->block_key / g->block_k) +
+        const int64_t at = fa_column_offset(g, task->head.index, tile->block_key / g->block_k) +
                            tile->begin * (int64_t)g->ops->size;
-        g->ops->column_weights(fa_tile_score_data(tile, &of->tile), (size_t)g->score_stride,
+        g->ops->column_weights(fa_tile_score_data(tile, &of->ws), (size_t)g->score_stride,
                                (size_t)tile->rows, (size_t)tile->columns, columns->col_max + at,
                                columns->col_inverse + at);
     } else {
         spoil_rows(tile, of);
-        weigh_rows(tile, &of->tile);
+        weigh_rows(tile, &of->ws);
     }
     for (int64_t r = 0; r < tile->rows; r += group) {
         const int64_t rows = fa_min(group, tile->rows - r);
@@ -295,39 +314,37 @@ static void use_tile(const struct weights *w, const struct task *task, const str
     }
 }
 
-/* --- tasks -------------------------------------------------------------------------------------------------- */
+/* ---- tasks ---- */
 
-/* Keys [lo, hi) against rows [first, first + rows) of the task, which are in of->tile.q.  use: the second pass. */
+/* Visit some keys with the rows of the buffers.  use: it is the second pass.  False: stopped. */
 static bool visit_keys(struct fa_job *job, int thread, const struct task *task, struct buffers *of,
-                       int64_t first, int64_t rows, int64_t lo, int64_t hi, bool use)
+                       struct fa_key_range keys, bool use)
 {
     const struct weights *w = job->context;
     const struct fa_geometry *g = &w->geometry;
-    const struct fa_head *head = &task->head;
-    struct fa_workspace *ws = &of->tile;
-    const bool few = fa_are_few(g, rows);
-    for (int64_t key = lo / g->block_k * g->block_k; key < hi; key += g->block_k) {
+    struct fa_workspace *ws = &of->ws;
+    const bool few = fa_are_few(g, of->rows.count);
+    for (int64_t key = keys.lo / g->block_k * g->block_k; key < keys.hi; key += g->block_k) {
         bool ready = false;
         if (fa_job_checkpoint(job, thread)) {
             return false;
         }
-        for (int64_t r = 0; r < rows; r += g->tile_q) {
-            const int64_t count = fa_min(g->tile_q, rows - r);
+        for (int64_t r = 0; r < of->rows.count; r += g->tile_q) {
+            const struct fa_head_rows rows = fa_tile_rows(&of->rows, r);
+            const struct fa_head_rows next = fa_tile_rows(&of->rows, r + g->tile_q);
             struct fa_tile tile;
-            if (!fa_tile_init(&tile, head, ws, first + r, count, r, key)) {
+            if (!fa_tile_init(&tile, ws, &rows, r, key)) {
                 continue;
             }
             if (!ready) {
-                const int64_t keys = fa_min(g->block_k, hi - key);
-                fa_locate_keys(head, ws, key, keys, 0);
+                const int64_t count = fa_min(g->block_k, keys.hi - key);
+                fa_locate_keys(&task->head, ws, key, count, 0);
                 if (!few) {
-                    fa_pack_keys(head, ws, keys);
+                    fa_pack_keys(&task->head, ws, count);
                 }
                 ready = true;
             }
-            tile.few = few;
-            const int64_t next = fa_min(r + g->tile_q, rows);
-            fa_want_bias(head, ws, first + next, fa_min(g->tile_q, rows - next), key);
+            fa_want_bias(ws, &next, key);
             fa_tile_scores(&tile, ws, false);
             if (use) {
                 use_tile(w, task, &tile, of);
@@ -339,47 +356,51 @@ static bool visit_keys(struct fa_job *job, int thread, const struct task *task, 
     return true;
 }
 
-/* Maximum and sum of each row, without its sink.  False: stopped. */
+/* Find maximum and sum of each row, without its sink.  False: stopped. */
 static bool find_statistics(struct fa_job *job, int thread, const struct task *task,
-                            struct buffers *of, int64_t first, int64_t rows)
+                            struct buffers *of)
 {
     const struct weights *w = job->context;
     const struct fa_geometry *g = &w->geometry;
-    const struct fa_key_range keys = fa_rows_keys(&task->head, first, first + rows - 1);
-    for (int64_t r = 0; r < rows; r++) {
+    const struct fa_key_range keys = fa_rows_keys(&of->rows);
+    for (int64_t r = 0; r < of->rows.count; r++) {
         of->top[r] = -INFINITY;
         of->total[r] = 0;
     }
     for (int64_t lo = keys.lo / g->split_k * g->split_k; lo < keys.hi; lo += g->split_k) {
-        const int64_t hi = fa_min(lo + g->split_k, keys.hi);
-        g->ops->softmax_begin((size_t)rows, &of->tile.part, (size_t)g->block_dv);
-        if (!visit_keys(job, thread, task, of, first, rows, fa_max(lo, keys.lo), hi, false)) {
+        const struct fa_key_range split = {
+            .lo = fa_max(lo, keys.lo),
+            .hi = fa_min(lo + g->split_k, keys.hi),
+        };
+        g->ops->softmax_begin((size_t)of->rows.count, &of->ws.split, (size_t)g->block_dv);
+        if (!visit_keys(job, thread, task, of, split, false)) {
             return false;
         }
-        fold_rows(g, of, rows);
+        fold_rows(g, of);
     }
     return true;
 }
 
-/* What the second pass takes: row_max and the factor of what exp2 leaves.  No score is so far above row_max that it would
- * be raised: the first pass has seen them all.  Rows that left the range are given back. */
-static void prepare_rows(struct weights *w, const struct task *task, struct buffers *of,
-                         int64_t first, int64_t rows)
+/* Prepare the second pass: row_max, and the factor of what exp2 leaves.  No score is so far above
+ * row_max that row_max would rise: the first pass has seen all scores.  Rows that left the range
+ * are given back. */
+static void prepare_rows(struct weights *w, struct buffers *of)
 {
     const struct fa_geometry *g = &w->geometry;
-    const struct fa_doubt doubt = fa_head_doubt(&task->head, 0);
+    const struct fa_head *head = of->rows.head;
+    const struct fa_doubt doubt = fa_head_doubt(head, 0);
     const int64_t size = (int64_t)g->ops->size;
     double sink = -INFINITY;
-    if (task->head.sinks != NULL) {
-        memcpy(&sink, task->head.sinks, sizeof sink);
+    if (head->sinks != NULL) {
+        memcpy(&sink, head->sinks, sizeof sink);
         sink *= FA_LOG2_E;
     }
-    for (int64_t r = 0; r < rows; r++) {
+    for (int64_t r = 0; r < of->rows.count; r++) {
         const double top = of->top[r], max = sink > top ? sink : top, weight = exp2(top - max);
         const bool empty = of->total[r] == 0; /* no key takes part, nor a NaN */
         const bool doubtful = fa_is_doubtful(doubt, top, empty);
         if (w->given_back != NULL && (doubtful || !isfinite(of->total[r]))) {
-            w->given_back[task->head_index * g->rows + first + r] = 1;
+            w->given_back[head->index * g->rows + of->rows.first + r] = 1;
             atomic_store_explicit(&w->any_given_back, true, memory_order_relaxed);
         }
         if (!empty) {
@@ -387,46 +408,47 @@ static void prepare_rows(struct weights *w, const struct task *task, struct buff
         }
         /* Where no score is more than -inf, and where spoil_rows leaves none, these do for all. */
         const bool plain = !empty && !isnan(of->total[r]);
-        fa_write_real(g, (char *)of->tile.part.row_max + r * size, plain ? top : 0);
+        fa_write_real(g, (char *)of->ws.split.row_max + r * size, plain ? top : 0);
         fa_write_real(g, of->factor + r * size, plain ? weight / of->total[r] : 1);
     }
 }
 
-/* Whether a row of [first, first + rows) was given back. */
-static bool any_given_back(const struct weights *w, int64_t head_index, int64_t first, int64_t rows)
+/* Whether one of the rows was given back. */
+static bool any_given_back(const struct weights *w, const struct fa_head_rows *rows)
 {
-    for (int64_t row = first; w->given_back != NULL && row < first + rows; row++) {
-        if (is_given_back(w, head_index, row)) {
+    for (int64_t r = 0; w->given_back != NULL && r < rows->count; r++) {
+        if (is_given_back(w, rows->head->index, rows->first + r)) {
             return true;
         }
     }
     return false;
 }
 
-/* Rows [first, first + rows), at most block_q.  False: stopped, or given back with all that the task sums. */
+/* Compute rows [first, first + rows) of the task, at most block_q.  False: stopped, or given back
+ * with all that the task sums. */
 static bool run_rows(struct fa_job *job, int thread, const struct task *task, struct buffers *of,
                      int64_t first, int64_t rows)
 {
     struct weights *w = job->context;
-    const struct fa_key_range keys = fa_rows_keys(&task->head, first, first + rows - 1);
-    fa_load_rows(&task->head, &of->tile, first, rows);
+    of->rows = (struct fa_head_rows){&task->head, first, rows};
+    fa_load_rows(&of->ws, &of->rows);
     if (over_queries(w)) {
         for (int64_t r = 0; r < rows; r++) {
             fa_write_real(&w->geometry, of->factor + r * (int64_t)w->geometry.ops->size, 1);
         }
     } else {
-        if (!find_statistics(job, thread, task, of, first, rows)) {
+        if (!find_statistics(job, thread, task, of)) {
             return false;
         }
-        prepare_rows(w, task, of, first, rows);
-        if (sums(w) && any_given_back(w, task->head_index, first, rows)) {
+        prepare_rows(w, of);
+        if (sums(w) && any_given_back(w, &of->rows)) {
             return false;
         }
     }
-    return visit_keys(job, thread, task, of, first, rows, keys.lo, keys.hi, true);
+    return visit_keys(job, thread, task, of, fa_rows_keys(&of->rows), true);
 }
 
-/* The cells of one row of the result. */
+/* Store the cells of one row of the result. */
 static void store_cells(const struct weights *w, int64_t head_index, int64_t result_row,
                         const double *cells)
 {
@@ -451,7 +473,7 @@ static void find_task(const struct weights *w, int64_t index, struct buffers *of
     const struct fa_geometry *g = &w->geometry;
     const int64_t within = w->tasks_per_head - 1 - index % w->tasks_per_head;
     const int64_t share = within % w->shares, m = w->result_rows;
-    task->head_index = index / w->tasks_per_head;
+    fa_head_init(&task->head, g, index / w->tasks_per_head);
     task->first_result_row = within / w->shares * w->together;
     task->result_rows = fa_min(w->together, m - task->first_result_row);
     const int64_t begin = block_begin(task->first_result_row, g->rows, m);
@@ -463,24 +485,24 @@ static void find_task(const struct weights *w, int64_t index, struct buffers *of
     if (sums(w)) {
         task->cells = of->cells;
         if (w->shares > 1) {
-            const int64_t row = task->head_index * m + task->first_result_row;
-            task->cells = w->parts + (row * w->shares + share) * w->result_cols;
+            const int64_t row = task->head.index * m + task->first_result_row;
+            task->cells = w->shared + (row * w->shares + share) * w->result_cols;
         }
     }
-    fa_head_init(&task->head, g, task->head_index);
 }
 
-/* Whether a run has nothing to do for a task: the first has done it, or has left all of it to the second. */
+/* Whether a run has nothing to do for a task: the first has done it, or has left all of it to the
+ * second. */
 static bool is_done(const struct weights *w, const struct task *task)
 {
     const struct weights *first = w->first == NULL ? w : w->first;
     if (over_queries(w)) {
         const bool given = first->columns.head_given_back != NULL &&
-                           first->columns.head_given_back[task->head_index];
+                           first->columns.head_given_back[task->head.index];
         return w->first != NULL ? !given : given && sums(w);
     }
-    return w->first != NULL &&
-           !any_given_back(first, task->head_index, task->begin, task->end - task->begin);
+    const struct fa_head_rows rows = {&task->head, task->begin, task->end - task->begin};
+    return w->first != NULL && !any_given_back(first, &rows);
 }
 
 static void run_task(struct fa_job *job, int64_t index, int thread)
@@ -505,17 +527,17 @@ static void run_task(struct fa_job *job, int64_t index, int thread)
     }
     g->engine->leave();
     for (int64_t i = 0; whole && sums(w) && w->shares == 1 && i < task.result_rows; i++) {
-        store_cells(w, task.head_index, task.first_result_row + i, task.cells + i * w->result_cols);
+        store_cells(w, task.head.index, task.first_result_row + i, task.cells + i * w->result_cols);
     }
 }
 
-/* The rows of the result that several tasks have shared. */
-static void store_parts(const struct weights *w)
+/* Store the rows of the result whose sums several tasks have shared. */
+static void store_shared(const struct weights *w)
 {
     const int64_t rows = w->geometry.batch * w->geometry.heads * w->result_rows;
     const int64_t cols = w->result_cols;
     for (int64_t row = 0; row < rows; row++) {
-        double *cells = w->parts + row * w->shares * cols;
+        double *cells = w->shared + row * w->shares * cols;
         for (int64_t share = 1; share < w->shares; share++) {
             for (int64_t i = 0; i < cols; i++) {
                 cells[i] += cells[share * cols + i];
@@ -525,9 +547,9 @@ static void store_parts(const struct weights *w)
     }
 }
 
-/* --- a call ------------------------------------------------------------------------------------------------- */
+/* ---- a call ---- */
 
-/* How the rows are cut into tasks: by sizes alone, so that every sum is. */
+/* Cut the rows into tasks, and so every sum, by sizes alone. */
 static bool choose_tasks(struct weights *w)
 {
     struct fa_geometry *g = &w->geometry;
@@ -535,17 +557,17 @@ static bool choose_tasks(struct weights *w)
     const int64_t row_bytes = fa_max(1, g->params->head_dim) * (int64_t)g->ops->size;
     int64_t most = fa_max(fa_min(MOST_ROWS, ROW_BYTES / row_bytes) / tile_q * tile_q, tile_q);
     int64_t cells, unused;
-    g->block_q = fa_min(most, fa_round_up(fa_max(LEAST_ROWS, fa_ceil_div(n, PARTS)), tile_q));
+    g->block_q = fa_min(most, fa_round_up(fa_max(LEAST_ROWS, fa_ceil_div(n, STRETCHES)), tile_q));
     w->together = fa_max(1, g->block_q / fa_ceil_div(n, m));
     w->shares = 1;
     if (sums(w)) {
         const int64_t cell_bytes = w->result_cols * (int64_t)sizeof(double);
         w->together = fa_max(1, fa_min(w->together, CELL_BYTES / cell_bytes));
-        /* As many sums as numbers that PARTS rows of the map have, at most. */
+        /* As many sums as numbers that STRETCHES rows of the map have, at most. */
         if (!fa_multiply(m, w->result_cols, &cells)) {
             return false;
         }
-        const int64_t affordable = fa_max(1, PARTS * fa_max(n, g->params->seqlen_k) / cells);
+        const int64_t affordable = fa_max(1, STRETCHES * fa_max(n, g->params->seqlen_k) / cells);
         w->shares = fa_min(fa_max(1, n / m / g->block_q), affordable);
     }
     w->tasks_per_head = fa_ceil_div(m, w->together) * w->shares;
@@ -554,7 +576,7 @@ static bool choose_tasks(struct weights *w)
            fa_multiply(g->params->seqlen_k + 1, w->result_cols, &unused);
 }
 
-static enum fa_status allocate_parts(struct weights *w)
+static enum fa_status allocate_shared(struct weights *w)
 {
     int64_t numbers, bytes = 0;
     if (!sums(w) || w->shares == 1) {
@@ -562,11 +584,11 @@ static enum fa_status allocate_parts(struct weights *w)
     }
     if (!fa_multiply(w->geometry.batch * w->geometry.heads * w->result_rows, w->shares, &numbers) ||
         !fa_multiply(numbers, w->result_cols, &numbers) ||
-        !fa_add_bytes(&bytes, numbers, (int64_t)sizeof *w->parts)) {
+        !fa_add_bytes(&bytes, numbers, (int64_t)sizeof *w->shared)) {
         return FA_OVERFLOW;
     }
-    w->parts = fa_allocate(bytes);
-    return w->parts == NULL ? FA_NO_MEMORY : FA_OK;
+    w->shared = fa_allocate(bytes);
+    return w->shared == NULL ? FA_NO_MEMORY : FA_OK;
 }
 
 static enum fa_status allocate(struct weights *w)
@@ -594,7 +616,7 @@ static enum fa_status allocate(struct weights *w)
         memset(w->given_back, 0, (size_t)rows);
     }
     if (w->first == NULL) {
-        status = allocate_parts(w);
+        status = allocate_shared(w);
     }
     if (status == FA_OK && over_queries(w)) {
         w->column_geometry = *g;
@@ -665,7 +687,7 @@ static enum fa_status run_again(struct weights *first, const struct fa_kernels *
         .shares = first->shares,
         .tasks_per_head = first->tasks_per_head,
         .num_tasks = first->num_tasks,
-        .parts = first->parts,
+        .shared = first->shared,
         .first = first,
     };
     enum fa_status status = init_geometry(
@@ -723,10 +745,10 @@ static enum fa_status compute(const struct fa_weights_params *params,
         (atomic_load(&w.any_given_back) || atomic_load(&w.columns.any_given_back))) {
         status = run_again(&w, kernels);
     }
-    if (status == FA_OK && w.parts != NULL) {
-        store_parts(&w);
+    if (status == FA_OK && w.shared != NULL) {
+        store_shared(&w);
     }
-    fa_release(w.parts);
+    fa_release(w.shared);
     release(&w);
     return status;
 }

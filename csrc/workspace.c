@@ -51,7 +51,7 @@ void fa_take_workspace(struct fa_memory *memory, const struct fa_geometry *geome
     const int64_t located = g->block_k + fa_keys_ahead(p->kv_dtype);
     *ws = (struct fa_workspace){0};
     ws->q = fa_take(memory, fa_round_up(g->block_q, row_step), g->depth, size);
-    ws->part = take_state(memory, g, g->block_q);
+    ws->split = take_state(memory, g, g->block_q);
     ws->total = take_state(memory, g, folded_rows);
     ws->rest = take_state(memory, g, folded_rows);
     ws->k = fa_take(memory, g->block_k, g->depth, size);

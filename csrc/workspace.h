@@ -17,49 +17,72 @@ struct fa_segment_range {
 
 /* One thread's buffers, FA_ALIGNMENT-aligned.  `real` is the element type of the geometry's ops. */
 struct fa_workspace {
-    char *q;            /* real [block_q][depth]: scaled rows */
-    struct fa_state part;  /* [block_q] rows, ldacc block_dv: of one split */
-    struct fa_state total; /* of all splits so far */
-    struct fa_state rest;  /* what rounding left of its sums */
-    char *k;            /* real [block_k / nr][depth][nr]: packed keys */
-    char *v;            /* real [block_dv / nr][value_depth][nr]: packed values */
-    char *scores;       /* real [tile_q][block_k] */
-    char *scores_ahead; /* the same, of the next tile, where the softmax multiplies beside */
-    char *slope; /* NULL, or for softcap's slopes, like scores: the backward pass sets it */
-    uint8_t *mask; /* [tile_q][block_k]: 1 where a key takes part */
-    int64_t *segments; /* [block_k]: segment ids of the keys of a block */
-    const char *segments_loaded; /* where they came from; NULL: nowhere yet */
+    /* real [block_q][depth]: scaled rows. */
+    char *q;
+    /* The state of block_q rows over the keys of one split, with an ldacc of block_dv. */
+    struct fa_state split;
+    /* The same over all splits so far. */
+    struct fa_state total;
+    /* What rounding has left of the sums in `total`. */
+    struct fa_state rest;
+    /* real [block_k / nr][depth][nr]: packed keys. */
+    char *k;
+    /* real [block_dv / nr][value_depth][nr]: packed values. */
+    char *v;
+    /* real [tile_q][block_k] */
+    char *scores;
+    /* real [tile_q][block_k]: scores of the next tile, where the softmax multiplies beside. */
+    char *scores_ahead;
+    /* Nullable: room like `scores` for the slopes of softcap.  The backward pass sets it. */
+    char *slope;
+    /* [tile_q][block_k]: 1 where a key takes part. */
+    uint8_t *mask;
+    /* [block_k]: segment ids of the keys of a block. */
+    int64_t *segments;
+    /* Where these ids come from; NULL: none are loaded yet. */
+    const char *segments_loaded;
     struct fa_segment_range segment_range;
-    /* [block_k + fa_keys_ahead]: where the keys of a block lie; [block_k]: their scales */
+    /* [block_k + fa_keys_ahead]: where the keys of a block lie, and their values. */
     const char **k_row, **v_row;
+    /* [block_k]: the scales of these keys and values. */
     float *k_scale, *v_scale;
-    char *factors; /* real [tile_q][block_k]: of dropout */
-    struct fa_rows keys, values; /* of a block, in caller memory */
-    struct fa_wanted wanted; /* what the products fetch meanwhile */
-    bool rows_ordinary,
-        keys_ordinary; /* no score of these rows, or keys, passes the range of float32 */
-    bool look_at_acc; /* a sum of values may have passed the range of `real` */
+    /* real [tile_q][block_k]: factors of dropout. */
+    char *factors;
+    /* The keys and values of a block, in caller memory. */
+    struct fa_rows keys, values;
+    /* Caller memory that the products fetch while they compute. */
+    struct fa_wanted wanted;
+    /* Whether the rows, and the keys, are ordinary: then no score passes the range of float32. */
+    bool rows_ordinary, keys_ordinary;
+    /* k holds the keys of the block.  If not, the products read them where they lie. */
+    bool keys_packed;
+    /* A sum of values may have passed the range of `real`. */
+    bool look_at_acc;
 };
 
-/* A stretch of memory that buffers are taken from, one after another, each FA_ALIGNMENT-aligned: the only list of a set
- * of buffers is the code that takes them.  base NULL: they are only counted. */
+/* A stretch of memory that buffers are taken from, one after another, each FA_ALIGNMENT-aligned:
+ * the code that takes a set of buffers is the only list of them.  With base NULL they are only
+ * counted. */
 struct fa_memory {
     char *base;
-    int64_t bytes; /* taken so far */
-    bool ok; /* these can be counted: true at first */
+    /* Bytes taken so far. */
+    int64_t bytes;
+    /* Whether the bytes can be counted: true at first. */
+    bool ok;
 };
 
+/* Room for rows * cols elements of `size` bytes; and for all buffers of a workspace. */
 void *fa_take(struct fa_memory *memory, int64_t rows, int64_t cols, int64_t size);
 void fa_take_workspace(struct fa_memory *memory, const struct fa_geometry *geometry,
                        struct fa_workspace *ws);
 
-/* Bytes that one thread needs; false on overflow. */
+/* Bytes that one thread needs.  False: they leave int64. */
 bool fa_workspace_bytes(const struct fa_geometry *geometry, int64_t *bytes);
 
-/* Thread `thread`'s buffers inside an allocation of num_threads * fa_workspace_bytes. */
+/* The buffers of a thread inside an allocation of num_threads * fa_workspace_bytes. */
 struct fa_workspace fa_workspace_of(const struct fa_geometry *geometry, char *memory, int thread);
 
-/* Bytes of a state of `rows` rows, and one laid out in memory; false on overflow. */
+/* Bytes of a state of `rows` rows (false: they leave int64), and a state laid out in memory. */
 bool fa_state_bytes(const struct fa_geometry *geometry, int64_t rows, int64_t *bytes);
 struct fa_state fa_state_at(const struct fa_geometry *geometry, int64_t rows, char *base);
 
@@ -75,7 +98,8 @@ static inline struct fa_state fa_state_from(const struct fa_geometry *g,
     };
 }
 
-/* FA_ALIGNMENT-aligned memory, or NULL.  bytes is a multiple of FA_ALIGNMENT; 0 gives a pointer too. */
+/* FA_ALIGNMENT-aligned memory, or NULL.  bytes is a multiple of FA_ALIGNMENT; 0 gives a pointer,
+ * too. */
 void *fa_allocate(int64_t bytes);
 void fa_release(void *memory);
 

@@ -268,9 +268,7 @@ def compute_gradients(
     grad = _validate.exact_array("grad_out", grad_out, problem.out_shape, problem.dtype)
     to_core: dict[str, Array] = {"grad_out": problem.as_in_core(_validate.core_view(grad))}
     if grad_lse is not None:
-        checked = _validate.exact_array(
-            "grad_lse", grad_lse, problem.lse_shape, lse_dtype
-        )
+        checked = _validate.exact_array("grad_lse", grad_lse, problem.lse_shape, lse_dtype)
         to_core["grad_lse"] = problem.with_heads(checked)
     grad_bias = None
     if "bias" in wanted:

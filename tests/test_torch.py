@@ -893,9 +893,7 @@ def test_opcheck_of_strides(dtype):
         out, lse, weighing, *exact = _ops.FORWARD_AND_KEPT(*leaves, *options)
         kept = (weighing, exact[0] if exact else None)
         needs = [True, True, True, False, False]
-        torch.library.opcheck(
-            _ops.BACKWARD, (out, None, out, lse, *kept, *leaves, *options, needs)
-        )
+        torch.library.opcheck(_ops.BACKWARD, (out, None, out, lse, *kept, *leaves, *options, needs))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -386,6 +386,7 @@ WHY_SHORT = (
     "    costs before it computes anything counts.  The gain begins at about a hundred tokens."
 )
 
+
 def _duration(seconds: float) -> str:
     return f"{seconds:8.2f} s " if seconds >= 1 else f"{seconds * 1e3:8.1f} ms"
 

@@ -1,10 +1,11 @@
-/* Both products for one row of bfloat16, as in decoding, without packing and without tiles: the same chains of
- * multiply-adds in the same order (vec_amx.h), so the same bits.  What the two forms do differently - subnormal
- * numbers - is left to the tiles for values, and for scores is below 2^-126.
+/* Both products for one row of bfloat16, as in decoding, without packing and without tiles: the
+ * same chains of multiply-adds in the same order (vec_amx.h), so the same bits.  What the two forms
+ * do differently - subnormal numbers - is left to the tiles for values, and for scores is below
+ * 2^-126.
  *
- * Cost per key at head_dim 128: scores 16 shuffles, 8 to take pairs apart and 8 multiply-adds; values 4 loads
- * to look for special ones, 8 to widen and 16 multiply-adds, since weights are split in two.  With two rows or
- * more packing for the tiles is the quicker way.
+ * Cost per key at head_dim 128: scores 16 shuffles, 8 to take pairs apart and 8 multiply-adds;
+ * values 4 loads to look for special ones, 8 to widen and 16 multiply-adds, since weights are split
+ * in two.  With two rows or more packing for the tiles is the quicker way.
  */
 #ifndef FA_BF16_FEW_H
 #define FA_BF16_FEW_H
@@ -12,7 +13,8 @@
 #define FEW_GROUPS 2 /* vectors of keys whose chains take turns */
 #define FEW_VECTORS 4 /* vectors of columns whose sums are in registers: 8 chains, 16 sums */
 
-/* The words of 16 keys, transposed: word u of all of them in square[u]; zeros beyond `keys` and `cols`. */
+/* The words of 16 keys, transposed: word u of all of them in square[u]; zeros beyond `keys` and
+ * `cols`. */
 FA_INLINE void load_words(vec_f32 square[VL_f32], const struct fa_rows *from, size_t key,
                           size_t keys, size_t c, size_t cols)
 {
@@ -31,10 +33,14 @@ FA_INLINE void load_words(vec_f32 square[VL_f32], const struct fa_rows *from, si
     v_transpose_f32(square);
 }
 
-/* Scores of `groups` times 16 keys, a constant; of the last 16, `keys` are real. */
-FA_INLINE void few_scores_tile_bf16(const size_t groups, size_t cols, const float *q,
-                                    const struct fa_rows *from, size_t key, size_t keys, float *s)
+/* Scores of `groups` times 16 keys, a constant; of the last 16, `keys` are there. */
+FA_INLINE void few_scores_vectors_bf16(const size_t groups, const struct few_product *x, size_t key,
+                                       size_t keys)
 {
+    const struct fa_rows *from = x->block.from;
+    const size_t cols = x->block.cols;
+    const float *q = x->product.a;
+    float *s = (float *)x->product.c + key;
     const size_t ahead = keys_ahead_f32(FA_BF16), far = keys_far_f32(FA_BF16);
     const size_t end = key + groups * VL_f32, row_bytes = cols * sizeof(uint16_t);
     struct fa_stretch wanted = {
@@ -87,30 +93,30 @@ static void few_scores_bf16(const struct fa_product *p, size_t cols, size_t keys
                             const struct fa_rows *from, float factor)
 {
     const size_t step = FEW_GROUPS * VL_f32, columns = p->panels * PANEL;
-    const float *q = p->a;
-    float *to = p->c;
+    const struct few_product x = {.product = *p, .block = {from, keys, cols}};
     size_t key = 0;
     for (; key + step <= keys; key += step) {
-        few_scores_tile_bf16(FEW_GROUPS, cols, q, from, key, VL_f32, to + key);
+        few_scores_vectors_bf16(FEW_GROUPS, &x, key, VL_f32);
     }
     for (; key < columns; key += VL_f32) {
-        const size_t live = key < keys ? keys - key : 0;
-        few_scores_tile_bf16(1, cols, q, from, key, live, to + key);
+        few_scores_vectors_bf16(1, &x, key, keys_left(&x.block, key));
     }
     if (factor != 1) {
-        multiply_scores(to, p->c_row, p->rows, columns, v_set_f32(factor));
+        multiply_scores(p->c, p->c_row, p->rows, columns, v_set_f32(factor));
     }
 }
 
-/* The two sums, of the upper and of the lower parts of weights, over 16 keys: the first or the second keys of the
- * pairs of a chunk. */
-FA_INLINE void few_values_half(const size_t vectors, const bool second, size_t keys,
-                               const char *const *row, int64_t at, const float *weights,
-                               vec_f32 *upper, vec_f32 *lower)
+/* sum[part of the weights] over 16 keys of the chunk from `key` on: the first or the second keys of
+ * its pairs. */
+FA_INLINE void few_values_half(const size_t vectors, const bool second, const struct few_product *x,
+                               size_t key, size_t col, vec_f32 sum[2][FEW_VECTORS])
 {
+    const size_t first = key + (second ? TILE_WORDS : 0), keys = keys_left(&x->block, first);
+    const char *const *row = x->block.from->row + first;
+    const float *weights = (const float *)x->product.a + key;
     FA_UNROLL
     for (size_t j = 0; j < vectors; j++) {
-        upper[j] = lower[j] = v_zero_f32();
+        sum[0][j] = sum[1][j] = v_zero_f32();
     }
     for (size_t i = 0; i < TILE_WORDS && i < keys; i++) {
         const vec_u16 uppers = v_as_u16(v_broadcast_f32(weights + i));
@@ -119,31 +125,28 @@ FA_INLINE void few_values_half(const size_t vectors, const bool second, size_t k
         const vec_f32 w_lower = second ? v_pair_second(lowers) : v_pair_first(lowers);
         FA_UNROLL
         for (size_t j = 0; j < vectors; j++) {
-            const char *from = row[i] + at + (int64_t)(j * VL_f32 * sizeof(uint16_t));
-            const vec_f32 x = widen_f32(from, FA_BF16);
-            upper[j] = v_fma_f32(w_upper, x, upper[j]);
-            lower[j] = v_fma_f32(w_lower, x, lower[j]);
+            const char *from = row[i] + (col + j * VL_f32) * sizeof(uint16_t);
+            const vec_f32 value = widen_f32(from, FA_BF16);
+            sum[0][j] = v_fma_f32(w_upper, value, sum[0][j]);
+            sum[1][j] = v_fma_f32(w_lower, value, sum[1][j]);
         }
     }
 }
 
-/* sum[vectors * VL] += weights values over `keys` keys, chunk by chunk. */
-FA_INLINE void few_values_tile_bf16(const size_t vectors, size_t keys, const struct fa_rows *from,
-                                    size_t col, const float *weights, float *sum)
+/* c += weights values for the columns from `col` on, chunk by chunk. */
+FA_INLINE void few_values_vectors_bf16(const size_t vectors, const struct few_product *x,
+                                       size_t col)
 {
+    float *sum = (float *)x->product.c + col;
     vec_f32 total[FEW_VECTORS];
     FA_UNROLL
     for (size_t j = 0; j < vectors; j++) {
         total[j] = v_load_f32(sum + j * VL_f32);
     }
-    for (size_t key = 0; key < keys; key += TILE_KEYS) {
-        const size_t live = keys - key, others = live > TILE_WORDS ? live - TILE_WORDS : 0;
-        const int64_t at = (int64_t)(col * sizeof(uint16_t));
+    for (size_t key = 0; key < x->block.keys; key += TILE_KEYS) {
         vec_f32 first[2][FEW_VECTORS], second[2][FEW_VECTORS];
-        few_values_half(vectors, false, live, from->row + key, at, weights + key, first[0],
-                        first[1]);
-        few_values_half(vectors, true, others, from->row + key + TILE_WORDS, at, weights + key,
-                        second[0], second[1]);
+        few_values_half(vectors, false, x, key, col, first);
+        few_values_half(vectors, true, x, key, col, second);
         FA_UNROLL
         for (size_t part = 0; part < 2; part++) {
             FA_UNROLL
@@ -159,44 +162,44 @@ FA_INLINE void few_values_tile_bf16(const size_t vectors, size_t keys, const str
 }
 
 /* Whether any value is special, asking for later ones on the way. */
-static bool any_special(size_t keys, size_t cols, const struct fa_rows *from)
+static bool any_special(const struct key_block *block)
 {
+    const struct fa_rows *from = block->from;
     const size_t ahead = keys_ahead_f32(FA_BF16), far = keys_far_f32(FA_BF16);
-    const int64_t row_bytes = (int64_t)(cols * sizeof(uint16_t));
+    const int64_t row_bytes = (int64_t)(block->cols * sizeof(uint16_t));
     uint32_t special = 0;
-    for (size_t key = 0; key < keys; key++) {
+    for (size_t key = 0; key < block->keys; key++) {
         if (key + ahead < from->located) {
             fetch_key_f32(from->row[key + ahead], row_bytes, false);
         }
         if (key + far < from->located) {
             fetch_key_f32(from->row[key + far], row_bytes, true);
         }
-        for (size_t c = 0; c < cols; c += TILE_KEYS) {
+        for (size_t c = 0; c < block->cols; c += TILE_KEYS) {
             special |= v_special_u16(v_load_u16(from->row[key] + c * sizeof(uint16_t)));
         }
     }
     return special != 0;
 }
 
-/* Values whose columns lie side by side and fill chunks of 32, none of them special; the tiles do others. */
+/* Values whose columns lie side by side and fill chunks of 32, none of them special; the tiles do
+ * others. */
 static bool few_values_bf16(const struct fa_product *p, size_t cols, const struct fa_rows *from,
                             void *scratch)
 {
-    const size_t keys = p->depth;
-    const float *weights = p->a;
+    const struct few_product x = {.product = *p, .block = {from, p->depth, cols}};
     const size_t wide = FEW_VECTORS * VL_f32;
     if (cols % TILE_KEYS != 0 || from->col_stride != (int64_t)sizeof(uint16_t) ||
-        any_special(keys, cols, from)) {
+        any_special(&x.block)) {
         return false;
     }
     (void)scratch;
-    float *sum = p->c;
     size_t col = 0;
     for (; col + wide <= cols; col += wide) {
-        few_values_tile_bf16(FEW_VECTORS, keys, from, col, weights, sum + col);
+        few_values_vectors_bf16(FEW_VECTORS, &x, col);
     }
     for (; col < cols; col += VL_f32) {
-        few_values_tile_bf16(1, keys, from, col, weights, sum + col);
+        few_values_vectors_bf16(1, &x, col);
     }
     return true;
 }

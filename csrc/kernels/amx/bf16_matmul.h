@@ -1,13 +1,13 @@
-/* Both products by tiles.  c has TILES_Q = 16 + 16 rows and a panel of 2 x 16 columns: four tiles of
- * accumulators, two of a and two of b are all eight.  Up to 16 rows take the upper two; what is computed beyond
- * the rows asked for is never looked at.
+/* Both products in the tile unit.  c has TILES_Q = 16 + 16 rows and a panel of 2 x 16 columns: four
+ * tiles of accumulators, two of a and two of b are all eight.  Up to 16 rows take the upper two;
+ * what is computed beyond the rows asked for is never looked at.
  *
- * The order of sums is given by the chunks of 32 that meet in one product, which lie at absolute positions of
- * head_dim and of the keys: a row's bits depend on no neighbour.  A chunk without weights adds zeros, so it
- * may be left out.
+ * The order of sums is given by the chunks of 32 that meet in one product, which lie at absolute
+ * positions of head_dim and of the keys: a row's bits depend on no neighbour.  A chunk without
+ * weights adds zeros, so it may be left out.
  *
- * Cost of 32 rows and a panel per chunk: 64 cycles of products; 32 rows of b and 32 of a are loaded, two a
- * cycle, in the shadow of them.
+ * Cost of 32 rows and a panel per chunk: 64 cycles of products; 32 rows of b and 32 of a are
+ * loaded, two a cycle, in the shadow of them.
  */
 #ifndef FA_BF16_MATMUL_H
 #define FA_BF16_MATMUL_H
@@ -100,7 +100,8 @@ static void scores_bf16(const struct fa_product *p, float factor, struct fa_want
     }
 }
 
-/* c[rows][PANEL] += a[rows][chunks] b[chunks][PANEL]: a is weights, split in two, b values in pairs. */
+/* c[rows][PANEL] += a[rows][chunks] b[chunks][PANEL]: a is weights, split in two, b values in
+ * pairs. */
 FA_INLINE void value_panel(const bool lower, const struct fa_product *p, const float *b, float *c)
 {
     const float *a = p->a;
@@ -173,8 +174,8 @@ static void add_special(const struct fa_product *p, size_t key, const float *b, 
     }
 }
 
-/* The same products as values_bf16, of all values but the special ones; these follow one by one.  So the
- * bits of a row do not depend on special values that weigh 0 in it. */
+/* The same products as values_bf16, of all values but the special ones; these follow one by one.
+ * So the bits of a row do not depend on special values that weigh 0 in it. */
 static void values_careful_bf16(const struct fa_product *p)
 {
     for (size_t panel = 0; panel < p->panels; panel++) {

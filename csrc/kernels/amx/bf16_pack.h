@@ -1,10 +1,10 @@
 /* bfloat16 rows of q, keys and values into the operands of tiles: bits are moved, never changed.
  *
- * q and the keys pair elements 2 i and 2 i + 1 of head_dim.  Values pair keys r and r + 16 of every 32,
- * because that is how weights are cheapest to split (bf16_softmax.h).
+ * q and the keys pair elements 2 i and 2 i + 1 of head_dim.  Values pair keys r and r + 16 of every
+ * 32, because that is how weights are cheapest to split (bf16_softmax.h).
  *
- * Cost of keys: 64 shuffles for 16 keys x 32 elements, 16 bytes a cycle; of values 2 permutations, 4 cycles,
- * for 2 keys x 32 elements.
+ * Cost of keys: 64 shuffles for 16 keys x 32 elements, 16 bytes a cycle; of values 2 permutations,
+ * 4 cycles, for 2 keys x 32 elements.
  */
 #ifndef FA_BF16_PACK_H
 #define FA_BF16_PACK_H
@@ -53,8 +53,8 @@ static bool load_rows_bf16(void *dst, size_t rows, size_t cols, const struct fa_
     return large == 0;
 }
 
-/* 16 keys from `key` on, `keys` of them real, into one half of a panel's columns.  Returns which lanes held an
- * element that is not ordinary. */
+/* 16 keys from `key` on, of which `keys` are there, into one half of a panel's columns.  Returns
+ * which lanes held an element that is not ordinary. */
 FA_INLINE uint32_t pack_key_half(const bool whole, float *panel, size_t cols,
                                  const struct fa_rows *from, size_t key, size_t keys)
 {
@@ -111,8 +111,8 @@ static bool pack_keys_bf16(void *dst, size_t keys, size_t cols, const struct fa_
     return large == 0;
 }
 
-/* Values of keys r and r + 16 of every 32 into one row of pairs, zero beyond `keys` and `cols`.  Returns whether
- * none is special (v_special_u16) or too large. */
+/* Values of keys r and r + 16 of every 32 into one row of pairs, zero beyond `keys` and `cols`.
+ * Returns whether none is special (v_special_u16) or too large. */
 static bool pack_values_bf16(void *dst, size_t panel_stride, size_t keys, size_t cols,
                              const struct fa_rows *from)
 {

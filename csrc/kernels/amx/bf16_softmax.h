@@ -1,10 +1,10 @@
-/* Weights for products of bfloat16: each is split into two, itself rounded and what that left of it, rounded
- * too.  One alone would be 2^-9 off, and results near zero would miss their last bits; two are 2^-18 off
- * (docs/design.md).
+/* Weights for products of bfloat16: each is split into two, itself rounded and what that left of
+ * it, rounded too.  One alone would be 2^-9 off, and results near zero would miss their last bits;
+ * two are 2^-18 off (docs/design.md).
  *
- * Split weights take the place of the scores: of every 32 floats of a row the first 16 become the upper
- * parts, the other 16 the lower parts, each as pairs of keys r and r + 16 - what a shift and a blend make of
- * two vectors.
+ * Split weights take the place of the scores: of every 32 floats of a row the first 16 become the
+ * upper parts, the other 16 the lower parts, each as pairs of keys r and r + 16 - what a shift and
+ * a blend make of two vectors.
  */
 #ifndef FA_BF16_SOFTMAX_H
 #define FA_BF16_SOFTMAX_H
@@ -12,8 +12,8 @@
 /* Scores of a row this far from 0 are weighed by the float32 softmax: see weigh_bf16. */
 #define MAX_SHIFT 0x1p18f
 
-/* 2^f = 1 + f P(f) for |f| <= 2^-5, P of degree 1 by interpolation at the Chebyshev nodes: relative error
- * 8.5e-7, a quarter of what splitting leaves. */
+/* 2^f = 1 + f P(f) for |f| <= 2^-5, P of degree 1 by interpolation at the Chebyshev nodes: relative
+ * error 8.5e-7, a quarter of what splitting leaves. */
 static const float exp2_coef_bf16[2] = {0x1.62e430p-1f, 0x1.ebfbe0p-3f};
 
 static void multiply_scores(float *s, size_t ld, size_t rows, size_t n, vec_f32 factor)
@@ -26,8 +26,8 @@ static void multiply_scores(float *s, size_t ld, size_t rows, size_t n, vec_f32 
     }
 }
 
-/* Rounding may turn a NaN whose last bits are set into a number: where the row's sum is to be NaN besides, no
- * harm is done. */
+/* Rounding may turn a NaN whose last bits are set into a number: where the row's sum is to be NaN
+ * besides, no harm is done. */
 static inline void store_split(float *s, vec_f32 p0, vec_f32 p1)
 {
     const vec_f32 round0 = v_round_half(p0), round1 = v_round_half(p1);
@@ -45,8 +45,9 @@ static void split_weights(float *s, size_t n)
     }
 }
 
-/* 2^(s factor - shift) as exp2_template.h has it, for a whole number `shift`: then base = EXP2_ROUND - shift is
- * exact, and one multiply-add gives the rounded sum.  Exactly 0 where that is below EXP2_MIN, NaN for NaN. */
+/* 2^(s factor - shift) as exp2_template.h has it, for a whole number `shift`: then base =
+ * EXP2_ROUND - shift is exact, and one multiply-add gives the rounded sum.  Exactly 0 where that is
+ * below EXP2_MIN, NaN for NaN. */
 static inline vec_f32 weigh_bf16(vec_f32 s, vec_f32 factor, vec_f32 base)
 {
     const vec_f32 t = v_fma_f32(s, factor, base);
@@ -57,10 +58,14 @@ static inline vec_f32 weigh_bf16(vec_f32 s, vec_f32 factor, vec_f32 base)
                          v_fma_f32(p, v_mul_f32(f, scale), scale));
 }
 
-/* `rows` rows whose row_max is a whole number within MAX_SHIFT; a constant. */
-FA_INLINE void weigh_rows_bf16(const size_t rows, float *s, size_t ld, size_t n, vec_f32 factor,
-                               const float *row_max, float *row_sum)
+/* Rows from `first` on, whose row_max is a whole number within MAX_SHIFT; `rows` is a constant. */
+FA_INLINE void weigh_rows_bf16(const size_t rows, const struct fa_softmax *x, size_t first)
 {
+    const size_t ld = x->ld, n = x->cols;
+    const vec_f32 factor = v_set_f32(x->factor);
+    const float *row_max = (const float *)x->state->row_max + first;
+    float *s = (float *)x->scores + first * ld;
+    float *row_sum = (float *)x->state->row_sum + first * VL_f32;
     vec_f32 base[SOFTMAX_ROWS_f32], sum[SOFTMAX_ROWS_f32];
     FA_UNROLL
     for (size_t r = 0; r < rows; r++) {
@@ -84,12 +89,16 @@ FA_INLINE void weigh_rows_bf16(const size_t rows, float *s, size_t ld, size_t n,
     }
 }
 
-/* Raise row_max where a score has outgrown it, to a whole number where that is small enough.  Returns whether
- * all rows are such. */
-FA_INLINE bool raise_rows_bf16(const size_t rows, const float *s, size_t ld, size_t n,
-                               vec_f32 factor, float *row_max, float *row_sum, float *acc,
-                               size_t ldacc)
+/* Raise row_max where a score has outgrown it, to a whole number where that is small enough.
+ * Returns whether all rows are such. */
+FA_INLINE bool raise_rows_bf16(const size_t rows, const struct fa_softmax *x, size_t first)
 {
+    const size_t ld = x->ld, n = x->cols, ldacc = x->ldacc;
+    const vec_f32 factor = v_set_f32(x->factor);
+    const float *s = (const float *)x->scores + first * ld;
+    float *row_max = (float *)x->state->row_max + first;
+    float *row_sum = (float *)x->state->row_sum + first * VL_f32;
+    float *acc = (float *)x->state->acc + first * ldacc;
     vec_f32 block_max[SOFTMAX_ROWS_f32];
     bool small = true;
     FA_UNROLL
@@ -118,26 +127,20 @@ FA_INLINE bool raise_rows_bf16(const size_t rows, const float *s, size_t ld, siz
 
 static void softmax_bf16(const struct fa_softmax *x)
 {
-    const size_t ld = x->ld, rows = x->rows, n = x->cols, ldacc = x->ldacc;
-    const struct fa_state *state = x->state;
-    const vec_f32 factor = v_set_f32(x->factor);
     FA_ASSERT(x->beside == NULL);
     size_t r = 0;
-    while (r < rows) {
-        float *s = (float *)x->scores + r * ld, *row_max = (float *)state->row_max + r;
-        float *row_sum = (float *)state->row_sum + r * VL_f32;
-        float *acc = (float *)state->acc + r * ldacc;
+    while (r < x->rows) {
+        float *s = (float *)x->scores + r * x->ld;
         size_t done = 1;
-        if (r + SOFTMAX_ROWS_f32 <= rows &&
-            raise_rows_bf16(SOFTMAX_ROWS_f32, s, ld, n, factor, row_max, row_sum, acc, ldacc)) {
+        if (r + SOFTMAX_ROWS_f32 <= x->rows && raise_rows_bf16(SOFTMAX_ROWS_f32, x, r)) {
             done = SOFTMAX_ROWS_f32;
-            weigh_rows_bf16(SOFTMAX_ROWS_f32, s, ld, n, factor, row_max, row_sum);
-        } else if (raise_rows_bf16(1, s, ld, n, factor, row_max, row_sum, acc, ldacc)) {
-            weigh_rows_bf16(1, s, ld, n, factor, row_max, row_sum);
+            weigh_rows_bf16(SOFTMAX_ROWS_f32, x, r);
+        } else if (raise_rows_bf16(1, x, r)) {
+            weigh_rows_bf16(1, x, r);
         } else {
-            multiply_scores(s, ld, 1, n, factor);
-            softmax_update_rows_f32(1, s, ld, n, row_max, row_sum, acc, ldacc, idle_f32, NULL);
-            split_weights(s, n);
+            multiply_scores(s, x->ld, 1, x->cols, v_set_f32(x->factor));
+            softmax_rows_f32(1, x, r, idle_f32, NULL);
+            split_weights(s, x->cols);
         }
         r += done;
     }

@@ -13,8 +13,8 @@
 
 #include "f32x3_few.h"
 
-/* Scores that are computed again, too.  lse is of the forward pass' scores: others, as accurate, would
- * not be as close to it as they are to each other. */
+/* Scores that are computed again, too.  lse is of the forward pass' scores: others, as accurate,
+ * would not be as close to it as they are to each other. */
 static bool takes_f32x3(const struct fa_attention_params *params, enum fa_pass pass)
 {
     (void)pass;

@@ -1,11 +1,13 @@
-/* Both products of float32 for one row or two, as in decoding, without tiles: what a product of tiles computes are
- * chains of 16 multiply-adds, two of them for each of the six products of parts (vec_amx.h), and in registers they
- * take few rows no longer than memory takes to deliver their keys.  The order of sums is that of
- * f32x3_matmul.h, and subnormal numbers count as 0, so the bits are the same.
+/* Both products of float32 for one row or two, as in decoding, without tiles: what a product of
+ * tiles computes are chains of 16 multiply-adds, two of them for each of the six products of parts
+ * (vec_amx.h), and in registers they take few rows no longer than memory takes to deliver their
+ * keys.  The order of sums is that of f32x3_matmul.h, and subnormal numbers count as 0, so the bits
+ * are the same.
  *
- * Cost of 16 elements of keys or values: 4 operations to split them, 6 multiply-adds per row, and 4 shuffles for
- * keys or 1 to look for small values.  At two operations a cycle 2 rows take 9 to 10 cycles, where memory takes 14
- * to deliver 64 bytes to a core; 3 rows take as long as f32x3_few.h does, 4 longer.
+ * Cost of 16 elements of keys or values: 4 operations to split them, 6 multiply-adds per row, and 4
+ * shuffles for keys or 1 to look for small values.  At two operations a cycle 2 rows take 9 to 10
+ * cycles, where memory takes 14 to deliver 64 bytes to a core; 3 rows take as long as f32x3_few.h
+ * does, 4 longer.
  */
 #ifndef FA_F32X3_CHAINS_H
 #define FA_F32X3_CHAINS_H
@@ -15,6 +17,16 @@
 
 /* Rows of q or of weights, one chunk: [row][part][32]. */
 #define CHAIN_FACTORS (PARTS * TILE_KEYS)
+
+/* One row or two of q or of weights, which are split, and a block of keys or values. */
+struct chain_product {
+    struct key_block block;
+    /* [chunk of head_dim or of keys][row][part][32] */
+    const float *factors;
+    /* c of the product, rows and columns. */
+    float *c;
+    size_t c_row, columns;
+};
 
 /* chain[row][step] += the row's factor * x, each a part of it. */
 FA_INLINE void advance_chains(const size_t rows, vec_f32 chain[CHAIN_ROWS][STEPS], vec_f32 x,
@@ -87,11 +99,12 @@ static void split_weights_apart(const float *weights, float *factors)
 }
 
 /* Keys asked for while those from `key` on, `count` of them, are at work. */
-static inline struct fa_stretch chain_ahead(const struct fa_rows *from, size_t key, size_t count,
-                                            size_t cols)
+static inline struct fa_stretch chain_ahead(const struct key_block *block, size_t key, size_t count)
 {
+    const struct fa_rows *from = block->from;
     const size_t near = key + keys_ahead_f32(FA_F32), far = key + keys_far_f32(FA_F32);
-    const size_t bytes = from->col_stride == (int64_t)sizeof(float) ? cols * sizeof(float) : 0;
+    const bool contiguous = from->col_stride == (int64_t)sizeof(float);
+    const size_t bytes = contiguous ? block->cols * sizeof(float) : 0;
     return (struct fa_stretch){
         .row = from->row + near,
         .far_row = from->row + far,
@@ -100,13 +113,14 @@ static inline struct fa_stretch chain_ahead(const struct fa_rows *from, size_t k
     };
 }
 
-/* Scores of 16 keys, `keys` of them real. */
-FA_INLINE void chain_scores_tile(const size_t rows, const bool whole, size_t cols,
-                                 const float *factors, const struct fa_rows *from, size_t key,
-                                 size_t keys, float *s, size_t ld)
+/* Scores of the 16 keys from `key` on; `whole`: all of them are there, side by side. */
+FA_INLINE void chain_scores_vector(const size_t rows, const bool whole,
+                                   const struct chain_product *x, size_t key)
 {
+    const size_t cols = x->block.cols;
+    const float *factors = x->factors;
     _Alignas(64) float squares[VL_f32 * VL_f32], firsts[CHAIN_ROWS * STEPS * VL_f32];
-    struct fa_stretch wanted = chain_ahead(from, key, VL_f32, cols);
+    struct fa_stretch wanted = chain_ahead(&x->block, key, VL_f32);
     vec_f32 sum[CHAIN_ROWS];
     FA_UNROLL
     for (size_t r = 0; r < rows; r++) {
@@ -116,7 +130,7 @@ FA_INLINE void chain_scores_tile(const size_t rows, const bool whole, size_t col
         vec_f32 chain[CHAIN_ROWS][STEPS];
         for (size_t half = 0; half < TILE_KEYS; half += TILE_WORDS) {
             vec_f32 square[VL_f32];
-            load_key_square(whole, square, from, key, keys, c + half, cols);
+            load_key_square(whole, square, &x->block, key, c + half);
             FA_UNROLL
             for (size_t u = 0; u < VL_f32; u++) {
                 v_store_f32(squares + u * VL_f32, square[u]);
@@ -137,42 +151,42 @@ FA_INLINE void chain_scores_tile(const size_t rows, const bool whole, size_t col
     }
     FA_UNROLL
     for (size_t r = 0; r < rows; r++) {
-        v_store_f32(s + r * ld, sum[r]);
+        v_store_f32(x->c + r * x->c_row + key, sum[r]);
     }
 }
 
-FA_INLINE void chain_scores_rows(const size_t rows, size_t cols, size_t keys, size_t columns,
-                                 const float *factors, const struct fa_rows *from, float *s,
-                                 size_t ld)
+FA_INLINE void chain_scores_rows(const size_t rows, const struct chain_product *x)
 {
-    const bool whole = cols % TILE_KEYS == 0 && from->col_stride == (int64_t)sizeof(float);
+    const struct key_block *block = &x->block;
+    const bool whole =
+        block->cols % TILE_KEYS == 0 && block->from->col_stride == (int64_t)sizeof(float);
     size_t key = 0;
-    for (; whole && key + VL_f32 <= keys; key += VL_f32) {
-        chain_scores_tile(rows, true, cols, factors, from, key, VL_f32, s + key, ld);
+    for (; whole && key + VL_f32 <= block->keys; key += VL_f32) {
+        chain_scores_vector(rows, true, x, key);
     }
-    for (; key < columns; key += VL_f32) {
-        chain_scores_tile(rows, false, cols, factors, from, key, less_or_zero(keys, key), s + key,
-                          ld);
+    for (; key < x->columns; key += VL_f32) {
+        chain_scores_vector(rows, false, x, key);
     }
 }
 
-/* No arithmetic of its own, nor that of its caller, may be moved into the other's mode: hence a call. */
-FA_NOINLINE void chain_scores(size_t rows, size_t cols, size_t keys, size_t columns,
-                              const float *factors, const struct fa_rows *from, float *s, size_t ld)
+/* No arithmetic of its own, nor that of its caller, may be moved into the other's mode: hence a
+ * call. */
+FA_NOINLINE void chain_scores(size_t rows, const struct chain_product *x)
 {
     if (rows == 1) {
-        chain_scores_rows(1, cols, keys, columns, factors, from, s, ld);
+        chain_scores_rows(1, x);
     } else {
-        chain_scores_rows(2, cols, keys, columns, factors, from, s, ld);
+        chain_scores_rows(2, x);
     }
 }
 
 /* Scores of keys for up to CHAIN_ROWS rows of q, which are split. */
-static void few_scores_chains(size_t rows, size_t cols, size_t keys, size_t columns, const float *q,
-                              const struct fa_rows *from, float *s, size_t ld)
+static void few_scores_chains(const struct fa_product *p, const struct key_block *block)
 {
     _Alignas(64) float factors[FEW_CHUNKS * CHAIN_ROWS * CHAIN_FACTORS];
-    const size_t chunks = (cols + TILE_KEYS - 1) / TILE_KEYS;
+    const size_t chunks = (block->cols + TILE_KEYS - 1) / TILE_KEYS, rows = p->rows;
+    const struct chain_product x = {*block, factors, p->c, p->c_row, p->panels * PANEL};
+    const float *q = p->a;
     for (size_t chunk = 0; chunk < chunks; chunk++) {
         for (size_t r = 0; r < rows; r++) {
             widen_chunk(q + (r * chunks + chunk) * PART_WORDS,
@@ -180,16 +194,20 @@ static void few_scores_chains(size_t rows, size_t cols, size_t keys, size_t colu
         }
     }
     const unsigned mode = flush_subnormals();
-    chain_scores(rows, cols, keys, columns, factors, from, s, ld);
+    chain_scores(rows, &x);
     restore_mode(mode);
 }
 
-/* sums[row] of 16 columns += weights values of 32 keys, or a chunk's first sums; `whole`: all are there. */
-FA_INLINE vec_u32 chain_values_tile(const size_t rows, const bool whole, size_t key, size_t keys,
-                                    size_t col, size_t cols, const float *factors,
-                                    const struct fa_rows *from, struct fa_stretch *wanted,
-                                    float *sums, size_t ld, vec_u32 least)
+/* c += weights values, of the 32 keys from `key` on and the 16 columns from `col` on; the first
+ * keys begin the sums.  `whole`: all are there.  Returns the least size of these values. */
+FA_INLINE vec_u32 chain_values_vector(const size_t rows, const bool whole,
+                                      const struct chain_product *x, size_t key, size_t col,
+                                      struct fa_stretch *wanted)
 {
+    const struct fa_rows *from = x->block.from;
+    const size_t keys = x->block.keys, cols = x->block.cols;
+    const float *factors = x->factors + key / TILE_KEYS * rows * CHAIN_FACTORS;
+    vec_u32 least = no_size();
     _Alignas(64) float firsts[CHAIN_ROWS * STEPS * VL_f32];
     const int64_t at = (int64_t)col * from->col_stride;
     vec_f32 chain[CHAIN_ROWS][STEPS];
@@ -199,65 +217,62 @@ FA_INLINE vec_u32 chain_values_tile(const size_t rows, const bool whole, size_t 
         }
         clear_chains(rows, chain);
         for (size_t u = half; u < half + TILE_WORDS; u++) {
-            const vec_f32 x = whole ? v_load_f32(from->row[key + u] + at)
-                                    : load_value(from, key + u, keys, at, less_or_zero(cols, col));
-            fetch_stretch(wanted, sizeof x);
-            least = least_size(least, x);
-            advance_chains(rows, chain, x, factors + u);
+            const vec_f32 value =
+                whole ? v_load_f32(from->row[key + u] + at)
+                      : load_value(from, key + u, keys, at, less_or_zero(cols, col));
+            fetch_stretch(wanted, sizeof value);
+            least = least_size(least, value);
+            advance_chains(rows, chain, value, factors + u);
         }
     }
     FA_UNROLL
     for (size_t r = 0; r < rows; r++) {
-        float *to = sums + r * ld + col;
+        float *to = x->c + r * x->c_row + col;
         v_store_f32(to, add_chains(key > 0 ? v_load_f32(to) : v_zero_f32(), chain[r],
                                    firsts + r * STEPS * VL_f32));
     }
     return least;
 }
 
-FA_INLINE vec_u32 chain_values_rows(const size_t rows, size_t keys, size_t cols,
-                                    const float *factors, const struct fa_rows *from, float *sums,
-                                    size_t ld)
+FA_INLINE vec_u32 chain_values_rows(const size_t rows, const struct chain_product *x)
 {
-    const bool contiguous = from->col_stride == (int64_t)sizeof(float);
+    const struct key_block *block = &x->block;
+    const bool contiguous = block->from->col_stride == (int64_t)sizeof(float);
     vec_u32 least = no_size();
-    for (size_t key = 0; key < keys; key += TILE_KEYS, factors += rows * CHAIN_FACTORS) {
-        struct fa_stretch wanted = chain_ahead(from, key, TILE_KEYS, cols);
-        for (size_t col = 0; col < cols; col += VL_f32) {
-            if (contiguous && key + TILE_KEYS <= keys && col + VL_f32 <= cols) {
-                least = chain_values_tile(rows, true, key, keys, col, cols, factors, from, &wanted,
-                                          sums, ld, least);
-            } else {
-                least = chain_values_tile(rows, false, key, keys, col, cols, factors, from, &wanted,
-                                          sums, ld, least);
-            }
+    for (size_t key = 0; key < block->keys; key += TILE_KEYS) {
+        struct fa_stretch wanted = chain_ahead(block, key, TILE_KEYS);
+        for (size_t col = 0; col < block->cols; col += VL_f32) {
+            const bool whole =
+                contiguous && key + TILE_KEYS <= block->keys && col + VL_f32 <= block->cols;
+            const vec_u32 found = whole ? chain_values_vector(rows, true, x, key, col, &wanted)
+                                        : chain_values_vector(rows, false, x, key, col, &wanted);
+            least = v_min_u32(least, found);
         }
     }
     return least;
 }
 
 /* The least size of values. */
-FA_NOINLINE vec_u32 chain_values(size_t rows, size_t keys, size_t cols, const float *factors,
-                                 const struct fa_rows *from, float *sums, size_t ld)
+FA_NOINLINE vec_u32 chain_values(size_t rows, const struct chain_product *x)
 {
-    return rows == 1 ? chain_values_rows(1, keys, cols, factors, from, sums, ld)
-                     : chain_values_rows(2, keys, cols, factors, from, sums, ld);
+    return rows == 1 ? chain_values_rows(1, x) : chain_values_rows(2, x);
 }
 
-/* sums[rows][cols] = weights values, for up to CHAIN_ROWS rows.  Returns the least size of values. */
-static vec_u32 few_values_chains(size_t rows, size_t keys, size_t cols, const float *weights,
-                                 size_t ldw, const struct fa_rows *from, float *sums, size_t ld)
+/* c = weights values, for up to CHAIN_ROWS rows.  Returns the least size of values. */
+static vec_u32 few_values_chains(const struct fa_product *p, const struct key_block *block)
 {
     _Alignas(64) float factors[WEIGHT_KEYS / TILE_KEYS * CHAIN_ROWS * CHAIN_FACTORS];
+    const struct chain_product x = {*block, factors, p->c, p->c_row, block->cols};
     float *to = factors;
-    for (size_t key = 0; key < keys; key += TILE_KEYS) {
-        for (size_t r = 0; r < rows; r++, to += CHAIN_FACTORS) {
-            split_weights_apart(weights + r * ldw + key, to);
-            split_weights_apart(weights + r * ldw + key + TILE_WORDS, to + TILE_WORDS);
+    for (size_t key = 0; key < block->keys; key += TILE_KEYS) {
+        for (size_t r = 0; r < p->rows; r++, to += CHAIN_FACTORS) {
+            const float *weights = (const float *)p->a + r * p->a_stride + key;
+            split_weights_apart(weights, to);
+            split_weights_apart(weights + TILE_WORDS, to + TILE_WORDS);
         }
     }
     const unsigned mode = flush_subnormals();
-    const vec_u32 least = chain_values(rows, keys, cols, factors, from, sums, ld);
+    const vec_u32 least = chain_values(p->rows, &x);
     restore_mode(mode);
     return least;
 }

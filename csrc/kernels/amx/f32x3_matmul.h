@@ -1,13 +1,14 @@
-/* Both products of float32 by tiles of bfloat16: six products of parts for one of numbers (f32x3_parts.h), over the
- * tiles of bf16_matmul.h.
+/* Both products of float32 in the tile unit: six products of bfloat16 parts for one of numbers
+ * (f32x3_parts.h), in the tiles of bf16_matmul.h.
  *
- * The order of sums is that of bf16_matmul.h, with six products for each chunk of 32: a row's
- * bits depend on no neighbour.  Infinities and NaN of q and keys spoil only scores of their own rows and columns,
- * which are computed again; special values are cleared, and added one by one where they weigh anything.
+ * The order of sums is that of bf16_matmul.h, with six products for each chunk of 32: a row's bits
+ * depend on no neighbour.  Infinities and NaN of q and keys spoil only scores of their own rows and
+ * columns, which are computed again; special values are cleared, and added one by one where they
+ * weigh anything.
  *
- * Cost of 32 rows and a panel per chunk: 384 cycles of products, where the same core's multiply-adds of float32
- * take 1024; 256 rows of a and b are loaded, two a cycle, in the shadow of them.  Weights are split on the
- * way: 18 operations for 32.
+ * Cost of 32 rows and a panel per chunk: 384 cycles of products, where the same core's
+ * multiply-adds of float32 take 1024; 256 rows of a and b are loaded, two a cycle, in the shadow of
+ * them.  Weights are split on the way: 18 operations for 32.
  */
 #ifndef FA_F32X3_MATMUL_H
 #define FA_F32X3_MATMUL_H
@@ -16,13 +17,14 @@
     FA_MAX_BLOCK_K_F32 /* weights of a block are split at a time: 24 KiB for 32 rows */
 _Static_assert(WEIGHT_KEYS % TILE_KEYS == 0, "a block of keys is a whole number of tiles");
 
-/* Chunks of head_dim that are summed in the tiles, 256 elements: 48 roundings of a sum, where a chain of FA_CHAIN
- * takes 64.  The sums of later ones are added to the scores by vectors.  A block of keys has fewer. */
+/* Chunks of head_dim that are summed in the tiles, 256 elements: 48 roundings of a sum, where a
+ * chain of FA_CHAIN takes 64.  The sums of later ones are added to the scores by vectors.  A block
+ * of keys has fewer. */
 #define SUM_CHUNKS 8
 
-/* The six products of parts of a chunk, by part of a and part of b.  The last is the large one, 2^7 times the others
- * at least: the first chunk's sums of the small ones are rounded at their own size.  From one to the next only one
- * operand is loaded anew. */
+/* The six products of parts of a chunk, by part of a and part of b.  The last is the large one, 2^7
+ * times the others at least: the first chunk's sums of the small ones are rounded at their own
+ * size.  From one to the next only one operand is loaded anew. */
 #define STEPS 6
 _Static_assert(SUM_CHUNKS *STEPS <= FA_CHAIN,
                "a sum in tiles is rounded as often as a chain at most");
@@ -60,12 +62,13 @@ static void add_sums(const struct fa_product *p, const float *sums, size_t panel
     }
 }
 
-/* A product under way, step by step: the tiles' unit works through a step in 64 cycles, on the side, if what comes
- * between two steps fits the core's window of instructions. */
+/* A product under way, step by step: the tile unit works through a step in 64 cycles, on the
+ * side, if what comes between two steps fits the core's window of instructions. */
 struct tile_work {
     const struct fa_product *product;
     size_t chunks, panel, chunk, step;
-    float *sums; /* [TILES_Q][PANEL] */
+    /* [TILES_Q][PANEL] */
+    float *sums;
 };
 
 static inline struct tile_work begin_work(const struct fa_product *p, size_t chunks, float *sums)
@@ -128,33 +131,31 @@ FA_INLINE void advance_tiles(const bool lower, struct tile_work *work)
     }
 }
 
-/* c[rows][PANEL] = a b over `chunks`. */
-FA_INLINE void multiply_panel(const bool lower, size_t chunks, const float *a, size_t a_stride,
-                              const float *b, float *c, size_t c_row)
+/* One panel, c[rows][PANEL] = a b, of a depth that is summed in the tiles; a and b are split. */
+FA_INLINE void multiply_panel(const bool lower, const struct fa_product *p)
 {
+    const float *a = p->a, *b = p->b;
     clear_sums(lower);
-    for (size_t chunk = 0; chunk < chunks; chunk++) {
+    for (size_t k = 0; k < p->depth; k += PART_WORDS) {
         FA_UNROLL
         for (size_t i = 0; i < STEPS; i++) {
-            multiply_step(i, lower, a + chunk * PART_WORDS, a_stride,
-                          b + chunk * PART_WORDS * PANEL);
+            multiply_step(i, lower, a + k, p->a_stride, b + k * PANEL);
         }
     }
-    store_sums(lower, c, c_row);
+    store_sums(lower, p->c, p->c_row);
 }
 
-static void multiply_rows(size_t rows, size_t chunks, const float *a, size_t a_stride,
-                          const float *b, float *c, size_t c_row)
+static void multiply_rows(const struct fa_product *p)
 {
-    if (rows > UPPER_ROWS) {
-        multiply_panel(true, chunks, a, a_stride, b, c, c_row);
+    if (p->rows > UPPER_ROWS) {
+        multiply_panel(true, p);
     } else {
-        multiply_panel(false, chunks, a, a_stride, b, c, c_row);
+        multiply_panel(false, p);
     }
 }
 
-/* Scores that infinities and NaN made NaN, or that overflowed on the way, by multiply-adds in order: those of 16
- * columns of b for one row of a. */
+/* Scores that infinities and NaN made NaN, or that overflowed on the way, by multiply-adds in
+ * order: those of 16 columns of b for one row of a. */
 static vec_f32 plain_scores(size_t chunks, const float *a, const float *b)
 {
     vec_f32 sum = v_zero_f32();
@@ -208,22 +209,28 @@ static inline size_t fewer(size_t x, size_t y) { return x < y ? x : y; }
 static void multiply_scores_f32x3(const struct fa_product *p, struct fa_wanted *wanted)
 {
     _Alignas(64) float sums[TILES_Q * PANEL];
-    const size_t chunks = p->depth / PART_WORDS;
+    const size_t most = SUM_CHUNKS * PART_WORDS;
     finish_stores();
     for (size_t panel = 0; panel < p->panels; panel++) {
-        const float *a = p->a, *b = (const float *)p->b + panel * p->b_panel;
+        struct fa_product sum = *p;
+        sum.b = (const float *)p->b + panel * p->b_panel;
+        sum.c = (float *)p->c + panel * PANEL;
         fetch_some(wanted);
-        multiply_rows(p->rows, fewer(chunks, SUM_CHUNKS), a, p->a_stride, b,
-                      (float *)p->c + panel * PANEL, p->c_row);
-        for (size_t first = SUM_CHUNKS; first < chunks; first += SUM_CHUNKS) {
-            multiply_rows(p->rows, fewer(chunks - first, SUM_CHUNKS), a + first * PART_WORDS,
-                          p->a_stride, b + first * PART_WORDS * PANEL, sums, PANEL);
-            finish_stores();
-            add_sums(p, sums, panel);
+        for (size_t k = 0; k == 0 || k < p->depth; k += most) {
+            sum.depth = fewer(p->depth - k, most);
+            multiply_rows(&sum);
+            if (k > 0) {
+                finish_stores();
+                add_sums(p, sums, panel);
+            }
+            sum.a = (const float *)sum.a + most;
+            sum.b = (const float *)sum.b + most * PANEL;
+            sum.c = sums;
+            sum.c_row = PANEL;
         }
     }
     finish_stores();
-    repair_scores(p, chunks);
+    repair_scores(p, p->depth / PART_WORDS);
 }
 
 static void scores_f32x3(const struct fa_product *p, float factor, struct fa_wanted *wanted)
@@ -236,22 +243,11 @@ static void scores_f32x3(const struct fa_product *p, float factor, struct fa_wan
 static void advance_both(void *work) { advance_tiles(true, work); }
 static void advance_upper(void *work) { advance_tiles(false, work); }
 
-/* softmax_update of one tile, and multiply_scores_f32x3 of the next, in turns. */
+/* softmax_update of one score tile, and multiply_scores_f32x3 of the next, in turns. */
 FA_INLINE void softmax_rows_beside(const struct fa_softmax *x, void (*advance)(void *),
                                    struct tile_work *work)
 {
-    const size_t ld = x->ld, rows = x->rows, n = x->cols, ldacc = x->ldacc;
-    float *row_max = x->state->row_max, *row_sum = x->state->row_sum, *acc = x->state->acc;
-    float *s = x->scores;
-    size_t r = 0;
-    for (; r + SOFTMAX_ROWS_f32 <= rows; r += SOFTMAX_ROWS_f32) {
-        softmax_update_rows_f32(SOFTMAX_ROWS_f32, s + r * ld, ld, n, row_max + r,
-                                row_sum + r * VL_f32, acc + r * ldacc, ldacc, advance, work);
-    }
-    for (; r < rows; r++) {
-        softmax_update_rows_f32(1, s + r * ld, ld, n, row_max + r, row_sum + r * VL_f32,
-                                acc + r * ldacc, ldacc, advance, work);
-    }
+    softmax_all_rows_f32(x, advance, work);
     while (work->panel < work->product->panels) {
         advance(work);
     }
@@ -323,8 +319,8 @@ FA_INLINE void multiply_first(const bool lower, size_t chunks, const struct weig
     store_sums(lower, c, PANEL);
 }
 
-/* c += weights values.  The sums start from 0 and are added last, as in matmul_template.h: those of a panel while
- * the products of the next are under way. */
+/* c += weights values.  The sums start from 0 and are added last, as in matmul_template.h: those of
+ * a panel while the products of the next are under way. */
 static void values_f32x3(const struct fa_product *p, struct fa_wanted *wanted)
 {
     _Alignas(64) float parts[TILES_Q * WEIGHT_KEYS / TILE_KEYS * PART_WORDS];
@@ -338,7 +334,15 @@ static void values_f32x3(const struct fa_product *p, struct fa_wanted *wanted)
         const float *b = (const float *)p->b + panel * p->b_panel;
         fetch_some(wanted);
         if (panel > 0) {
-            multiply_rows(p->rows, chunks, parts, w.stride, b, sums[panel % 2], PANEL);
+            multiply_rows(&(struct fa_product){
+                .rows = p->rows,
+                .depth = w.stride,
+                .a = parts,
+                .a_stride = w.stride,
+                .b = b,
+                .c = sums[panel % 2],
+                .c_row = PANEL,
+            });
         } else if (p->rows > UPPER_ROWS) {
             multiply_first(true, chunks, &w, b, sums[0]);
         } else {
@@ -392,8 +396,8 @@ static void add_special_parts(const struct fa_product *p, const float *b, float 
     }
 }
 
-/* The same products as values_f32x3, of all values but the special ones; these follow one by one.  So the
- * bits of a row do not depend on special values that weigh 0 in it. */
+/* The same products as values_f32x3, of all values but the special ones; these follow one by one.
+ * So the bits of a row do not depend on special values that weigh 0 in it. */
 static void values_careful_f32x3(const struct fa_product *p)
 {
     _Alignas(64) float plain[WEIGHT_KEYS / TILE_KEYS * PART_WORDS * PANEL];

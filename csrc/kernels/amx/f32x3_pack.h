@@ -1,15 +1,17 @@
 /* float32 rows of q, keys and values into the operands of tiles, in three parts (f32x3_parts.h).
  *
- * 32 elements of a row of q are three rows of 16 words, part by part; so are 32 elements of head_dim, or 32
- * keys of values, of a panel, where each word stands in a row of PANEL columns.  Pairs are elements, or keys, i
- * and i + 16: what a shift and a blend make of two vectors.
+ * 32 elements of a row of q are three rows of 16 words, part by part; so are 32 elements of
+ * head_dim, or 32 keys of values, of a panel, where each word stands in a row of PANEL columns.
+ * Pairs are elements, or keys, i and i + 16: what a shift and a blend make of two vectors.
  *
- * Cost of 16 keys x 32 elements: 128 shuffles, 16 times 14 operations to split and 4 to make NaN plain.
+ * Cost of 16 keys x 32 elements: 128 shuffles, 16 times 14 operations to split and 4 to make NaN
+ * plain.
  */
 #ifndef FA_F32X3_PACK_H
 #define FA_F32X3_PACK_H
 
-/* 16 elements, or the first `count` and zeros; a NaN without payload, which no cutting off turns into an infinity. */
+/* 16 elements, or the first `count` and zeros; a NaN without payload, which no cutting off turns
+ * into an infinity. */
 static inline vec_f32 load_floats(const char *p, int64_t col_stride, size_t count)
 {
     if (col_stride == (int64_t)sizeof(float)) {
@@ -56,10 +58,13 @@ static bool load_rows_f32x3(void *dst, size_t rows, size_t cols, const struct fa
     return is_finite_f32(probe);
 }
 
-/* Elements c .. c + 15 of 16 keys, `keys` of them real, transposed: element u of all of them in square[u]. */
-FA_INLINE void load_key_square(const bool whole, vec_f32 square[VL_f32], const struct fa_rows *from,
-                               size_t key, size_t keys, size_t c, size_t cols)
+/* Elements c .. c + 15 of the 16 keys from `key` on, transposed: element u of all of them in
+ * square[u].  `whole`: all are there, side by side. */
+FA_INLINE void load_key_square(const bool whole, vec_f32 square[VL_f32],
+                               const struct key_block *block, size_t key, size_t c)
 {
+    const struct fa_rows *from = block->from;
+    const size_t keys = keys_left(block, key), cols = block->cols;
     const char *const *row = from->row + key;
     const int64_t at = (int64_t)c * from->col_stride;
     if (whole) {
@@ -75,28 +80,29 @@ FA_INLINE void load_key_square(const bool whole, vec_f32 square[VL_f32], const s
     v_transpose_f32(square);
 }
 
-/* 16 keys from `key` on, `keys` of them real, into one half of a panel's columns.  Returns the sum of probe and
+/* 16 keys from `key` on into one half of a panel's columns, zero for those that are not there. 
+ * `whole`: they are all there, and their elements lie side by side.  Returns the sum of probe and
  * their probes. */
-FA_INLINE vec_f32 pack_key_half_parts(const bool contiguous, float *panel, size_t cols,
-                                      const struct fa_rows *from, size_t key, size_t keys,
-                                      vec_f32 probe)
+FA_INLINE vec_f32 pack_key_half_parts(const bool whole, float *panel, const struct key_block *block,
+                                      size_t key, vec_f32 probe)
 {
+    const struct fa_rows *from = block->from;
     const vec_f32 ordinary = v_set_f32(ORDINARY_PROBE_f32);
     const size_t ahead = keys_ahead_f32(FA_F32);
     const bool more = key + ahead + VL_f32 <= from->located;
-    for (size_t c = 0; c < cols; c += TILE_KEYS, panel += PART_WORDS * PANEL) {
+    for (size_t c = 0; c < block->cols; c += TILE_KEYS, panel += PART_WORDS * PANEL) {
         const int64_t at = (int64_t)c * from->col_stride;
         vec_f32 first[VL_f32], second[VL_f32];
         if (more) {
             fetch_square_f32(from->row + key + ahead, at);
             fetch_square_f32(from->row + key + ahead, at + TILE_WORDS * from->col_stride);
         }
-        if (contiguous && c + TILE_KEYS <= cols) {
-            load_key_square(true, first, from, key, keys, c, cols);
-            load_key_square(true, second, from, key, keys, c + TILE_WORDS, cols);
+        if (whole && c + TILE_KEYS <= block->cols) {
+            load_key_square(true, first, block, key, c);
+            load_key_square(true, second, block, key, c + TILE_WORDS);
         } else {
-            load_key_square(false, first, from, key, keys, c, cols);
-            load_key_square(false, second, from, key, keys, c + TILE_WORDS, cols);
+            load_key_square(false, first, block, key, c);
+            load_key_square(false, second, block, key, c + TILE_WORDS);
         }
         vec_f32 of_first = v_zero_f32(), of_second = v_zero_f32();
         FA_UNROLL
@@ -115,21 +121,21 @@ static bool pack_keys_f32x3(void *dst, size_t keys, size_t cols, const struct fa
 {
     const size_t depth = row_elements_f32x3(cols);
     const size_t padded = (keys + PANEL - 1) / PANEL * PANEL;
+    const struct key_block block = {from, keys, cols};
     const bool contiguous = from->col_stride == (int64_t)sizeof(float);
     vec_f32 probe = v_zero_f32();
     for (size_t key = 0; key < padded; key += VL_f32) {
         float *panel = (float *)dst + key / PANEL * PANEL * depth + key % PANEL;
         if (contiguous && key + VL_f32 <= keys) {
-            probe = pack_key_half_parts(true, panel, cols, from, key, VL_f32, probe);
+            probe = pack_key_half_parts(true, panel, &block, key, probe);
         } else {
-            const size_t live = less_or_zero(keys, key);
-            probe = pack_key_half_parts(false, panel, cols, from, key, live, probe);
+            probe = pack_key_half_parts(false, panel, &block, key, probe);
         }
     }
     return is_finite_f32(probe);
 }
 
-/* 16 columns of a key, `cols` of them real; zeros for a key that is not there. */
+/* 16 columns of a key, of which `cols` are there; zeros for a key that is not there. */
 static inline vec_f32 load_value(const struct fa_rows *from, size_t key, size_t keys, int64_t at,
                                  size_t cols)
 {
@@ -137,8 +143,9 @@ static inline vec_f32 load_value(const struct fa_rows *from, size_t key, size_t 
                                   : v_zero_f32();
 }
 
-/* Values of keys r and r + 16 of every 32 into rows of pairs, zero beyond `keys` and `cols`.  `whole`: chunks and
- * panels are whole, and values side by side; NaN are then not made plain.  Returns whether no value is special. */
+/* Values of keys r and r + 16 of every 32 into rows of pairs, zero beyond `keys` and `cols`.
+ * `whole`: chunks and panels are whole, and values side by side; NaN are then not made plain.
+ * Returns whether no value is special. */
 FA_INLINE bool pack_values_of(const bool whole, float *dst, size_t panel_stride, size_t keys,
                               size_t cols, const struct fa_rows *from)
 {

@@ -1,14 +1,15 @@
-/* float32 as the sum of three bfloat16: x = x0 + x1 + x2 exactly, 8 bits of the 24 in each.  Of the nine products
- * of two such sums the tiles compute six; the other three, x1 y2, x2 y1 and x2 y2, are at most 2^-22 |x y|
- * together (docs/kernels.md).
+/* float32 as the sum of three bfloat16: x = x0 + x1 + x2 exactly, 8 bits of the 24 in each.  Of the
+ * nine products of two such sums the tiles compute six; the other three, x1 y2, x2 y1 and x2 y2,
+ * are at most 2^-22 |x y| together (docs/kernels.md).
  *
- * Keys and values, of which there are many, are cut: x0 and x1 are the upper halves of x and of what is left,
- * whose signs are that of x.  Rows of q and weights, the other factor, are rounded to x0 and x1: what is left is of
- * either sign, and so are the products that are not computed, which would make all scores too small otherwise.
+ * Keys and values, of which there are many, are cut: x0 and x1 are the upper halves of x and of
+ * what is left, whose signs are that of x.  Rows of q and weights, the other factor, are rounded to
+ * x0 and x1: what is left is of either sign, and so are the products that are not computed, which
+ * would make all scores too small otherwise.
  *
- * It does not hold for infinities and NaN, where x0 alone is x, and for numbers so small that their parts are
- * subnormal, which tiles take for 0.  Of q and k that is nothing beside scores of 1 unless the other factor is
- * beyond 2^100.
+ * It does not hold for infinities and NaN, where x0 alone is x, and for numbers so small that their
+ * parts are subnormal, which tiles take for 0.  Of q and k that is nothing beside scores of 1
+ * unless the other factor is beyond 2^100.
  *
  * Cost: 14 operations for 32 numbers by cutting; 18 by rounding, 24 if they may be the largest.
  */
@@ -18,8 +19,8 @@
 #define PARTS 3
 #define PART_WORDS (PARTS * TILE_WORDS) /* float32 that the parts of 32 numbers take */
 
-/* Values below VALUE_LEAST, but for 0, infinities and NaN are special: the tiles do not multiply them.  Smaller
- * ones have subnormal parts. */
+/* Values below VALUE_LEAST, but for 0, infinities and NaN are special: the tiles do not multiply
+ * them.  Smaller ones have subnormal parts. */
 #define VALUE_LEAST 0x1p-100f
 
 /* x in parts, by cutting. */

@@ -1,11 +1,11 @@
-/* Tiles of the amx level (AMX-TILE and AMX-BF16 beside x86-64-v4), and what their operands need of AVX-512:
- * with vec_avx512.h the only intrinsics of the set.
+/* Tiles of the amx level (AMX-TILE and AMX-BF16 beside x86-64-v4), and what their operands need of
+ * AVX-512: with vec_avx512.h the only intrinsics of the set.
  *
- * A tile register holds up to 16 rows of 64 bytes.  One product, c += a b, takes a of bfloat16 (rows x 32), b
- * of pairs (16 rows of pairs x 16 columns) and c of float32 (rows x 16).  Of each element it sums the first
- * elements of the 16 pairs as one chain of fused multiply-adds from 0, the second ones as another, adds the
- * two and adds that to c; subnormal numbers count as 0 and become 0 (Intel, Architecture Instruction Set
- * Extensions Programming Reference, TDPBF16PS).
+ * A tile register holds up to 16 rows of 64 bytes.  One product, c += a b, takes a of bfloat16
+ * (rows x 32), b of pairs (16 rows of pairs x 16 columns) and c of float32 (rows x 16).  Of each
+ * element it sums the first elements of the 16 pairs as one chain of fused multiply-adds from 0,
+ * the second ones as another, adds the two and adds that to c; subnormal numbers count as 0 and
+ * become 0 (Intel, Architecture Instruction Set Extensions Programming Reference, TDPBF16PS).
  */
 #ifndef FA_VEC_AMX_H
 #define FA_VEC_AMX_H
@@ -16,8 +16,9 @@
 #define TILE_WORDS 16 /* pairs of them, or float32 */
 #define PANEL 32 /* columns of b side by side: two tiles */
 
-/* The tile registers: c has TILES_Q = 16 + 16 rows and 2 x 16 columns.  A product occupies the unit for 16
- * cycles and takes 52 to be done: four in turn, each adding to the result of its last, wait for nobody. */
+/* The tile registers: c has TILES_Q = 16 + 16 rows and 2 x 16 columns.  A product occupies the unit
+ * for 16 cycles and takes 52 to be done: four in turn, each adding to the result of its last, wait
+ * for nobody. */
 #define TILES_Q 32
 #define UPPER_ROWS 16
 #define UPPER_C0 0
@@ -42,8 +43,8 @@ static const struct tile_config tile_config = {
     .rows = {16, 16, 16, 16, 16, 16, 16, 16},
 };
 
-/* Names, not functions: the number of a register is part of the instruction.  c += a b; a register to or from rows
- * `stride` bytes apart; 0. */
+/* Names, not functions: the number of a register is part of the instruction.  c += a b; a register
+ * to or from rows `stride` bytes apart; 0. */
 #define v_tile_multiply(c, a, b) _tile_dpbf16ps(c, a, b)
 #define v_tile_load(tile, from, stride) _tile_loadd(tile, from, stride)
 #define v_tile_store(tile, to, stride) _tile_stored(tile, to, stride)
@@ -56,8 +57,8 @@ static inline void end_tiles(void) { _tile_release(); }
 /* Compilers do not know that loads of tiles read memory: what was written before must be there. */
 static inline void finish_stores(void) { __asm__ volatile("" ::: "memory"); }
 
-/* The mode in which multiply-adds of float32 do what the tiles do: subnormal numbers count as 0 and become 0,
- * rounding is to nearest, no exception is reported.  Returns the mode before. */
+/* The mode in which multiply-adds of float32 do what the tiles do: subnormal numbers count as 0 and
+ * become 0, rounding is to nearest, no exception is reported.  Returns the mode before. */
 #define TILE_MODE 0x9fc0u /* of MXCSR: flush to zero, all exceptions masked, denormals are zeros */
 static inline unsigned flush_subnormals(void)
 {
@@ -79,9 +80,9 @@ static inline vec_u16 v_load_first_u16(const void *p, size_t count)
 static inline vec_u16 v_zero_u16(void) { return _mm512_setzero_si512(); }
 static inline void v_store_u16(void *p, vec_u16 x) { _mm512_storeu_si512(p, x); }
 
-/* Lanes with a bfloat16 that products of tiles may not see: an infinity or a NaN, whose exponent is all ones, or
- * a subnormal number, whose exponent is 0.  Shifted out of their signs and less 0x7f00, they and 0 are the 512
- * least of all. */
+/* Lanes with a bfloat16 that products of tiles may not see: an infinity or a NaN, whose exponent is
+ * all ones, or a subnormal number, whose exponent is 0.  Shifted out of their signs and less
+ * 0x7f00, they and 0 are the 512 least of all. */
 static inline uint32_t v_special_u16(vec_u16 x)
 {
     const vec_u16 shifted = _mm512_add_epi16(x, x);
@@ -132,7 +133,8 @@ static inline vec_f32 v_round_half(vec_f32 x)
 {
     return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000)));
 }
-/* Lanes that are neither 0 nor in [least, limit) without their sign, 0 <= least < limit; NaN is outside. */
+/* Lanes that are neither 0 nor in [least, limit) without their sign, 0 <= least < limit; NaN is
+ * outside. */
 static inline uint32_t v_outside_f32(vec_f32 x, float least, float limit)
 {
     const __m512i size = _mm512_castps_si512(_mm512_abs_ps(x));
@@ -177,7 +179,7 @@ static inline vec_f32 v_plain_nan(vec_f32 x)
 }
 static inline vec_f32 v_as_f32(vec_u16 x) { return _mm512_castsi512_ps(x); }
 static inline vec_u16 v_as_u16(vec_f32 x) { return _mm512_castps_si512(x); }
-static inline vec_f32 v_pair_first(vec_u16 x) { return v_part_bf16(_mm512_castsi512_ps(x), 0); }
-static inline vec_f32 v_pair_second(vec_u16 x) { return v_part_bf16(_mm512_castsi512_ps(x), 1); }
+static inline vec_f32 v_pair_first(vec_u16 x) { return v_element_bf16(_mm512_castsi512_ps(x), 0); }
+static inline vec_f32 v_pair_second(vec_u16 x) { return v_element_bf16(_mm512_castsi512_ps(x), 1); }
 
 #endif

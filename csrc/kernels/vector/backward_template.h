@@ -76,22 +76,23 @@ static void FN(spoil_row)(REAL *s, REAL *d, size_t n, VEC nan)
 
 /* Cost per vector: 2 loads, 2 sub, exp2, 2 mul, max, compare, 2 stores.  Where the weight is 0 the
  * gradient is not multiplied but selected: the key may be masked, and what it holds NaN. */
-static uint32_t FN(score_gradients)(void *s, void *d, size_t ld, size_t rows, size_t n,
-                                    const void *shift, const void *factor, const void *delta)
+static uint32_t FN(score_gradients)(const struct fa_gradients *tile)
 {
+    const REAL *shift = tile->shift, *factor = tile->factor, *delta = tile->delta;
+    const size_t ld = tile->ld, rows = tile->rows, cols = tile->cols;
     const VEC limit = V(set)(EXP2_MIN), half = V(set)((REAL)0.5);
     uint32_t dominated = 0;
     for (size_t r = 0; r < rows; r++) {
-        REAL *s_row = (REAL *)s + r * ld, *d_row = (REAL *)d + r * ld;
-        const VEC row_shift = V(broadcast)((const REAL *)shift + r);
-        const VEC row_factor = V(broadcast)((const REAL *)factor + r);
-        const VEC row_delta = V(broadcast)((const REAL *)delta + r);
+        REAL *s_row = (REAL *)tile->scores + r * ld, *d_row = (REAL *)tile->gradients + r * ld;
+        const VEC row_shift = V(broadcast)(shift + r);
+        const VEC row_factor = V(broadcast)(factor + r);
+        const VEC row_delta = V(broadcast)(delta + r);
         VEC largest = V(zero)();
-        if (isnan(((const REAL *)shift)[r])) {
-            FN(spoil_row)(s_row, d_row, n, row_shift);
+        if (isnan(shift[r])) {
+            FN(spoil_row)(s_row, d_row, cols, row_shift);
             continue;
         }
-        for (size_t l = 0; l < n; l += VL) {
+        for (size_t l = 0; l < cols; l += VL) {
             VEC x = V(sub)(V(load)(s_row + l), row_shift);
             VEC p = V(mul)(FN(exp2)(x), row_factor);
             VEC gradient = V(mul)(p, V(sub)(V(load)(d_row + l), row_delta));
@@ -104,22 +105,24 @@ static uint32_t FN(score_gradients)(void *s, void *d, size_t ld, size_t rows, si
     return dominated;
 }
 
-static void FN(column_gradients)(void *s, void *d, size_t ld, size_t rows, size_t n,
-                                 const void *shift, const void *factor, const void *delta)
+static void FN(column_gradients)(const struct fa_gradients *tile)
 {
+    const REAL *shift = tile->shift, *factor = tile->factor, *delta = tile->delta;
+    const size_t ld = tile->ld, rows = tile->rows, cols = tile->cols;
+    REAL *s = tile->scores, *d = tile->gradients;
     const VEC limit = V(set)(EXP2_MIN), lowest = V(set)(-REAL_MAX);
     for (size_t r = 0; r < rows; r++) {
-        for (size_t l = 0; l < n; l += VL) {
-            REAL *at = (REAL *)s + r * ld + l;
+        for (size_t l = 0; l < cols; l += VL) {
+            REAL *at = s + r * ld + l;
             VEC score = V(load)(at);
             /* A column's shift may be NaN; its masked scores still weigh 0. */
-            VEC x = V(sub)(score, V(load)((const REAL *)shift + l));
-            VEC weight = V(mul)(FN(exp2)(x), V(load)((const REAL *)factor + l));
+            VEC x = V(sub)(score, V(load)(shift + l));
+            VEC weight = V(mul)(FN(exp2)(x), V(load)(factor + l));
             VEC p = V(keep_ge)(score, lowest, weight);
             V(store)(at, p);
             if (d != NULL) {
-                REAL *to = (REAL *)d + r * ld + l;
-                VEC difference = V(sub)(V(load)(to), V(load)((const REAL *)delta + l));
+                REAL *to = d + r * ld + l;
+                VEC difference = V(sub)(V(load)(to), V(load)(delta + l));
                 VEC gradient = V(keep_ge)(x, limit, V(mul)(p, difference));
                 V(store)(to, V(keep_ge)(score, lowest, gradient));
             }

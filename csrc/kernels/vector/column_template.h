@@ -1,5 +1,5 @@
-/* Softmax over the queries of a column: the statistics of one key block, lanes along the keys, and the
- * weights from them.  Two passes over the scores replace the online rescaling of rows.  Needs
+/* Softmax over the queries of a column: the statistics of one key block, lanes along the keys, and
+ * the weights from them.  Two passes over the scores replace the online rescaling of rows.  Needs
  * exp2_template.h and pack_template.h. */
 
 static void FN(column_begin)(void *col_max, void *col_sum, size_t n)
@@ -10,7 +10,8 @@ static void FN(column_begin)(void *col_max, void *col_sum, size_t n)
     }
 }
 
-/* A column that no query has joined has max -inf; 0 in its place keeps -inf - max from being NaN. */
+/* The maximum of a column, or 0 where no query has joined it and the maximum is -inf, so that
+ * -inf - max is not NaN. */
 static inline VEC FN(finite_max)(VEC max)
 {
     return V(select_lt)(max, V(set)(-REAL_MAX), V(zero)(), max);
@@ -39,22 +40,23 @@ static void FN(column_update)(const void *s, size_t ld, size_t rows, size_t n, v
     }
 }
 
-static void FN(column_finish)(void *col_max, void *col_sum, size_t n, size_t padded, void *lse,
-                              int64_t lse_stride, enum fa_dtype lse_dtype, bool biased)
+static void FN(column_finish)(void *col_max, void *col_sum, const struct fa_column_result *result)
 {
+    const size_t n = result->cols, padded = result->padded;
     REAL *max = col_max, *sum = col_sum;
     memset(max + n, 0, (padded - n) * sizeof(REAL));
     memset(sum + n, 0, (padded - n) * sizeof(REAL));
     for (size_t l = 0; l < n; l++) {
         double total = (double)sum[l], log_sum = -INFINITY;
         if (total != 0) { /* a query takes part, or a NaN does */
-            log_sum = fa_natural((double)max[l], log2(total), biased, sizeof(REAL));
+            log_sum = fa_natural((double)max[l], log2(total), result->biased, sizeof(REAL));
             sum[l] = (REAL)(1 / total);
         } else {
             max[l] = 0;
         }
-        if (lse != NULL) {
-            FN(write_as)((char *)lse + (int64_t)l * lse_stride, (REAL)log_sum, lse_dtype);
+        if (result->lse != NULL) {
+            FN(write_as)((char *)result->lse + (int64_t)l * result->lse_stride, (REAL)log_sum,
+                         result->lse_dtype);
         }
     }
 }

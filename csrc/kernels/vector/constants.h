@@ -6,8 +6,8 @@
 /* Smallest argument with a non-zero power, in both element types (see exp2_template.h). */
 #define EXP2_MIN (-104)
 
-/* Coefficients of 2^f for |f| <= 2^-(table bits + 1), see exp2_template.h; a vec_<isa>.h says how many
- * bits of the exponent's fraction its table takes. */
+/* Coefficients of 2^f for |f| <= 2^-(table bits + 1), see exp2_template.h; a vec_<isa>.h says how
+ * many bits of the exponent's fraction its table takes. */
 #if EXP2_TABLE_BITS_f32 == 4
 #define EXP2_TERMS_f32 3
 static const float exp2_coef_f32[EXP2_TERMS_f32] = {
@@ -50,8 +50,8 @@ static const double exp2_coef_f64[EXP2_TERMS_f64] = {
 #error "no float64 coefficients for this EXP2_TABLE_BITS_f64"
 #endif
 
-/* Adding it rounds to a multiple of 2^-(table bits), which the low bits of the sum then hold; without a
- * table they hold the exponent bias too. */
+/* Adding it rounds to a multiple of 2^-(table bits), which the low bits of the sum then hold;
+ * without a table they hold the exponent bias too. */
 #define EXP2_ROUND_f32                                                                             \
     (0x1.8p23f / (1 << EXP2_TABLE_BITS_f32) + (EXP2_TABLE_BITS_f32 == 0 ? 127 : 0))
 #define EXP2_ROUND_f64                                                                             \

@@ -1,7 +1,7 @@
 /* Dropout of weights: which are kept depends on their place alone.  Needs philox.h; see names.h.
  *
- * The random word of a key is word key % 4 of philox(key / 4, query, head, batch entry), each modulo 2^32; a
- * weight is dropped where it is below dropout_p * 2^32.
+ * The random word of a key is word key % 4 of philox(key / 4, query, head, batch entry), each
+ * modulo 2^32; a weight is dropped where it is below dropout_p * 2^32.
  */
 
 /* Keys drawn at a time. */

@@ -1,30 +1,35 @@
-/* Both products for a few rows, as in decoding: straight from caller memory, since packing pays only where
- * many rows share it.  The chains of multiply-adds are those of matmul_template.h, added in the same order, so are
- * the bits.  Needs
- * storage_template.h.
+/* Both products for a few rows, as in decoding: straight from caller memory, since packing pays
+ * only where many rows share it.  The chains of multiply-adds are those of matmul_template.h, added
+ * in the same order, so the bits are the same.  Needs storage_template.h.
  *
- * Cost per vector of keys with AVX-512: 1 load, 4 shuffles (2 for 16-bit types, 1 for int8), what takes the
- * elements of a lane apart (1 for bfloat16, 3 for int8 and float16), and a multiply-add per row; per vector
- * of values 1 load, 1 or 2 to widen it, and a multiply-add per row.  With up to 4 rows memory is slower than
- * that.
+ * Cost per vector of keys with AVX-512: 1 load, 4 shuffles (2 for 16-bit types, 1 for int8), what
+ * takes the elements of a lane apart (1 for bfloat16, 3 for int8 and float16), and a multiply-add
+ * per row; per vector of values 1 load, 1 or 2 to widen it, and a multiply-add per row.  With up to
+ * 4 rows memory is slower than that.
  *
- * Memory is asked for in ascending order, key by key, whatever the order of the loads: that is what the
- * hardware's own prefetching continues, and it keeps more requests in flight than instructions can.
+ * Memory is asked for in ascending order, key by key, whatever the order of the loads: that is what
+ * the hardware's own prefetching continues, and it keeps more requests in flight than instructions
+ * can.
  */
 
-/* Scores of `groups` times VL keys for `rows` rows, both constants, at most FEW_ROWS chains together: one
- * chain alone waits for its own latency.  Of the last VL keys `keys` are real; fewer than VL only where
- * groups is 1.  The squares of all groups go through L1, so that the chains can take turns.  Requests for
- * memory are spread over the multiply-adds: a burst of them waits for a place in the queue of misses, and
- * everything behind it too. */
-FA_INLINE void FN(few_scores_tile)(const size_t rows, const size_t groups, size_t cols,
-                                   const REAL *q, const struct fa_rows *from, size_t key,
-                                   size_t keys, REAL *s, size_t ld, enum fa_dtype dtype)
+/* Scores of `groups` times VL keys for `rows` rows, both constants, at most FEW_ROWS chains
+ * together: one chain alone waits for its own latency.  Of the last VL keys `live` are there; fewer
+ * than VL only where groups is 1.  The squares of all groups go through L1, so that the chains can
+ * take turns.  Requests for memory are spread over the multiply-adds: a burst of them waits for a
+ * place in the queue of misses, and everything behind it too. */
+FA_INLINE void FN(few_scores_vectors)(const size_t rows, const size_t groups,
+                                      const struct few_product *x, size_t key, size_t live,
+                                      enum fa_dtype dtype)
 {
+    const struct fa_rows *from = x->block.from;
+    const size_t cols = x->block.cols, ld = x->product.c_row;
+    const REAL *q = x->product.a;
+    REAL *s = (REAL *)x->product.c + key;
     const int64_t size = fa_dtype_size(dtype);
-    const size_t parts = FN(parts)(dtype), step = VL * parts, ahead = FN(keys_ahead)(dtype);
+    const size_t share = FN(lane_elements)(dtype), step = VL * share;
+    const size_t ahead = FN(keys_ahead)(dtype);
     const char *const *row = from->row + key;
-    const bool whole = from->col_stride == size && keys >= VL;
+    const bool whole = from->col_stride == size && live >= VL;
     const bool more = key + groups * VL + ahead <= from->located;
     const size_t far = FN(keys_far)(dtype), row_bytes = cols * (size_t)size;
     struct fa_stretch wanted = {
@@ -59,14 +64,14 @@ FA_INLINE void FN(few_scores_tile)(const size_t rows, const size_t groups, size_
             for (size_t u = 0; u < VL; u++) {
                 fetch_stretch(&wanted, groups * sizeof(VEC));
                 FA_UNROLL
-                for (size_t part = 0; part < parts; part++) {
-                    const REAL *weight = q + c + u * parts + part;
+                for (size_t i = 0; i < share; i++) {
+                    const REAL *factor = q + c + u * share + i;
                     FA_UNROLL
                     for (size_t g = 0; g < groups; g++) {
-                        VEC x = FN(part)(squares[g][u], (int)part, dtype);
+                        VEC k = FN(lane_element)(squares[g][u], (int)i, dtype);
                         FA_UNROLL
                         for (size_t r = 0; r < rows; r++) {
-                            acc[r][g] = V(fma)(V(broadcast)(weight + r * cols), x, acc[r][g]);
+                            acc[r][g] = V(fma)(V(broadcast)(factor + r * cols), k, acc[r][g]);
                         }
                     }
                 }
@@ -75,10 +80,10 @@ FA_INLINE void FN(few_scores_tile)(const size_t rows, const size_t groups, size_
         for (; c < end; c++) {
             FA_UNROLL
             for (size_t g = 0; g < groups; g++) {
-                VEC x = FN(load_column)(row + g * VL, keys, (int64_t)c * from->col_stride, dtype);
+                VEC k = FN(load_column)(row + g * VL, live, (int64_t)c * from->col_stride, dtype);
                 FA_UNROLL
                 for (size_t r = 0; r < rows; r++) {
-                    acc[r][g] = V(fma)(V(broadcast)(q + r * cols + c), x, acc[r][g]);
+                    acc[r][g] = V(fma)(V(broadcast)(q + r * cols + c), k, acc[r][g]);
                 }
             }
         }
@@ -93,89 +98,79 @@ FA_INLINE void FN(few_scores_tile)(const size_t rows, const size_t groups, size_
     } while (end < cols);
 }
 
-FA_INLINE void FN(few_scores_rows)(const size_t rows, size_t cols, size_t keys, size_t columns,
-                                   const REAL *q, const struct fa_rows *from, REAL *s, size_t ld,
+FA_INLINE void FN(few_scores_rows)(const size_t rows, const struct few_product *x,
                                    enum fa_dtype dtype)
 {
-    /* Not more than the types' share of a lane: keys of all groups together are what memory is asked for
-     * ahead, and float32 waits for memory, not for a chain. */
-    const size_t parts = FN(parts)(dtype), most = FEW_ROWS / rows;
-    const size_t groups = parts < most ? parts : most;
+    /* Not more than the types' share of a lane: keys of all groups together are what memory is
+     * asked for ahead, and float32 waits for memory, not for a chain. */
+    const size_t share = FN(lane_elements)(dtype), most = FEW_ROWS / rows;
+    const size_t groups = share < most ? share : most;
+    const size_t columns = x->product.panels * NR;
     size_t key = 0;
-    for (; key + groups * VL <= keys; key += groups * VL) {
-        FN(few_scores_tile)(rows, groups, cols, q, from, key, VL, s + key, ld, dtype);
+    for (; key + groups * VL <= x->block.keys; key += groups * VL) {
+        FN(few_scores_vectors)(rows, groups, x, key, VL, dtype);
     }
     for (; key < columns; key += VL) {
-        const size_t live = key < keys ? keys - key : 0;
-        FN(few_scores_tile)(rows, 1, cols, q, from, key, live, s + key, ld, dtype);
+        FN(few_scores_vectors)(rows, 1, x, key, keys_left(&x->block, key), dtype);
     }
 }
 
-FA_INLINE void FN(few_scores_of)(size_t rows, size_t cols, size_t keys, size_t columns,
-                                 const REAL *q, const struct fa_rows *from, REAL *s, size_t ld,
-                                 enum fa_dtype dtype)
+FA_INLINE void FN(few_scores_of)(struct few_product x, enum fa_dtype dtype)
 {
-    while (rows > 0) {
+    struct fa_product *left = &x.product;
+    while (left->rows > 0) {
         size_t done = 1;
 #if FEW_ROWS >= 8
-        if (rows >= 8) {
+        if (left->rows >= 8) {
             done = 8;
-            FN(few_scores_rows)(8, cols, keys, columns, q, from, s, ld, dtype);
+            FN(few_scores_rows)(8, &x, dtype);
         } else
 #endif
-            if (rows >= 4) {
+            if (left->rows >= 4) {
             done = 4;
-            FN(few_scores_rows)(4, cols, keys, columns, q, from, s, ld, dtype);
-        } else if (rows >= 2) {
+            FN(few_scores_rows)(4, &x, dtype);
+        } else if (left->rows >= 2) {
             done = 2;
-            FN(few_scores_rows)(2, cols, keys, columns, q, from, s, ld, dtype);
+            FN(few_scores_rows)(2, &x, dtype);
         } else {
-            FN(few_scores_rows)(1, cols, keys, columns, q, from, s, ld, dtype);
+            FN(few_scores_rows)(1, &x, dtype);
         }
-        rows -= done;
-        q += done * cols;
-        s += done * ld;
+        left->rows -= done;
+        left->a = (const REAL *)left->a + done * x.block.cols;
+        left->c = (REAL *)left->c + done * left->c_row;
     }
 }
 
 static void FN(few_scores)(const struct fa_product *p, size_t cols, size_t keys,
                            const struct fa_rows *from, float factor)
 {
-    const size_t rows = p->rows, columns = p->panels * NR, ld = p->c_row;
-    const REAL *q = p->a;
-    REAL *s = p->c;
+    const struct few_product x = {.product = *p, .block = {from, keys, cols}};
     FA_ASSERT(factor == 1);
     (void)factor;
     switch (from->dtype) {
-#if WIDENS
-    case FA_F16:
-        FN(few_scores_of)(rows, cols, keys, columns, q, from, s, ld, FA_F16);
+#define CASE(dtype)                                                                                \
+    case dtype:                                                                                    \
+        FN(few_scores_of)(x, dtype);                                                               \
         break;
-    case FA_BF16:
-        FN(few_scores_of)(rows, cols, keys, columns, q, from, s, ld, FA_BF16);
-        break;
-    case FA_I8:
-        FN(few_scores_of)(rows, cols, keys, columns, q, from, s, ld, FA_I8);
-        break;
+        STORAGE_TYPES(CASE)
+#undef CASE
     default:
-        FN(few_scores_of)(rows, cols, keys, columns, q, from, s, ld, FA_F32);
-        break;
-#else
-    default:
-        FN(few_scores_of)(rows, cols, keys, columns, q, from, s, ld, FA_F64);
-        break;
-#endif
+        FA_ASSERT(false);
     }
 }
 
-/* sum[rows][vectors] = weights values for some columns, both constants; at most 2 * FEW_ROWS accumulators.
- * `first` is the first of these columns; `fetch`: ask for whole keys ahead. */
-FA_INLINE void FN(few_values_tile)(const size_t rows, const size_t vectors, size_t keys,
-                                   size_t first, const REAL *weights, size_t ldw,
-                                   const struct fa_rows *from, REAL *sum, size_t ldsum, bool fetch,
-                                   int64_t row_bytes, enum fa_dtype dtype)
+/* sum[rows][vectors] = weights values for the columns from `first` on, rows and vectors constants;
+ * at most 2 * FEW_ROWS accumulators.  The first columns ask for whole keys ahead. */
+FA_INLINE void FN(few_values_vectors)(const size_t rows, const size_t vectors,
+                                      const struct few_product *x, size_t first,
+                                      enum fa_dtype dtype)
 {
-    const int64_t size = fa_dtype_size(dtype);
+    const struct fa_rows *from = x->block.from;
+    const size_t keys = x->block.keys, ldw = x->product.a_stride, ldsum = x->product.c_row;
+    const REAL *weights = x->product.a;
+    REAL *sum = (REAL *)x->product.c + first;
+    const int64_t size = fa_dtype_size(dtype), row_bytes = (int64_t)x->block.cols * size;
+    const bool fetch = first == 0;
     const size_t ahead = FN(keys_ahead)(dtype), far = FN(keys_far)(dtype);
     VEC acc[FEW_ROWS][8];
     FA_UNROLL
@@ -187,7 +182,7 @@ FA_INLINE void FN(few_values_tile)(const size_t rows, const size_t vectors, size
     }
     for (size_t key = 0; key < keys; key++) {
         const char *row = from->row[key] + (int64_t)first * size;
-        VEC x[8];
+        VEC value[8];
         if (fetch && key + ahead < from->located) {
             FN(fetch_key)(from->row[key + ahead], row_bytes, false);
         }
@@ -196,14 +191,14 @@ FA_INLINE void FN(few_values_tile)(const size_t rows, const size_t vectors, size
         }
         FA_UNROLL
         for (size_t j = 0; j < vectors; j++) {
-            x[j] = FN(widen)(row + (int64_t)(j * VL) * size, dtype);
+            value[j] = FN(widen)(row + (int64_t)(j * VL) * size, dtype);
         }
         FA_UNROLL
         for (size_t r = 0; r < rows; r++) {
             VEC weight = V(broadcast)(weights + r * ldw + key);
             FA_UNROLL
             for (size_t j = 0; j < vectors; j++) {
-                acc[r][j] = V(fma)(weight, x[j], acc[r][j]);
+                acc[r][j] = V(fma)(weight, value[j], acc[r][j]);
             }
         }
     }
@@ -216,71 +211,67 @@ FA_INLINE void FN(few_values_tile)(const size_t rows, const size_t vectors, size
     }
 }
 
-/* Columns that do not fill a vector, or do not lie side by side. */
-static void FN(few_values_column)(size_t rows, size_t keys, size_t col, const REAL *weights,
-                                  size_t ldw, const struct fa_rows *from, REAL *sum, size_t ldsum)
+/* The columns from `first` on, which do not fill a vector, or do not lie side by side.  x is a
+ * copy, so that the caller's is known to stay as it is and may live in registers. */
+static void FN(few_values_rest)(size_t rows, struct few_product x, size_t first)
 {
-    for (size_t r = 0; r < rows; r++) {
-        VEC acc = V(zero)();
-        for (size_t key = 0; key < keys; key++) {
-            REAL x = FN(read_as)(from->row[key] + (int64_t)col * from->col_stride, from->dtype);
-            acc = V(fma)(V(set)(weights[r * ldw + key]), V(set)(x), acc);
+    const struct fa_rows *from = x.block.from;
+    const REAL *weights = x.product.a;
+    REAL *sum = x.product.c;
+    for (size_t col = first; col < x.block.cols; col++) {
+        for (size_t r = 0; r < rows; r++) {
+            VEC acc = V(zero)();
+            for (size_t key = 0; key < x.block.keys; key++) {
+                const char *at = from->row[key] + (int64_t)col * from->col_stride;
+                const REAL value = FN(read_as)(at, from->dtype);
+                acc = V(fma)(V(set)(weights[r * x.product.a_stride + key]), V(set)(value), acc);
+            }
+            REAL lanes[VL];
+            V(store)(lanes, acc);
+            sum[r * x.product.c_row + col] = lanes[0];
         }
-        REAL lanes[VL];
-        V(store)(lanes, acc);
-        sum[r * ldsum + col] = lanes[0];
     }
 }
 
-/* One size of tile over as many columns as it fits.  Returns the first column that is left. */
-FA_INLINE size_t FN(few_values_tiles)(const size_t rows, const size_t vectors, size_t keys,
-                                      size_t first, size_t cols, const REAL *weights, size_t ldw,
-                                      const struct fa_rows *from, REAL *sum, size_t ldsum,
-                                      enum fa_dtype dtype)
+/* As many columns as `vectors` vectors at a time fit.  Returns the first column that is left. */
+FA_INLINE size_t FN(few_values_columns)(const size_t rows, const size_t vectors,
+                                        const struct few_product *x, size_t first,
+                                        enum fa_dtype dtype)
 {
-    const int64_t row_bytes = (int64_t)cols * fa_dtype_size(dtype);
-    for (; first + vectors * VL <= cols; first += vectors * VL) {
-        FN(few_values_tile)(rows, vectors, keys, first, weights, ldw, from, sum + first, ldsum,
-                            first == 0, row_bytes, dtype);
+    for (; first + vectors * VL <= x->block.cols; first += vectors * VL) {
+        FN(few_values_vectors)(rows, vectors, x, first, dtype);
     }
     return first;
 }
 
-FA_INLINE void FN(few_values_of)(size_t rows, size_t keys, size_t cols, const REAL *weights,
-                                 size_t ldw, const struct fa_rows *from, REAL *sum, size_t ldsum,
-                                 enum fa_dtype dtype)
+FA_INLINE void FN(few_values_of)(struct few_product x, enum fa_dtype dtype)
 {
-    while (rows > 0) {
-        size_t first = 0, done = rows >= 4 ? 4 : rows >= 2 ? 2 : 1;
-        if (from->col_stride == fa_dtype_size(dtype)) {
+    struct fa_product *left = &x.product;
+    while (left->rows > 0) {
+        size_t first = 0, done = left->rows >= 4 ? 4 : left->rows >= 2 ? 2 : 1;
+        if (x.block.from->col_stride == fa_dtype_size(dtype)) {
             if (done == 4) {
-                first = FN(few_values_tiles)(4, FEW_ROWS / 2, keys, first, cols, weights, ldw, from,
-                                             sum, ldsum, dtype);
-                first = FN(few_values_tiles)(4, 1, keys, first, cols, weights, ldw, from, sum,
-                                             ldsum, dtype);
+                first = FN(few_values_columns)(4, FEW_ROWS / 2, &x, first, dtype);
+                first = FN(few_values_columns)(4, 1, &x, first, dtype);
             } else if (done == 2) {
-                first = FN(few_values_tiles)(2, FEW_ROWS, keys, first, cols, weights, ldw, from,
-                                             sum, ldsum, dtype);
-                first = FN(few_values_tiles)(2, 1, keys, first, cols, weights, ldw, from, sum,
-                                             ldsum, dtype);
+                first = FN(few_values_columns)(2, FEW_ROWS, &x, first, dtype);
+                first = FN(few_values_columns)(2, 1, &x, first, dtype);
             } else {
-                first = FN(few_values_tiles)(1, FEW_ROWS, keys, first, cols, weights, ldw, from,
-                                             sum, ldsum, dtype);
-                first = FN(few_values_tiles)(1, 1, keys, first, cols, weights, ldw, from, sum,
-                                             ldsum, dtype);
+                first = FN(few_values_columns)(1, FEW_ROWS, &x, first, dtype);
+                first = FN(few_values_columns)(1, 1, &x, first, dtype);
             }
         }
-        for (; first < cols; first++) {
-            FN(few_values_column)(done, keys, first, weights, ldw, from, sum, ldsum);
+        if (first < x.block.cols) {
+            FN(few_values_rest)(done, x, first);
         }
-        rows -= done;
-        weights += done * ldw;
-        sum += done * ldsum;
+        left->rows -= done;
+        left->a = (const REAL *)left->a + done * left->a_stride;
+        left->c = (REAL *)left->c + done * left->c_row;
     }
 }
 
-/* acc += each of `chains` sums in order, unless a sum is not finite.  Then some value may be infinite or NaN, which
- * a weight of 0 spreads: false, and nothing is added. */
+/* acc += each of `chains` sums in order, unless a sum is not finite.  Then some value may be
+ * infinite or NaN, which a weight of 0 spreads: false, and nothing is added. */
 static bool FN(add_sums)(size_t chains, size_t rows, size_t cols, const REAL *sum, REAL *acc,
                          size_t ld)
 {
@@ -311,29 +302,18 @@ static bool FN(add_sums)(size_t chains, size_t rows, size_t cols, const REAL *su
     return true;
 }
 
-/* sum[rows][cols] = weights values, for one chain of keys. */
-static void FN(few_values_chain)(size_t rows, size_t keys, size_t cols, const REAL *weights,
-                                 size_t ldw, const struct fa_rows *from, REAL *sum, size_t ldacc)
+/* The weights of one chain of keys times their values. */
+static void FN(few_values_chain)(const struct few_product *x)
 {
-    switch (from->dtype) {
-#if WIDENS
-    case FA_F16:
-        FN(few_values_of)(rows, keys, cols, weights, ldw, from, sum, ldacc, FA_F16);
+    switch (x->block.from->dtype) {
+#define CASE(dtype)                                                                                \
+    case dtype:                                                                                    \
+        FN(few_values_of)(*x, dtype);                                                              \
         break;
-    case FA_BF16:
-        FN(few_values_of)(rows, keys, cols, weights, ldw, from, sum, ldacc, FA_BF16);
-        break;
-    case FA_I8:
-        FN(few_values_of)(rows, keys, cols, weights, ldw, from, sum, ldacc, FA_I8);
-        break;
+        STORAGE_TYPES(CASE)
+#undef CASE
     default:
-        FN(few_values_of)(rows, keys, cols, weights, ldw, from, sum, ldacc, FA_F32);
-        break;
-#else
-    default:
-        FN(few_values_of)(rows, keys, cols, weights, ldw, from, sum, ldacc, FA_F64);
-        break;
-#endif
+        FA_ASSERT(false);
     }
 }
 
@@ -341,8 +321,8 @@ static bool FN(few_values)(const struct fa_product *p, size_t cols, const struct
                            void *scratch)
 {
     const size_t rows = p->rows, keys = p->depth, ldacc = p->c_row;
-    REAL *sum = scratch;
     const size_t padded = (cols + VL - 1) / VL * VL;
+    REAL *sum = scratch;
     struct fa_rows rest = *from;
     size_t chains = 0, end = FA_CHAIN - from->into_chain;
     for (size_t key = 0; key < keys; chains++, sum += rows * ldacc) {
@@ -350,8 +330,10 @@ static bool FN(few_values)(const struct fa_product *p, size_t cols, const struct
         for (size_t r = 0; r < rows; r++) {
             memset(sum + r * ldacc + cols, 0, (padded - cols) * sizeof(REAL));
         }
-        FN(few_values_chain)(rows, end - key, cols, (const REAL *)p->a + key, p->a_stride, &rest,
-                             sum, ldacc);
+        struct few_product chain = {.product = *p, .block = {&rest, end - key, cols}};
+        chain.product.a = (const REAL *)p->a + key;
+        chain.product.c = sum;
+        FN(few_values_chain)(&chain);
         rest.row += end - key;
         rest.located -= end - key;
         key = end;

@@ -2,18 +2,19 @@
  * packed panels.  Needs DT and a vec_<isa>.h; see names.h.
  *
  * Cost of a register tile per step of depth: NR_VECTORS loads + MR broadcasts for NR_VECTORS * MR
- * fused multiply-adds; with 6 x 2 vectors 8 loads per 12, where the ports allow 2 of each per cycle.
- * Each element is a sum of chains of at most FA_CHAIN multiply-adds (engine.h), each in order of depth from 0 and
- * added to c in order, so its bits depend on no tiling.  Rounding errors of a sum whose terms have one sign then grow
- * with the length of a chain plus the number of chains, not with their product.
+ * fused multiply-adds; with 6 x 2 vectors 8 loads per 12, where the ports allow 2 of each per
+ * cycle.  Each element is a sum of chains of at most FA_CHAIN multiply-adds (engine.h), each in
+ * order of depth from 0 and added to c in order, so its bits depend on no tiling.  Rounding errors
+ * of a sum whose terms have one sign then grow with the length of a chain plus the number of
+ * chains, not with their product.
  *
- * Cost of the end of a chain: MR * NR_VECTORS additions to c, which lies in L1, per FA_CHAIN times as many
- * multiply-adds.  The next chain starts in fresh registers and does not wait for them.
+ * Cost of the end of a chain: MR * NR_VECTORS additions to c, which lies in L1, per FA_CHAIN times
+ * as many multiply-adds.  The next chain starts in fresh registers and does not wait for them.
  */
 
-/* c[rows][NR] (+)= a[rows][depth] b[depth][NR], rows a constant up to MR
- * Live: rows * NR_VECTORS accumulators, NR_VECTORS columns, one broadcast.  Not unrolled over depth: one
- * step is 24 instructions with AVX2, which 4 a cycle deliver in the 6 cycles that its 12 multiply-adds
+/* c[rows][NR] (+)= a[rows][depth] b[depth][NR]; rows is a constant up to MR.  Live: rows *
+ * NR_VECTORS accumulators, NR_VECTORS columns, one broadcast.  Not unrolled over depth: one step is
+ * 24 instructions with AVX2, which 4 a cycle deliver in the 6 cycles that its 12 multiply-adds
  * take, and where it is unrolled GCC 12 spills accumulators (5 % of the whole forward pass). */
 FA_INLINE void FN(matmul_tile)(const size_t rows, const bool transposed, const struct fa_product *p,
                                const REAL *restrict a, const REAL *restrict b, REAL *restrict c)
@@ -85,9 +86,9 @@ FA_NOINLINE void FN(matmul_tile_transposed)(const struct fa_product *p, const RE
     FN(matmul_tile)(MR, true, p, a, b, c);
 }
 
-/* What is left of the rows: 4, 2 and 1 at a time, whose accumulators cover less of the latency.  Returns how
- * many. */
-FA_NOINLINE size_t FN(matmul_tile_part)(size_t rows, bool transposed, const struct fa_product *p,
+/* What is left of the rows: 4, 2 and 1 at a time, whose accumulators cover less of the latency.
+ * Returns how many. */
+FA_NOINLINE size_t FN(matmul_tile_rest)(size_t rows, bool transposed, const struct fa_product *p,
                                         const REAL *a, const REAL *b, REAL *c)
 {
     if (rows >= 4) {
@@ -117,7 +118,7 @@ static void FN(matmul)(const struct fa_product *p, struct fa_wanted *wanted)
                 FN(matmul_tile_full)(p, a, b, c + r * p->c_row);
                 r += MR;
             } else {
-                r += FN(matmul_tile_part)(p->rows - r, false, p, a, b, c + r * p->c_row);
+                r += FN(matmul_tile_rest)(p->rows - r, false, p, a, b, c + r * p->c_row);
             }
         }
     }
@@ -135,7 +136,7 @@ static void FN(matmul_transposed)(const struct fa_product *p)
                 FN(matmul_tile_transposed)(p, a, b, c + r * p->c_row);
                 r += MR;
             } else {
-                r += FN(matmul_tile_part)(p->rows - r, true, p, a, b, c + r * p->c_row);
+                r += FN(matmul_tile_rest)(p->rows - r, true, p, a, b, c + r * p->c_row);
             }
         }
     }

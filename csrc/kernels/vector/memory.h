@@ -44,7 +44,8 @@ static inline float read_bf16(const void *p)
     return float_from_bits((uint32_t)bits << 16);
 }
 
-/* Halves hold 5 bits of exponent, biased by 15, and 10 of mantissa; a float's exponent is biased by 127. */
+/* Halves hold 5 bits of exponent, biased by 15, and 10 of mantissa; a float's exponent is biased by
+ * 127. */
 static inline float read_f16(const void *p)
 {
     uint16_t bits;
@@ -83,7 +84,8 @@ static inline void write_f16(void *p, float x)
     if (magnitude > 0x7f800000) {
         y = 0x7e00 | (magnitude >> 13 & 0x3ff);
     } else if (magnitude >= bits_from_float(65520.0f)) {
-        y = 0x7c00; /* what lies half-way to the first power of two that does not fit rounds up to it */
+        /* What lies half-way to the first power of two that does not fit rounds up to it. */
+        y = 0x7c00;
     } else if (magnitude < bits_from_float(0x1p-14f)) {
         /* Subnormal: multiples of 2^-24, the distance of floats between 0.5 and 1. */
         y = bits_from_float(float_from_bits(magnitude) + 0.5f) - bits_from_float(0.5f);
@@ -98,8 +100,8 @@ static inline void write_f32(void *p, float x) { memcpy(p, &x, sizeof x); }
 
 static inline void write_f64(void *p, double x) { memcpy(p, &x, sizeof x); }
 
-/* Lines asked for at a time: a core keeps a few dozen misses in flight, drops further requests, and the
- * products' own loads need some. */
+/* Lines asked for at a time: a core keeps a few dozen misses in flight, drops further requests, and
+ * the products' own loads need some. */
 #define FETCH_LINES 16
 
 static inline void fetch_some(struct fa_wanted *wanted)
@@ -120,13 +122,38 @@ static inline void fetch_some(struct fa_wanted *wanted)
 static inline void fetch_near(const char *p) { __builtin_prefetch(p, 0, 3); }
 static inline void fetch_far(const char *p) { __builtin_prefetch(p, 0, 1); }
 
-/* Rows of caller memory that are wanted soon, and rows that are wanted later, to be asked for line by line. */
+/* The keys of a block, or its values, where their caller has them. */
+struct key_block {
+    const struct fa_rows *from;
+    /* The keys that are there, and the elements of each. */
+    size_t keys, cols;
+};
+
+/* Keys that are there from `key` on. */
+static inline size_t keys_left(const struct key_block *block, size_t key)
+{
+    return key < block->keys ? block->keys - key : 0;
+}
+
+/* Few rows and a block that is not packed: rows of q and its keys, or weights and its values. */
+struct few_product {
+    /* The rows that are not done yet: a and c are those of the first.  b is not read. */
+    struct fa_product product;
+    struct key_block block;
+};
+
+/* Rows of caller memory that are wanted soon, and rows that are wanted later, to be asked for line
+ * by line. */
 struct fa_stretch {
     const char *const *row, *const *far_row;
-    size_t bytes; /* of each row; 0: nothing is wanted soon */
-    size_t far_bytes; /* 0, or the same: of the rows that are wanted later */
-    size_t at; /* of the present row */
-    size_t due; /* bytes that may be asked for by now */
+    /* Of each row.  0: nothing is wanted soon. */
+    size_t bytes;
+    /* 0, or the same: of the rows that are wanted later. */
+    size_t far_bytes;
+    /* The next byte of the present row. */
+    size_t at;
+    /* Bytes that may be asked for by now. */
+    size_t due;
 };
 
 /* Ask for `bytes` more, in whole lines. */

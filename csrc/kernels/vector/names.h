@@ -26,8 +26,8 @@ typedef double real_f64;
 #define SOFTMAX_ROWS FN(SOFTMAX_ROWS)
 #define FEW_ROWS FN(FEW_ROWS)
 
-/* Unroll the next loop fully, early: arrays of vectors indexed by it then live in registers.  GCC 12
- * unrolls such loops by itself only after it has given the arrays stack slots. */
+/* Unroll the next loop fully, early: arrays of vectors indexed by it then live in registers.  GCC
+ * 12 unrolls such loops by itself only after it has given the arrays stack slots. */
 #if defined(__clang__)
 #define FA_UNROLL _Pragma("clang loop unroll(full)")
 #elif defined(__GNUC__)
@@ -62,8 +62,15 @@ _Static_assert(64 + FA_VALUE_EXPONENT_F64 == 1024, "VALUE_PROBE_f64");
 #define WIDENS_f64 0
 #define WIDENS FN(WIDENS)
 
+/* The types of caller memory that are computed in the element type: all of them, but those that
+ * only the second run widens. */
+#define STORAGE_TYPES_f32(CASE) CASE(FA_F16) CASE(FA_BF16) CASE(FA_I8) CASE(FA_F32)
+#define STORAGE_TYPES_f64(CASE) CASE(FA_F64)
+#define STORAGE_TYPES FN(STORAGE_TYPES)
+
 #if defined(__GNUC__)
-/* For a body with an argument that every caller gives as a constant: each call is a version of its own. */
+/* For a body with an argument that every caller gives as a constant: each call is a version of its
+ * own. */
 #define FA_INLINE static inline __attribute__((always_inline))
 /* For a loop whose registers are its own, and that is looked for in the disassembly. */
 #define FA_NOINLINE static __attribute__((noinline))

@@ -1,8 +1,9 @@
-/* The edge between caller memory and workspace: the only code that reads q, k and v and writes out.  Needs
- * storage_template.h.
+/* The edge between caller memory and workspace: the only code that reads q, k and v and writes out.
+ * Needs storage_template.h.
  *
  * Caller memory has byte strides and any alignment, so single elements go through memcpy, and whole
- * vectors are read only where every lane is an element of the array: guard-page tests hold it to that.
+ * vectors are read only where every lane is an element of the array: guard-page tests hold it to
+ * that.
  */
 
 /* Whether the sum of probes of elements is finite, and so every element small enough. */
@@ -46,13 +47,16 @@ static bool FN(load_rows)(void *dst, size_t rows, size_t cols, const struct fa_r
     return FN(is_finite)(probe) && rest - rest == 0;
 }
 
-/* VL keys from `key` on, `keys` of them real, into one column of vectors of a panel.  Whole squares go
- * through registers, the edges element by element.  Returns the sum of probe and their probes. */
-FA_INLINE VEC FN(pack_key_vector)(REAL *panel, size_t cols, const struct fa_rows *from, size_t key,
-                                  size_t keys, enum fa_dtype dtype, VEC probe)
+/* VL keys from `key` on into one column of vectors of a panel, zero for those that are not there.
+ * Whole squares go through registers, the edges element by element.  Returns the sum of probe and
+ * their probes. */
+FA_INLINE VEC FN(pack_key_vector)(REAL *panel, const struct key_block *block, size_t key,
+                                  enum fa_dtype dtype, VEC probe)
 {
+    const struct fa_rows *from = block->from;
+    const size_t cols = block->cols, keys = keys_left(block, key);
     const int64_t size = fa_dtype_size(dtype);
-    const size_t parts = FN(parts)(dtype), step = VL * parts;
+    const size_t share = FN(lane_elements)(dtype), step = VL * share;
     const char *const *row = from->row + key;
     const bool whole = from->col_stride == size && keys >= VL && FN(knows)(dtype);
     const size_t ahead = FN(keys_ahead)(dtype);
@@ -67,9 +71,9 @@ FA_INLINE VEC FN(pack_key_vector)(REAL *panel, size_t cols, const struct fa_rows
         FN(load_square)(square, row, (int64_t)c * size);
         FA_UNROLL
         for (size_t u = 0; u < VL; u++) {
-            for (size_t part = 0; part < parts; part++) {
-                VEC x = FN(part)(square[u], (int)part, dtype);
-                V(store)(panel + (c + u * parts + part) * NR, x);
+            for (size_t i = 0; i < share; i++) {
+                VEC x = FN(lane_element)(square[u], (int)i, dtype);
+                V(store)(panel + (c + u * share + i) * NR, x);
                 found = V(fma)(x, ordinary, found);
             }
         }
@@ -83,15 +87,13 @@ FA_INLINE VEC FN(pack_key_vector)(REAL *panel, size_t cols, const struct fa_rows
     return probe;
 }
 
-FA_INLINE bool FN(pack_keys_of)(REAL *dst, size_t keys, size_t cols, const struct fa_rows *from,
-                                enum fa_dtype dtype)
+FA_INLINE bool FN(pack_keys_of)(REAL *dst, const struct key_block *block, enum fa_dtype dtype)
 {
     VEC probe = V(zero)();
-    for (size_t key = 0; key < keys; key += NR) {
+    for (size_t key = 0; key < block->keys; key += NR) {
         for (size_t first = 0; first < NR; first += VL) {
-            const size_t at = key + first, live = at < keys ? keys - at : 0;
-            probe =
-                FN(pack_key_vector)(dst + key * cols + first, cols, from, at, live, dtype, probe);
+            REAL *to = dst + key * block->cols + first;
+            probe = FN(pack_key_vector)(to, block, key + first, dtype, probe);
         }
     }
     return FN(is_finite)(probe);
@@ -99,27 +101,22 @@ FA_INLINE bool FN(pack_keys_of)(REAL *dst, size_t keys, size_t cols, const struc
 
 static bool FN(pack_keys)(void *dst, size_t keys, size_t cols, const struct fa_rows *from)
 {
+    const struct key_block block = {from, keys, cols};
     switch (from->dtype) {
-#if WIDENS
-    case FA_F16:
-        return FN(pack_keys_of)(dst, keys, cols, from, FA_F16);
-    case FA_BF16:
-        return FN(pack_keys_of)(dst, keys, cols, from, FA_BF16);
-    case FA_I8:
-        return FN(pack_keys_of)(dst, keys, cols, from, FA_I8);
+#define CASE(dtype)                                                                                \
+    case dtype:                                                                                    \
+        return FN(pack_keys_of)(dst, &block, dtype);
+        STORAGE_TYPES(CASE)
+#undef CASE
     default:
-        return FN(pack_keys_of)(dst, keys, cols, from, FA_F32);
-#else
-    case FA_F64:
-        return FN(pack_keys_of)(dst, keys, cols, from, FA_F64);
-    default: /* rows that float32 had no range for: element by element */
-        return FN(pack_keys_of)(dst, keys, cols, from, from->dtype);
-#endif
+        /* Rows that float32 had no range for, element by element; float32 gets no others. */
+        FA_ASSERT(!WIDENS);
+        return !WIDENS && FN(pack_keys_of)(dst, &block, from->dtype);
     }
 }
 
-/* NR columns of one key, the first `cols` of them real.  Returns their probes summed: not finite where a value
- * is too large. */
+/* NR columns of one key, of which the first `cols` are there.  Returns their probes summed: not
+ * finite where a value is too large. */
 static inline VEC FN(pack_value_row)(REAL *dst, size_t cols, const char *src, int64_t col_stride,
                                      enum fa_dtype dtype)
 {
@@ -209,8 +206,9 @@ static inline REAL FN(clamp)(REAL x)
 }
 
 /* Store one row of results, acc * factor + 0 (+ residual).  Adding 0 turns the -0 that an underflow
- * may leave into +0, so that skipping a masked block and multiplying by its zeros agree in every bit.
- * Reads each residual element before it writes the same element of out: they may be one array. */
+ * may leave into +0, so that skipping a masked block and multiplying by its zeros agree in every
+ * bit.  Reads each residual element before it writes the same element of out: they may be one
+ * array. */
 static void FN(store_row)(const REAL *acc, REAL factor, const struct fa_row_result *result)
 {
     const enum fa_dtype dtype = result->dtype;

@@ -1,13 +1,14 @@
-/* Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): four random words from a
- * counter and a seed, without a state, so that a number is the same whoever draws it.  Needs a vec_<isa>.h.
+/* Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): four random
+ * words from a counter and a seed, without a state, so that a number is the same whoever draws it.
+ * Needs a vec_<isa>.h.
  */
 #ifndef FA_PHILOX_H
 #define FA_PHILOX_H
 
 #include <stdint.h>
 
-/* Counters drawn at a time: two vectors, or as many as fill 16.  The rounds of one are a chain of 10 times 9
- * cycles; two chains share the multipliers. */
+/* Counters drawn at a time: two vectors, or as many as fill 16.  The rounds of one are a chain of
+ * 10 times 9 cycles; two chains share the multipliers. */
 #define PHILOX_COUNTERS (VL_u32 > 8 ? 2 * VL_u32 : 16)
 
 static inline void philox_round(vec_u32 x[4], uint32_t k0, uint32_t k1)
@@ -21,8 +22,8 @@ static inline void philox_round(vec_u32 x[4], uint32_t k0, uint32_t k1)
     x[3] = even_low;
 }
 
-/* words[i][lane] = word i for the counter (first + lane, c1, c2, c3).  Cost for a vector of counters: 10 rounds
- * of 4 multiplications, 6 shifts, 4 blends and 4 xors, for 4 vectors of words. */
+/* words[i][lane] = word i for the counter (first + lane, c1, c2, c3).  A vector of counters costs
+ * 10 rounds of 4 multiplications, 6 shifts, 4 blends and 4 xors, for 4 vectors of words. */
 static inline void philox(uint32_t words[4][PHILOX_COUNTERS], uint32_t first, uint32_t c1,
                           uint32_t c2, uint32_t c3, uint64_t seed)
 {

@@ -2,9 +2,9 @@
  * see names.h.
  *
  * x = x * factor + x, because no compiler may shorten that chain without -ffast-math and no
- * instruction set needs a move for it (NEON overwrites the addend, x86 any operand); different starting
- * values, because equal chains would become one.  Twelve chains or more: 2 pipes x 5 cycles of latency,
- * or, where multiplying and adding are two instructions, 2 pipes x 6.
+ * instruction set needs a move for it (NEON overwrites the addend, x86 any operand); different
+ * starting values, because equal chains would become one.  Twelve chains or more: 2 pipes x 5
+ * cycles of latency, or, where multiplying and adding are two instructions, 2 pipes x 6.
  */
 static double FN(probe_fma)(int64_t rounds, double factor)
 {

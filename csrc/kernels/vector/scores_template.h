@@ -1,7 +1,8 @@
-/* Edits of a score tile between Q K^T and the softmax: softcap, bias, ALiBi, masks.  Scores are base-2
- * logarithms.  Needs tanh_template.h and pack_template.h. */
+/* Edits of a score tile between Q K^T and the softmax: softcap, bias, ALiBi, masks.  Scores are
+ * base-2 logarithms.  Needs tanh_template.h and pack_template.h. */
 
-/* A cap is rounded once for all scores: what that leaves of it is added, which costs a multiplication. */
+/* A cap is rounded once for all scores: what that leaves of it is added, which costs a
+ * multiplication. */
 static void FN(softcap)(void *s, size_t ld, size_t rows, size_t n, double cap2)
 {
     const REAL cap = (REAL)cap2, rest = cap <= REAL_MAX ? (REAL)(cap2 - (double)cap) : 0;
@@ -14,10 +15,11 @@ static void FN(softcap)(void *s, size_t ld, size_t rows, size_t n, double cap2)
     }
 }
 
-/* s + bias * log2(e), where a finite bias stays finite, and in its place among others: the lowest number of a type is
- * a common "masked" value, and a row of nothing else is a uniform average, not a row without keys.  Beyond BIAS_LIMIT
- * a bias therefore grows by its own difference only, which says as well that nothing beside it weighs anything.  A bias of
- * -inf takes its key out, whatever the score is, NaN included.  Most vectors hold nothing of that size. */
+/* s + bias * log2(e), where a finite bias stays finite, and in its place among others: the lowest
+ * number of a type is a common "masked" value, and a row of nothing else is a uniform average, not
+ * a row without keys.  Beyond BIAS_LIMIT a bias therefore grows by its own difference only, which
+ * says as well that nothing beside it weighs anything.  A bias of -inf takes its key out, whatever
+ * the score is, NaN included.  Most vectors hold nothing of that size. */
 static inline VEC FN(with_bias)(VEC s, VEC bias)
 {
     const VEC max = V(set)(REAL_MAX), min = V(set)(-REAL_MAX), limit = V(set)(BIAS_LIMIT);
@@ -36,8 +38,8 @@ static inline VEC FN(with_bias)(VEC s, VEC bias)
     return V(select_lt)(bias, min, bias, kept);
 }
 
-/* Integers have their keys' scales outside the chains of both products: a multiplication per score and weight,
- * not per element. */
+/* Integers have their keys' scales outside the chains of both products: a multiplication per score
+ * and weight, not per element. */
 static void FN(scale_scores)(void *s, size_t ld, size_t rows, size_t n, const float *scale)
 {
     for (size_t r = 0; r < rows; r++) {

@@ -1,6 +1,6 @@
-/* The table of a kernel set, once all that it holds is defined.  A kernel file defines KERNEL_SET, its
- * name, and OWN_ENGINES, those that it has besides the engines of vectors: nothing, or a list, best
- * first, with a comma behind the last. */
+/* The table of a kernel set, once all that it holds is defined.  A kernel file defines KERNEL_SET,
+ * its name, and OWN_ENGINES, those that it has besides the engines of vectors: nothing, or a list,
+ * best first, with a comma behind the last. */
 #include "kernels/kernel_sets.h"
 
 #define VECTOR_ENGINES &engine_f32, &engine_f64

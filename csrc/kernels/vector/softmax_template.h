@@ -1,19 +1,19 @@
 /* Online softmax over the keys of a row (Milakov & Gimelshein, arXiv:1805.02867), rescaled lazily
  * (FlashAttention-4): row_max may lag behind the true maximum by RESCALE_THRESHOLD, which costs no
  * accuracy in floating point and saves the pass over acc in all but the first blocks.  The decision
- * looks at one row only, so a row's bits do not depend on its neighbours.  Needs exp2_template.h and
- * pack_template.h.
+ * looks at one row only, so a row's bits do not depend on its neighbours.  Needs exp2_template.h
+ * and pack_template.h.
  *
- * Cost per vector of scores: 1 load + 1 max, then 1 load, 1 sub, exp2 (10 to 13), 1 add, 1 store.  One
- * exponential takes some 40 cycles from end to end, and a core's schedulers hold too few of them to hide that:
- * SOFTMAX_ROWS rows go side by side, a vector of each in turn.
+ * Cost per vector of scores: 1 load + 1 max, then 1 load, 1 sub, exp2 (10 to 13), 1 add, 1 store.
+ * One exponential takes some 40 cycles from end to end, and a core's schedulers hold too few of
+ * them to hide that: SOFTMAX_ROWS rows go side by side, a vector of each in turn.
  */
 
 /* Base-2: weights stay below 2^8 times the largest weight under the true maximum. */
 #define RESCALE_THRESHOLD 8
 
-/* row_max starts at the lowest finite number, not at -inf: a score of -inf less row_max is then never NaN,
- * and the first score that is more than that raises it. */
+/* row_max starts at the lowest finite number, not at -inf: a score of -inf less row_max is then
+ * never NaN, and the first score that is more than that raises it. */
 static void FN(softmax_begin)(size_t rows, const struct fa_state *state, size_t ldacc)
 {
     for (size_t r = 0; r < rows; r++) {
@@ -59,11 +59,15 @@ static void FN(raise_row_max)(VEC block_max, REAL *row_max, REAL *row_sum, REAL 
 /* What is to be done meanwhile, a little for every vector of some rows: nothing. */
 static inline void FN(idle)(void *work) { (void)work; }
 
-/* `rows` rows, a constant up to SOFTMAX_ROWS; see softmax_update in tile_ops.h.  `meanwhile` is a constant, too. */
-FA_INLINE void FN(softmax_update_rows)(const size_t rows, REAL *s, size_t ld, size_t n,
-                                       REAL *row_max, REAL *row_sum, REAL *acc, size_t ldacc,
-                                       void (*meanwhile)(void *), void *work)
+/* Rows from `first` on, as softmax_update in tile_ops.h has it.  `rows`, up to SOFTMAX_ROWS, and
+ * `meanwhile` are constants. */
+FA_INLINE void FN(softmax_rows)(const size_t rows, const struct fa_softmax *x, size_t first,
+                                void (*meanwhile)(void *), void *work)
 {
+    const size_t ld = x->ld, n = x->cols, ldacc = x->ldacc;
+    REAL *s = (REAL *)x->scores + first * ld, *row_max = (REAL *)x->state->row_max + first;
+    REAL *row_sum = (REAL *)x->state->row_sum + first * VL;
+    REAL *acc = (REAL *)x->state->acc + first * ldacc;
     VEC block_max[SOFTMAX_ROWS], shift[SOFTMAX_ROWS], sum[SOFTMAX_ROWS];
     int outgrown = 0;
     FA_UNROLL
@@ -106,28 +110,33 @@ FA_INLINE void FN(softmax_update_rows)(const size_t rows, REAL *s, size_t ld, si
     }
 }
 
-static void FN(softmax_update)(void *s, size_t ld, size_t rows, size_t n,
-                               const struct fa_state *state, size_t ldacc)
+FA_INLINE void FN(softmax_all_rows)(const struct fa_softmax *x, void (*meanwhile)(void *),
+                                    void *work)
 {
-    REAL *row_max = state->row_max, *row_sum = state->row_sum, *acc = state->acc;
     size_t r = 0;
-    for (; r + SOFTMAX_ROWS <= rows; r += SOFTMAX_ROWS) {
-        FN(softmax_update_rows)(SOFTMAX_ROWS, (REAL *)s + r * ld, ld, n, row_max + r,
-                                row_sum + r * VL, acc + r * ldacc, ldacc, FN(idle), NULL);
+    for (; r + SOFTMAX_ROWS <= x->rows; r += SOFTMAX_ROWS) {
+        FN(softmax_rows)(SOFTMAX_ROWS, x, r, meanwhile, work);
     }
-    for (; r < rows; r++) {
-        FN(softmax_update_rows)(1, (REAL *)s + r * ld, ld, n, row_max + r, row_sum + r * VL,
-                                acc + r * ldacc, ldacc, FN(idle), NULL);
+    for (; r < x->rows; r++) {
+        FN(softmax_rows)(1, x, r, meanwhile, work);
     }
 }
 
-/* total = total * keep + part * join, n elements: what rounding leaves of each sum goes into rest, and joins the
- * next.  An infinite sum leaves NaN, which is dropped. */
-static void FN(fold_sums)(size_t n, VEC keep, VEC join, const REAL *part, REAL *total, REAL *rest)
+static void FN(softmax_update)(void *s, size_t ld, size_t rows, size_t n,
+                               const struct fa_state *state, size_t ldacc)
+{
+    const struct fa_softmax x = {
+        .scores = s, .ld = ld, .rows = rows, .cols = n, .state = state, .ldacc = ldacc};
+    FN(softmax_all_rows)(&x, FN(idle), NULL);
+}
+
+/* total = total * keep + split * join, n elements: what rounding leaves of each sum goes into rest,
+ * and joins the next.  An infinite sum leaves NaN, which is dropped. */
+static void FN(fold_sums)(size_t n, VEC keep, VEC join, const REAL *split, REAL *total, REAL *rest)
 {
     for (size_t i = 0; i < n; i += VL) {
         const VEC a = V(mul)(V(load)(total + i), keep);
-        const VEC b = V(add)(V(mul)(V(load)(part + i), join), V(mul)(V(load)(rest + i), keep));
+        const VEC b = V(add)(V(mul)(V(load)(split + i), join), V(mul)(V(load)(rest + i), keep));
         const VEC sum = V(add)(a, b), added = V(sub)(sum, a);
         const VEC left = V(add)(V(sub)(a, V(sub)(sum, added)), V(sub)(b, added));
         V(store)(total + i, sum);
@@ -135,22 +144,22 @@ static void FN(fold_sums)(size_t n, VEC keep, VEC join, const REAL *part, REAL *
     }
 }
 
-/* A stretch without keys changes no bit of the other: its factor is 0, or its sums are.  A thousand stretches of
- * like terms would be rounded in one direction: the sums are compensated, which costs a stretch 6 operations more
- * per vector of acc. */
+/* A split without keys changes no bit of the other: its factor is 0, or its sums are.  A thousand
+ * splits of like terms would be rounded in one direction.  So the sums are compensated, which costs
+ * a split 6 operations more per vector of acc. */
 static void FN(softmax_fold)(size_t rows, const struct fa_state *total, const struct fa_state *rest,
-                             const struct fa_state *part, size_t ldacc)
+                             const struct fa_state *split, size_t ldacc)
 {
     for (size_t r = 0; r < rows; r++) {
         REAL *total_max = (REAL *)total->row_max + r;
-        const REAL part_max = ((const REAL *)part->row_max)[r];
-        const REAL max = *total_max > part_max ? *total_max : part_max;
+        const REAL split_max = ((const REAL *)split->row_max)[r];
+        const REAL max = *total_max > split_max ? *total_max : split_max;
         const VEC keep = FN(exp2)(V(set)(*total_max - max)),
-                  join = FN(exp2)(V(set)(part_max - max));
+                  join = FN(exp2)(V(set)(split_max - max));
         *total_max = max;
-        FN(fold_sums)(VL, keep, join, (const REAL *)part->row_sum + r * VL,
+        FN(fold_sums)(VL, keep, join, (const REAL *)split->row_sum + r * VL,
                       (REAL *)total->row_sum + r * VL, (REAL *)rest->row_sum + r * VL);
-        FN(fold_sums)(ldacc, keep, join, (const REAL *)part->acc + r * ldacc,
+        FN(fold_sums)(ldacc, keep, join, (const REAL *)split->acc + r * ldacc,
                       (REAL *)total->acc + r * ldacc, (REAL *)rest->acc + r * ldacc);
     }
 }

@@ -1,8 +1,8 @@
-/* Elements of caller memory in any fa_dtype that is computed in DT: widened when read, rounded once when
- * written.  Needs DT and a vec_<isa>.h; see names.h.
+/* Elements of caller memory in any fa_dtype that is computed in DT: widened when read, rounded once
+ * when written.  Needs DT and a vec_<isa>.h; see names.h.
  *
- * The type is asked for per vector: a branch that always goes the same way, against a version of every
- * loop for every type.
+ * The type is asked for per vector: a branch that always goes the same way, against a version of
+ * every loop for every type.
  */
 
 /* VL elements that lie side by side. */
@@ -63,8 +63,8 @@ static inline REAL FN(read_as)(const char *p, enum fa_dtype dtype)
     }
 }
 
-/* To float32 with an odd last bit where that is not exact: a second rounding, to 16 bits, is then as if there had
- * been no first. */
+/* To float32 with an odd last bit where that is not exact: a second rounding, to 16 bits, is then
+ * as if there had been no first. */
 static inline float FN(to_odd)(REAL x)
 {
     const float near = (float)x;
@@ -101,43 +101,44 @@ static inline bool FN(knows)(enum fa_dtype dtype)
 }
 
 /* Elements of a type that share a lane. */
-FA_INLINE size_t FN(parts)(enum fa_dtype dtype)
+FA_INLINE size_t FN(lane_elements)(enum fa_dtype dtype)
 {
     return sizeof(REAL) / (size_t)fa_dtype_size(dtype);
 }
 
-/* Memory is asked for this many keys ahead of its use: 8 KiB at head_dim 128, as much as memory delivers to a
- * core in the time that it takes to answer. */
-FA_INLINE size_t FN(keys_ahead)(enum fa_dtype dtype) { return 16 * FN(parts)(dtype); }
+/* Memory is asked for this many keys ahead of its use: 8 KiB at head_dim 128, as much as memory
+ * delivers to a core in the time that it takes to answer. */
+FA_INLINE size_t FN(keys_ahead)(enum fa_dtype dtype) { return 16 * FN(lane_elements)(dtype); }
 
-/* Where all that is waited for is memory, it is also asked for this many keys ahead, into L2: a core has three
- * times as many misses of L2 in flight as of L1.  32 KiB at head_dim 128. */
+/* Where all that is waited for is memory, it is also asked for this many keys ahead, into L2: a
+ * core has three times as many misses of L2 in flight as of L1.  32 KiB at head_dim 128. */
 FA_INLINE size_t FN(keys_far)(enum fa_dtype dtype)
 {
     _Static_assert(64 + VL <= FA_KEYS_AHEAD, "where a vector of keys so far ahead lies is known");
-    return 64 * FN(parts)(dtype);
+    return 64 * FN(lane_elements)(dtype);
 }
 
-/* Element `part` of every lane. */
-FA_INLINE VEC FN(part)(VEC x, int part, enum fa_dtype dtype)
+/* Element `i` of every lane. */
+FA_INLINE VEC FN(lane_element)(VEC x, int i, enum fa_dtype dtype)
 {
     switch (dtype) {
 #if WIDENS
     case FA_F16:
-        return v_part_f16(x, part);
+        return v_element_f16(x, i);
     case FA_BF16:
-        return v_part_bf16(x, part);
+        return v_element_bf16(x, i);
     case FA_I8:
-        return v_part_i8(x, part);
+        return v_element_i8(x, i);
 #endif
     default:
-        (void)part;
+        (void)i;
         return x;
     }
 }
 
-/* VL keys by VL lanes of their elements from byte `at` on, transposed: lane i of square[u] is lane u of key
- * i, and FN(part) takes its elements apart.  So narrow types cost a shuffle per lane, not per element. */
+/* VL keys by VL lanes of their elements from byte `at` on, transposed: lane i of square[u] is lane
+ * u of key i, and FN(lane_element) takes its elements apart.  So narrow types cost a shuffle per
+ * lane, not per element. */
 FA_INLINE void FN(load_square)(VEC square[VL], const char *const *row, int64_t at)
 {
     FA_UNROLL

@@ -1,11 +1,12 @@
 /* tanh on vectors, for softcap.  Needs exp2_template.h.
  *
- * Up to 1: x + x^3 P(x^2), because 1 - 2 / (e^2x + 1) cancels there and softcap needs a small *relative*
- * error (it multiplies by the cap).  Above: that formula, with |x| cut at 20, where tanh is 1 in both
- * types; what it subtracts is at most 0.24, and errs by that much of the power's error.  P interpolates
- * (tanh(x) / x - 1) / x^2 at Chebyshev nodes of x^2 in [0, 1]: relative error 1.7e-9 (float32), 4.4e-18
- * (float64).  Error: at most 1.5 ulp, for every float32 and a dense sample of float64 (tests/test_exp2.py).
- * Most scores are below their cap: the exponential and the division are left out where no lane needs them.
+ * Up to 1: x + x^3 P(x^2), because 1 - 2 / (e^2x + 1) cancels there and softcap needs a small
+ * *relative* error (it multiplies by the cap).  Above: that formula, with |x| cut at 20, where tanh
+ * is 1 in both types; what it subtracts is at most 0.24, and errs by that much of the power's
+ * error.  P interpolates (tanh(x) / x - 1) / x^2 at Chebyshev nodes of x^2 in [0, 1]: relative
+ * error 1.7e-9 (float32), 4.4e-18 (float64).  Error: at most 1.5 ulp, for every float32 and a dense
+ * sample of float64 (tests/test_exp2.py).  Most scores are below their cap: the exponential and the
+ * division are left out where no lane needs them.
  */
 static inline VEC FN(tanh)(VEC x)
 {

@@ -1,4 +1,5 @@
-/* The templates for both types that computations are in; a kernel file includes its vec_<isa>.h before. */
+/* The templates for both types that computations are in; a kernel file includes its vec_<isa>.h
+ * before. */
 #define DT f32
 #include "ops_template.h"
 #undef DT

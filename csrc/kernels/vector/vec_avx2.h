@@ -1,7 +1,8 @@
 /* Vectors of the avx2 level (x86-64-v3: AVX2, FMA, F16C, BMI): the only AVX2 intrinsics.
  *
- * v_<op>_<type>.  Loads and stores take any alignment.  v_max returns its second operand when either
- * is NaN, as vmaxps does.  v_keep_ge(x, limit, y) is y where !(x < limit), NaN included, else +0.
+ * v_<op>_<type>.  Loads and stores take any alignment.  v_max returns its second operand when
+ * either is NaN, as vmaxps does.  v_keep_ge(x, limit, y) is y where !(x < limit), NaN included,
+ * else +0.
  */
 #ifndef FA_VEC_AVX2_H
 #define FA_VEC_AVX2_H
@@ -22,15 +23,16 @@ typedef __m256d vec_f64;
 #define MR_f64 6
 #define NR_VECTORS_f32 2
 #define NR_VECTORS_f64 2
-/* exp2 looks up this many bits: the entries of one register.  No instruction permutes 4 doubles by lane
- * indices. */
+/* exp2 looks up this many bits: the entries of one register.  No instruction permutes 4 doubles by
+ * lane indices. */
 #define EXP2_TABLE_BITS_f32 3
 #define EXP2_TABLE_BITS_f64 0
-/* Rows that softmax_update works on side by side: 2 x 5 registers and the constants that stay fill 16. */
+/* Rows that softmax_update works on side by side: 2 x 5 registers and the constants that stay fill
+ * 16. */
 #define SOFTMAX_ROWS_f32 2
 #define SOFTMAX_ROWS_f64 2
-/* Rows whose products are computed straight from caller memory: with a square of keys, 4 + 8 registers and
- * some for transposing it. */
+/* Rows whose products are computed straight from caller memory: with a square of keys, 4 + 8
+ * registers and some for transposing it. */
 #define FEW_ROWS_f32 4
 #define FEW_ROWS_f64 4
 
@@ -60,7 +62,7 @@ static inline vec_f32 v_widen_i8(const void *p)
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
 }
 /* Element `sub` of each 32-bit lane that holds several of a narrower type. */
-static inline vec_f32 v_part_f16(vec_f32 x, int sub)
+static inline vec_f32 v_element_f16(vec_f32 x, int sub)
 {
     __m256i lane = _mm256_castps_si256(x);
     __m256i half =
@@ -68,13 +70,13 @@ static inline vec_f32 v_part_f16(vec_f32 x, int sub)
     half = _mm256_permute4x64_epi64(_mm256_packus_epi32(half, half), 0x08);
     return _mm256_cvtph_ps(_mm256_castsi256_si128(half));
 }
-static inline vec_f32 v_part_bf16(vec_f32 x, int sub)
+static inline vec_f32 v_element_bf16(vec_f32 x, int sub)
 {
     __m256i lane = _mm256_castps_si256(x);
     return _mm256_castsi256_ps(sub == 0 ? _mm256_slli_epi32(lane, 16)
                                         : _mm256_and_si256(lane, _mm256_set1_epi32(-65536)));
 }
-static inline vec_f32 v_part_i8(vec_f32 x, int sub)
+static inline vec_f32 v_element_i8(vec_f32 x, int sub)
 {
     __m256i top = _mm256_sllv_epi32(_mm256_castps_si256(x), _mm256_set1_epi32(24 - 8 * sub));
     return _mm256_cvtepi32_ps(_mm256_srai_epi32(top, 24));
@@ -172,14 +174,14 @@ static inline vec_f64 v_exp2_rest_f64(vec_f64 x, vec_f64 t, vec_f64 round)
     return v_sub_f64(x, v_sub_f64(t, round));
 }
 
-/* 2^(i / 8) as bit patterns, less i << (23 - 3): what exp2_scale adds holds i in those places and n in the
- * exponent. */
+/* 2^(i / 8) as bit patterns, less i << (23 - 3): what exp2_scale adds holds i in those places and n
+ * in the exponent. */
 static const uint32_t exp2_table_f32[8] = {
     0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7, 0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7,
 };
 
-/* 2^m for the integer m, in units of 2^-EXP2_TABLE_BITS, that the low bits of t hold (see EXP2_ROUND).
- * The permutation looks at the index bits of each lane only. */
+/* 2^m for the integer m, in units of 2^-EXP2_TABLE_BITS, that the low bits of t hold (see
+ * EXP2_ROUND).  The permutation looks at the index bits of each lane only. */
 static inline vec_f32 v_exp2_scale_f32(vec_f32 t)
 {
     __m256i m = _mm256_castps_si256(t);
@@ -241,7 +243,7 @@ static inline void v_transpose_f64(vec_f64 r[VL_f64])
     r[3] = _mm256_permute2f128_pd(a1, a3, 0x31);
 }
 
-/* 32-bit words, for random numbers.  mul_u32: the lower halves of the products, and the upper ones. */
+/* 32-bit words, for random numbers.  mul_u32: the lower and the upper halves of the products. */
 typedef __m256i vec_u32;
 #define VL_u32 8
 

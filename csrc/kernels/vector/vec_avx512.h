@@ -25,12 +25,13 @@ typedef __m512d vec_f64;
 /* exp2 looks up this many bits: the entries of one register. */
 #define EXP2_TABLE_BITS_f32 4
 #define EXP2_TABLE_BITS_f64 3
-/* Rows that softmax_update works on side by side: chains enough to fill the time that one exponential takes
- * from its first operation to its last.  4 x 5 registers and the constants are 29 of 32. */
+/* Rows that softmax_update works on side by side: chains enough to fill the time that one
+ * exponential takes from its first operation to its last.  4 x 5 registers and the constants are 29
+ * of 32. */
 #define SOFTMAX_ROWS_f32 4
 #define SOFTMAX_ROWS_f64 4
-/* Rows whose products are computed straight from caller memory: with a square of keys, 8 + 16 registers
- * and some for transposing it. */
+/* Rows whose products are computed straight from caller memory: with a square of keys, 8 + 16
+ * registers and some for transposing it. */
 #define FEW_ROWS_f32 8
 #define FEW_ROWS_f64 8
 
@@ -60,18 +61,18 @@ static inline vec_f32 v_widen_i8(const void *p)
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
 }
 /* Element `sub` of each 32-bit lane that holds several of a narrower type. */
-static inline vec_f32 v_part_f16(vec_f32 x, int sub)
+static inline vec_f32 v_element_f16(vec_f32 x, int sub)
 {
     __m512i lane = _mm512_castps_si512(x);
     return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(sub == 0 ? lane : _mm512_srli_epi32(lane, 16)));
 }
-static inline vec_f32 v_part_bf16(vec_f32 x, int sub)
+static inline vec_f32 v_element_bf16(vec_f32 x, int sub)
 {
     __m512i lane = _mm512_castps_si512(x);
     return _mm512_castsi512_ps(sub == 0 ? _mm512_slli_epi32(lane, 16)
                                         : _mm512_and_si512(lane, _mm512_set1_epi32(-65536)));
 }
-static inline vec_f32 v_part_i8(vec_f32 x, int sub)
+static inline vec_f32 v_element_i8(vec_f32 x, int sub)
 {
     __m512i top = _mm512_sllv_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(24 - 8 * sub));
     return _mm512_cvtepi32_ps(_mm512_srai_epi32(top, 24));
@@ -157,7 +158,8 @@ static inline int v_any_gt_f64(vec_f64 x, vec_f64 limit)
     return _mm512_cmp_pd_mask(x, limit, _CMP_GT_OQ);
 }
 
-/* What rounding x to a multiple of 2^-EXP2_TABLE_BITS leaves, ties to even: exact, and 0 for an infinity. */
+/* What rounding x to a multiple of 2^-EXP2_TABLE_BITS leaves, ties to even: exact, and 0 for an
+ * infinity. */
 static inline vec_f32 v_exp2_rest_f32(vec_f32 x, vec_f32 t, vec_f32 round)
 {
     (void)t;
@@ -171,8 +173,8 @@ static inline vec_f64 v_exp2_rest_f64(vec_f64 x, vec_f64 t, vec_f64 round)
     return _mm512_reduce_pd(x, EXP2_TABLE_BITS_f64 << 4 | _MM_FROUND_NO_EXC);
 }
 
-/* 2^(i / 16) and 2^(i / 8) as bit patterns, less i << (mantissa bits - table bits): what exp2_scale adds
- * holds i in those places and n in the exponent. */
+/* 2^(i / 16) and 2^(i / 8) as bit patterns, less i << (mantissa bits - table bits): what exp2_scale
+ * adds holds i in those places and n in the exponent. */
 static const uint32_t exp2_table_f32[16] = {
     0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532, 0x3f75fed7, 0x3f75583f,
     0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c, 0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d,
@@ -182,8 +184,8 @@ static const uint64_t exp2_table_f64[8] = {
     0x3feea09e667f3bcd, 0x3feeace5422aa0db, 0x3feee89f995ad3ad, 0x3fef5818dcfba487,
 };
 
-/* 2^m for the integer m, in units of 2^-EXP2_TABLE_BITS, that the low bits of t hold (see EXP2_ROUND).
- * A permutation looks at the index bits of each lane only. */
+/* 2^m for the integer m, in units of 2^-EXP2_TABLE_BITS, that the low bits of t hold (see
+ * EXP2_ROUND).  A permutation looks at the index bits of each lane only. */
 static inline vec_f32 v_exp2_scale_f32(vec_f32 t)
 {
     __m512i m = _mm512_castps_si512(t);
@@ -268,7 +270,7 @@ FA_INLINE void v_transpose_f64(vec_f64 r[VL_f64])
     }
 }
 
-/* 32-bit words, for random numbers.  mul_u32: the lower halves of the products, and the upper ones. */
+/* 32-bit words, for random numbers.  mul_u32: the lower and the upper halves of the products. */
 typedef __m512i vec_u32;
 #define VL_u32 16
 

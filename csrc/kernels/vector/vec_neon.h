@@ -1,8 +1,8 @@
 /* Vectors of aarch64 Advanced SIMD, which is part of that architecture's baseline: the only NEON
  * intrinsics.
  *
- * Same operations and the same meaning as vec_avx2.h.  fmax propagates NaN from either side, so v_max
- * is a comparison and a select.
+ * Same operations and the same meaning as vec_avx2.h.  fmax propagates NaN from either side, so
+ * v_max is a comparison and a select.
  */
 #ifndef FA_VEC_NEON_H
 #define FA_VEC_NEON_H
@@ -18,8 +18,8 @@ typedef float64x2_t vec_f64;
 #define VL_f32 4
 #define VL_f64 2
 /* 6 x 4 vectors: 24 accumulators + 4 columns + 1 broadcast of 32 registers.  24 independent chains
- * cover 4 FMA pipes x 4 cycles of latency; 4 columns, because two of them come with one ldp: 8 loads
- * for 24 multiply-adds. */
+ * cover 4 FMA pipes x 4 cycles of latency; 4 columns, because two of them come with one ldp: 8
+ * loads for 24 multiply-adds. */
 #define MR_f32 6
 #define MR_f64 6
 #define NR_VECTORS_f32 4
@@ -30,7 +30,8 @@ typedef float64x2_t vec_f64;
 /* Rows that softmax_update works on side by side: 3 x 5 registers and the constants fit 32. */
 #define SOFTMAX_ROWS_f32 3
 #define SOFTMAX_ROWS_f64 3
-/* Rows whose products are computed straight from caller memory: with a square of keys, 8 + 4 registers. */
+/* Rows whose products are computed straight from caller memory: with a square of keys, 8 + 4
+ * registers. */
 #define FEW_ROWS_f32 8
 #define FEW_ROWS_f64 8
 
@@ -38,8 +39,8 @@ static inline vec_f32 v_zero_f32(void) { return vdupq_n_f32(0); }
 static inline vec_f64 v_zero_f64(void) { return vdupq_n_f64(0); }
 static inline vec_f32 v_set_f32(float x) { return vdupq_n_f32(x); }
 static inline vec_f64 v_set_f64(double x) { return vdupq_n_f64(x); }
-/* Written as a duplicated scalar, which compilers fold into by-element multiply-adds: where vld1q_dup's
- * ld1r stays, it takes a slot of the FMA pipes on many cores. */
+/* Written as a duplicated scalar, which compilers fold into by-element multiply-adds: where
+ * vld1q_dup's ld1r stays, it takes a slot of the FMA pipes on many cores. */
 static inline vec_f32 v_broadcast_f32(const float *p) { return vdupq_n_f32(*p); }
 static inline vec_f64 v_broadcast_f64(const double *p) { return vdupq_n_f64(*p); }
 /* As bytes, because vld1q_f32 would promise the alignment of an element to the compiler. */
@@ -65,19 +66,19 @@ static inline vec_f32 v_widen_i8(const void *p)
     return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(narrow))));
 }
 /* Element `sub` of each 32-bit lane that holds several of a narrower type. */
-static inline vec_f32 v_part_f16(vec_f32 x, int sub)
+static inline vec_f32 v_element_f16(vec_f32 x, int sub)
 {
     uint32x4_t lane = vreinterpretq_u32_f32(x);
     uint16x4_t half = sub == 0 ? vmovn_u32(lane) : vshrn_n_u32(lane, 16);
     return vcvt_f32_f16(vreinterpret_f16_u16(half));
 }
-static inline vec_f32 v_part_bf16(vec_f32 x, int sub)
+static inline vec_f32 v_element_bf16(vec_f32 x, int sub)
 {
     uint32x4_t lane = vreinterpretq_u32_f32(x);
     return vreinterpretq_f32_u32(sub == 0 ? vshlq_n_u32(lane, 16)
                                           : vandq_u32(lane, vdupq_n_u32(0xffff0000)));
 }
-static inline vec_f32 v_part_i8(vec_f32 x, int sub)
+static inline vec_f32 v_element_i8(vec_f32 x, int sub)
 {
     int32x4_t top = vshlq_s32(vreinterpretq_s32_f32(x), vdupq_n_s32(24 - 8 * sub));
     return vcvtq_f32_s32(vshrq_n_s32(top, 24));
@@ -213,7 +214,7 @@ static inline void v_transpose_f64(vec_f64 r[VL_f64])
     r[0] = first;
 }
 
-/* 32-bit words, for random numbers.  mul_u32: the lower halves of the products, and the upper ones. */
+/* 32-bit words, for random numbers.  mul_u32: the lower and the upper halves of the products. */
 typedef uint32x4_t vec_u32;
 #define VL_u32 4
 

@@ -1,9 +1,10 @@
 /* Vectors of one element: the portable baseline, plain C that any compiler takes.
  *
- * Same operations and the same meaning as vec_avx2.h, with one difference that is part of this set's
- * definition: v_fma rounds twice.  The baseline has no fused multiply-add, and a library call per
- * term would cost tens of cycles; each set promises bitwise repeatability within itself.  v_fma_exact
- * rounds once, for the places whose error bound needs it (float32: the product is exact in double).
+ * Same operations and the same meaning as vec_avx2.h, with one difference that is part of this
+ * set's definition: v_fma rounds twice.  The baseline has no fused multiply-add, and a library call
+ * per term would cost tens of cycles; each set promises bitwise repeatability within itself.
+ * v_fma_exact rounds once, for the places whose error bound needs it (float32: the product is exact
+ * in double).
  */
 #ifndef FA_VEC_SCALAR_H
 #define FA_VEC_SCALAR_H
@@ -46,9 +47,12 @@ static inline float v_widen_f16(const void *p) { return read_f16(p); }
 static inline float v_widen_bf16(const void *p) { return read_bf16(p); }
 static inline float v_widen_i8(const void *p) { return read_i8(p); }
 /* Element `sub` of the lane, which holds several of a narrower type in their order in memory. */
-static inline float v_part_f16(float x, int sub) { return read_f16((const char *)&x + 2 * sub); }
-static inline float v_part_bf16(float x, int sub) { return read_bf16((const char *)&x + 2 * sub); }
-static inline float v_part_i8(float x, int sub) { return read_i8((const char *)&x + sub); }
+static inline float v_element_f16(float x, int sub) { return read_f16((const char *)&x + 2 * sub); }
+static inline float v_element_bf16(float x, int sub)
+{
+    return read_bf16((const char *)&x + 2 * sub);
+}
+static inline float v_element_i8(float x, int sub) { return read_i8((const char *)&x + sub); }
 static inline void v_narrow_f16(void *p, float x) { write_f16(p, x); }
 static inline void v_narrow_bf16(void *p, float x) { write_bf16(p, x); }
 static inline float v_add_f32(float a, float b) { return a + b; }
@@ -125,7 +129,7 @@ static inline double v_iota_f64(void) { return 0.0; }
 static inline void v_transpose_f32(float r[VL_f32]) { (void)r; }
 static inline void v_transpose_f64(double r[VL_f64]) { (void)r; }
 
-/* 32-bit words, for random numbers.  mul_u32: the lower halves of the products, and the upper ones. */
+/* 32-bit words, for random numbers.  mul_u32: the lower and the upper halves of the products. */
 typedef uint32_t vec_u32;
 #define VL_u32 1
 
