@@ -196,7 +196,7 @@ static int report(const struct fa_kernels *kernels, enum fa_dtype dtype, int64_t
     if (memory == NULL || b.k == NULL || b.v == NULL) {
         return 1;
     }
-    b.ws = fa_workspace_of(&b.geometry, memory, 0);
+    b.ws = fa_workspace_at(&b.geometry, memory);
     const int64_t size = (int64_t)b.engine->ops->size;
     for (int64_t j = 0; j < b.geometry.block_k; j++) {
         b.ws.k_row[j] = b.k + j * head_dim * size;

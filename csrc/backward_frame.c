@@ -72,12 +72,8 @@ struct fa_backward_workspace fa_backward_workspace_of(const struct fa_backward *
                                                       int thread)
 {
     struct fa_backward_workspace ws;
-    struct fa_memory memory = {
-        .base = backward->workspaces + thread * backward->workspace_bytes,
-        .ok = true,
-    };
+    struct fa_memory memory = {.base = backward->workspaces + thread * backward->workspace_bytes};
     take_buffers(&memory, backward, &ws);
-    FA_ASSERT(memory.ok);
     return ws;
 }
 

@@ -130,7 +130,8 @@ static void run_column_task(struct fa_job *job, int64_t index, int thread)
     const int64_t key_block = index % g->key_blocks, head_index = index / g->key_blocks;
     const int64_t block_key = key_block * g->block_k;
     const int64_t keys = fa_min(g->block_k, g->params->seqlen_k - block_key);
-    struct fa_workspace ws = fa_workspace_of(g, columns->workspaces, thread);
+    struct fa_workspace ws =
+        fa_workspace_at(g, columns->workspaces + thread * columns->workspace_bytes);
     char *col_max = columns->col_max + fa_column_offset(g, head_index, key_block);
     char *col_sum = columns->col_inverse + fa_column_offset(g, head_index, key_block);
     struct fa_head head;

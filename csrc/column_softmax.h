@@ -10,8 +10,10 @@
 /* The numbers that the tasks of the first pass share, and that the second pass has of them. */
 struct fa_columns {
     const struct fa_geometry *geometry;
-    /* The caller's workspaces, for geometry->num_threads threads. */
+    /* The caller's workspaces, for geometry->num_threads threads, workspace_bytes apart: a
+     * workspace of the forward pass is at the start of each. */
     char *workspaces;
+    int64_t workspace_bytes;
     /* Whether columns whose statistics left the range of float32 are given back, for a second
      * run.  Such a column has a reciprocal sum of NaN, which gives back the rows that it takes
      * part in. */

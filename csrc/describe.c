@@ -8,6 +8,7 @@
 struct count {
     const struct fa_geometry *geometry;
     char *workspaces;
+    int64_t workspace_bytes;
     /* Heads of a batch entry that are counted. */
     int64_t heads;
     /* Blocks of rows of a head. */
@@ -65,7 +66,8 @@ static void run_count(struct fa_job *job, int64_t index, int thread)
     struct count *count = job->context;
     const struct fa_geometry *g = count->geometry;
     const int64_t block = index % count->row_blocks, place = index / count->row_blocks;
-    struct fa_workspace ws = fa_workspace_of(g, count->workspaces, thread);
+    struct fa_workspace ws =
+        fa_workspace_at(g, count->workspaces + thread * count->workspace_bytes);
     struct fa_head head;
     int64_t total = 0, computed = 0;
     fa_head_init(&head, g, place / count->heads * g->heads + place % count->heads);
@@ -109,6 +111,7 @@ static enum fa_status count_all(const struct fa_geometry *g, int64_t per_thread,
     if (!fa_multiply(per_thread, g->num_threads, &bytes)) {
         return FA_OVERFLOW;
     }
+    count.workspace_bytes = per_thread;
     count.workspaces = fa_allocate(bytes);
     if (count.workspaces == NULL) {
         return FA_NO_MEMORY;

@@ -500,7 +500,8 @@ static void run_task(struct fa_job *job, int64_t index, int thread)
 {
     struct fa_forward *forward = job->context;
     struct fa_task task = fa_plan_task(&forward->plan, index);
-    struct fa_workspace ws = fa_workspace_of(forward->geometry, forward->workspaces, thread);
+    struct fa_workspace ws =
+        fa_workspace_at(forward->geometry, forward->workspaces + thread * forward->workspace_bytes);
     if (forward->first != NULL && !keep_given_back(forward->first, &task)) {
         return;
     }
@@ -524,10 +525,10 @@ bool fa_forward_count(const struct fa_geometry *geometry, const struct fa_plan *
                       struct fa_forward_bytes *bytes)
 {
     const struct fa_geometry *g = geometry;
-    int64_t per_thread, rows;
+    int64_t rows;
     *bytes = (struct fa_forward_bytes){0};
-    if (!fa_workspace_bytes(g, &per_thread) ||
-        !fa_multiply(per_thread, g->num_threads, &bytes->workspaces) ||
+    if (!fa_workspace_bytes(g, &bytes->workspace) ||
+        !fa_multiply(bytes->workspace, g->num_threads, &bytes->workspaces) ||
         !fa_multiply(plan->num_tasks, g->block_q, &rows)) {
         return false;
     }
@@ -567,6 +568,7 @@ static enum fa_status allocate(struct fa_forward *forward)
     if (!fa_forward_count(g, &forward->plan, again, &bytes)) {
         return FA_OVERFLOW;
     }
+    forward->workspace_bytes = bytes.workspace;
     forward->workspaces = fa_allocate(bytes.workspaces);
     if (forward->workspaces == NULL) {
         return FA_NO_MEMORY;
@@ -583,6 +585,7 @@ static enum fa_status allocate(struct fa_forward *forward)
         forward->columns = (struct fa_columns){
             .geometry = g,
             .workspaces = forward->workspaces,
+            .workspace_bytes = bytes.workspace,
             .gives_back = forward->given_back != NULL,
             .keeps_weighing = forward->keeps_weighing,
             .first = again ? &forward->first->columns : NULL,

@@ -14,8 +14,9 @@
 struct fa_forward {
     const struct fa_geometry *geometry;
     struct fa_plan plan;
-    /* num_threads of them. */
+    /* num_threads of them, workspace_bytes apart. */
     char *workspaces;
+    int64_t workspace_bytes;
     /* Softmax over queries; else its arrays are NULL. */
     struct fa_columns columns;
     /* With plan.by_splits, else NULL: a state of block_q rows for every task, state_bytes apart. */
@@ -41,11 +42,11 @@ struct fa_forward {
     bool keeps_weighing;
 };
 
-/* Bytes that a run allocates besides fa_columns_bytes: the buffers of all threads, a byte for
- * each row that it may give back, and with plan->by_splits a state for each task, all states
+/* Bytes that a run allocates besides fa_columns_bytes: the buffers of a thread, and of all, a byte
+ * for each row that it may give back, and with plan->by_splits a state for each task, all states
  * together, and as many counters. */
 struct fa_forward_bytes {
-    int64_t workspaces, given_back, state, states, arrived;
+    int64_t workspace, workspaces, given_back, state, states, arrived;
 };
 
 /* The bytes of a run.  again: it is a second run.  False: they leave int64. */

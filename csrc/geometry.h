@@ -1,5 +1,5 @@
-/* Which rows and keys a call has, how they are cut into blocks, and which keys take part in a row.
- * Sizes and masks only: no scores, no threads. */
+/* Which rows and keys a call has, how they are cut into blocks, how many threads the work pays
+ * for, and which keys take part in a row.  Sizes and masks only: no scores. */
 #ifndef FA_GEOMETRY_H
 #define FA_GEOMETRY_H
 

@@ -509,7 +509,7 @@ static void run_task(struct fa_job *job, int64_t index, int thread)
 {
     struct weights *w = job->context;
     const struct fa_geometry *g = &w->geometry;
-    struct fa_memory memory = {.base = w->workspaces + thread * w->thread_bytes, .ok = true};
+    struct fa_memory memory = {.base = w->workspaces + thread * w->thread_bytes};
     struct buffers of;
     struct task task;
     bool whole = true;
@@ -625,6 +625,7 @@ static enum fa_status allocate(struct weights *w)
         w->columns = (struct fa_columns){
             .geometry = &w->column_geometry,
             .workspaces = w->workspaces,
+            .workspace_bytes = w->thread_bytes,
             .gives_back = w->given_back != NULL,
             .first = w->first == NULL ? NULL : &w->first->columns,
         };

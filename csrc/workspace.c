@@ -4,11 +4,15 @@
 
 void *fa_take(struct fa_memory *memory, int64_t rows, int64_t cols, int64_t size)
 {
-    void *at = memory->base == NULL ? NULL : memory->base + memory->bytes;
     int64_t elements;
+    if (memory->base != NULL) { /* they were counted before there was memory */
+        char *at = memory->base + memory->bytes;
+        memory->bytes += fa_round_up(rows * cols * size, FA_ALIGNMENT);
+        return at;
+    }
     memory->ok = memory->ok && fa_multiply(rows, cols, &elements) &&
                  fa_add_bytes(&memory->bytes, elements, size);
-    return at;
+    return NULL;
 }
 
 static struct fa_state take_state(struct fa_memory *memory, const struct fa_geometry *g,
@@ -33,10 +37,8 @@ bool fa_state_bytes(const struct fa_geometry *geometry, int64_t rows, int64_t *b
 
 struct fa_state fa_state_at(const struct fa_geometry *geometry, int64_t rows, char *base)
 {
-    struct fa_memory memory = {.base = base, .ok = true};
-    const struct fa_state state = take_state(&memory, geometry, rows);
-    FA_ASSERT(memory.ok);
-    return state;
+    struct fa_memory memory = {.base = base};
+    return take_state(&memory, geometry, rows);
 }
 
 void fa_take_workspace(struct fa_memory *memory, const struct fa_geometry *geometry,
@@ -76,14 +78,11 @@ bool fa_workspace_bytes(const struct fa_geometry *geometry, int64_t *bytes)
     return memory.ok;
 }
 
-struct fa_workspace fa_workspace_of(const struct fa_geometry *geometry, char *memory, int thread)
+struct fa_workspace fa_workspace_at(const struct fa_geometry *geometry, char *base)
 {
     struct fa_workspace ws;
-    int64_t bytes;
-    bool ok = fa_workspace_bytes(geometry, &bytes);
-    struct fa_memory own = {.base = memory + thread * bytes, .ok = ok};
-    fa_take_workspace(&own, geometry, &ws);
-    FA_ASSERT(own.ok);
+    struct fa_memory memory = {.base = base};
+    fa_take_workspace(&memory, geometry, &ws);
     return ws;
 }
 

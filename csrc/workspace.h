@@ -62,12 +62,12 @@ struct fa_workspace {
 
 /* A stretch of memory that buffers are taken from, one after another, each FA_ALIGNMENT-aligned:
  * the code that takes a set of buffers is the only list of them.  With base NULL they are only
- * counted. */
+ * counted, which comes first and finds sizes that leave int64. */
 struct fa_memory {
     char *base;
     /* Bytes taken so far. */
     int64_t bytes;
-    /* Whether the bytes can be counted: true at first. */
+    /* Whether the bytes can be counted: true at first.  Not used with a base. */
     bool ok;
 };
 
@@ -79,8 +79,9 @@ void fa_take_workspace(struct fa_memory *memory, const struct fa_geometry *geome
 /* Bytes that one thread needs.  False: they leave int64. */
 bool fa_workspace_bytes(const struct fa_geometry *geometry, int64_t *bytes);
 
-/* The buffers of a thread inside an allocation of num_threads * fa_workspace_bytes. */
-struct fa_workspace fa_workspace_of(const struct fa_geometry *geometry, char *memory, int thread);
+/* A workspace laid out in fa_workspace_bytes of memory.  Every task lays out its own, which costs
+ * some 400 instructions, so that no task finds what another has left there. */
+struct fa_workspace fa_workspace_at(const struct fa_geometry *geometry, char *base);
 
 /* Bytes of a state of `rows` rows (false: they leave int64), and a state laid out in memory. */
 bool fa_state_bytes(const struct fa_geometry *geometry, int64_t rows, int64_t *bytes);
