@@ -12,6 +12,7 @@ class Problem:
     dtype: np.dtype[Any]
     like: NDArray[Any]
     single_head: bool
+    is_plain: bool
     isa: str
     q: NDArray[Any]
     k: NDArray[Any]
@@ -75,6 +76,14 @@ class Problem:
     def as_in_core(self, array: NDArray[Any]) -> NDArray[Any]: ...
     def with_heads(self, array: NDArray[Any]) -> NDArray[Any]: ...
 
+def plain_problem(
+    isa: str,
+    q: Any,
+    k: Any,
+    v: Any,
+    array: type,
+    dtypes: tuple[np.dtype[Any], ...],
+) -> Problem | None: ...
 def attention(problem: Problem) -> None: ...
 def attention_backward(
     problem: Problem,

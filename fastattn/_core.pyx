@@ -170,6 +170,8 @@ cdef class Problem:
     # whether q, k and v are all 2-D.
     cdef public object dtype, like
     cdef public bint single_head
+    # Whether an array of `out_shape` has the core's axes and element types as it is.
+    cdef public bint is_plain
     cdef public str isa
     cdef public object q, k, v, k_scale, v_scale, page_table, q_starts, k_starts
     cdef public tuple q_shape
@@ -242,6 +244,47 @@ cdef class Problem:
     def with_heads(self, array):
         """A view of an array of `lse_shape`, or of that and more axes, with the core's axes."""
         return array[None] if self.single_head else array
+
+
+def plain_problem(str isa, q, k, v, type array, tuple dtypes):
+    """The problem of arrays that can go to C as they are, with nothing to convert or to broadcast;
+    else None.
+
+    They are the caller's own arrays, of the class `array` and one of `dtypes`, whose shapes are
+    compared with these again while their buffers are held.
+    """
+    cdef tuple q_shape, k_shape, v_shape
+    cdef Py_ssize_t n
+    cdef Problem problem
+    if not (type(q) is array and type(k) is array and type(v) is array):
+        return None
+    dtype = q.dtype
+    for known in dtypes:
+        if dtype is known:
+            break
+    else:
+        return None
+    if k.dtype is not dtype or v.dtype is not dtype:
+        return None
+    # Whole shapes first: comparing those is quicker than taking them apart.
+    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
+    n = len(q_shape)
+    if n < 3 or len(k_shape) != n or (v_shape != k_shape and v_shape[:-1] != k_shape[:-1]):
+        return None
+    if q_shape != k_shape and (
+        q_shape[: n - 3] != k_shape[: n - 3]
+        or q_shape[n - 1] != k_shape[n - 1]
+        or (
+            q_shape[n - 3] != k_shape[n - 3]
+            and (k_shape[n - 3] == 0 or q_shape[n - 3] % k_shape[n - 3] != 0)
+        )
+    ):
+        return None
+    problem = Problem(
+        isa, q, k, v, q_shape, v_shape[n - 3], v_shape[n - 2], v_shape[n - 1], q, False
+    )
+    problem.is_plain = True
+    return problem
 
 
 cdef int fill(fa_attention_params *p, views *held, Problem problem) except -1:
@@ -627,9 +670,18 @@ def team_limit():
 
 
 def differing(tuple given, tuple defaults):
-    """Where two tuples of one length hold different objects: a list of indices."""
+    """Where options are given: indices at which two tuples of one length differ.
+
+    Objects are compared by identity, since arrays have no other answer; numbers by value, since a
+    default of 0.0 is written out in more than one signature.
+    """
     cdef Py_ssize_t i
-    return [i for i in range(len(given)) if given[i] is not defaults[i]]
+    cdef list found = []
+    for i in range(len(given)):
+        value = given[i]
+        if value is not defaults[i] and not (type(value) is float and value == defaults[i]):
+            found.append(i)
+    return found
 
 
 cdef class DefaultFloatMode:

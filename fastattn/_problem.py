@@ -16,10 +16,13 @@ from numpy import ndarray
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn import _config, _validate
-from fastattn._core import Problem
+from fastattn._core import Problem, plain_problem
 from fastattn._validate import BFLOAT16_BITS, FLOAT16, FLOAT32, FLOAT64, Array, Shape
 
 Int64s = NDArray[np.int64]
+
+# Those that the core's buffers know by these very objects, which callers' arrays have too.
+_PLAIN_DTYPES = (FLOAT32, FLOAT64, FLOAT16, BFLOAT16_BITS)
 
 
 # --- front ends -------------------------------------------------------------------------------
@@ -27,11 +30,9 @@ Int64s = NDArray[np.int64]
 
 def of_arrays(q: Any, k: Any, v: Any) -> Problem:
     """The problem of `attention`."""
-    shapes = _plain_shapes(q, k, v)
-    if shapes is not None:
-        q_shape, v_shape = shapes
-        num_kv_heads, seqlen_k, head_dim_v = v_shape[-3:]
-        return Problem(_config.ISA, q, k, v, q_shape, num_kv_heads, seqlen_k, head_dim_v, q, False)
+    problem = plain_problem(_config.ISA, q, k, v, ndarray, _PLAIN_DTYPES)
+    if problem is not None:
+        return problem
     q, k, v, like, single_head = _operands(q, k, v)
     return _problem(q, k, v, q.shape, v.shape, like, single_head)
 
@@ -92,30 +93,6 @@ def _problem(
 
 
 # --- operands ---------------------------------------------------------------------------------
-
-
-def _plain_shapes(q: Any, k: Any, v: Any) -> tuple[Shape, Shape] | None:
-    """The shapes of q and v, where all three can go to the core as they are, with nothing to
-    convert or to broadcast; else None.  They are the caller's own arrays, whose shapes the core
-    compares with these."""
-    if not (type(q) is ndarray and type(k) is ndarray and type(v) is ndarray):
-        return None
-    dtype = q.dtype
-    known = dtype is FLOAT32 or dtype is FLOAT64 or dtype is FLOAT16 or dtype is BFLOAT16_BITS
-    if not (known and k.dtype is dtype and v.dtype is dtype):
-        return None
-    # Whole shapes first: comparing those is quicker than taking them apart.
-    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
-    if len(q_shape) < 3 or (v_shape != k_shape and v_shape[:-1] != k_shape[:-1]):
-        return None
-    if q_shape == k_shape or (
-        len(q_shape) == len(k_shape)
-        and q_shape[:-3] == k_shape[:-3]
-        and q_shape[-1] == k_shape[-1]
-        and (q_shape[-3] == k_shape[-3] or (k_shape[-3] > 0 and q_shape[-3] % k_shape[-3] == 0))
-    ):
-        return q_shape, v_shape
-    return None
 
 
 def _operands(

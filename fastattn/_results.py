@@ -34,7 +34,10 @@ def place_results(
         result = empty_result(problem.like, shape)
     else:
         result = check_out(out, shape, problem.dtype, "q")
-    problem.out = problem.as_in_core(_validate.core_view(result))
+    if problem.is_plain:
+        problem.out = result
+    else:
+        problem.out = problem.as_in_core(_validate.core_view(result))
     lse = None
     if return_lse is not False and _validate.flag("return_lse", return_lse):
         lse = allocate(problem.lse_shape, _validate.lse_dtype(problem.dtype))

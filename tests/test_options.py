@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import fastattn as fa
-from fastattn import _attention, _core, _options
+from fastattn import _attention, _core
 from fastattn._options import ARRAYS, BY_NAME, DEFAULTS, NAMES, OPTIONS, PACKED, WEIGHTS, of_call
 
 pytestmark = pytest.mark.any_kernel_set
@@ -119,9 +119,9 @@ def test_the_documentation_has_the_rows() -> None:
     assert rows == [*NAMES, "return_lse", "out"]
 
 
-def test_defaults_are_told_by_identity() -> None:
-    assert _core.differing(DEFAULTS, DEFAULTS) == []
+def test_defaults_of_signatures_are_told_from_what_is_given() -> None:
+    written = fa.attention.__kwdefaults__
+    assert _core.differing(tuple(written[name] for name in NAMES), DEFAULTS) == []
     given = list(DEFAULTS)
     given[NAMES.index("causal")] = True
     assert _core.differing(tuple(given), DEFAULTS) == [NAMES.index("causal")]
-    assert _options.set_named.__doc__
