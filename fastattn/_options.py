@@ -281,7 +281,7 @@ OPTIONS = (
     ),
     _row("dropout_p", 0.0, _share, calls=EVERY_CALL - {WEIGHTS}, torch=(("dropout_p", "float"),)),
     _row("dropout_seed", None, _seed, calls=EVERY_CALL - {WEIGHTS}),
-    _row("residual", None, _validate.as_array, place=_as_result, calls=EVERY_CALL - {WEIGHTS}),
+    _row("residual", None, _validate.float_array, place=_as_result, calls=EVERY_CALL - {WEIGHTS}),
     _row("num_threads", None, _threads, torch=(("num_threads", "SymInt?"),)),
 )
 NAMES = tuple(option.name for option in OPTIONS)

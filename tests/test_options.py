@@ -88,6 +88,21 @@ def test_every_call_refuses_a_wrong_kind_by_name(name: str) -> None:
                     function(**{name: BY_NAME[name].default})
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_torch_refuses_a_wrong_kind_by_name(name: str) -> None:
+    torch = pytest.importorskip("torch")
+    import fastattn.torch as ft
+
+    x = torch.zeros(1, 2, 3, 4)
+    given = {"dropout_p": 0.5} if name == "dropout_seed" else {}
+    calls = [lambda **options: ft.attention(x, x, x, **options)]
+    if WEIGHTS in BY_NAME[name].calls:
+        calls.append(lambda **options: ft.attention_weights(x, x, **options))
+    for call in calls:
+        with pytest.raises(TypeError, match=rf"`{name}(\[0\])?` must "):
+            call(**given, **{name: object()})
+
+
 def test_fields_are_those_of_the_stub_and_of_the_core() -> None:
     stub = ast.parse((ROOT / "fastattn/_core.pyi").read_text(encoding="utf-8"))
     (problem,) = (

@@ -57,7 +57,6 @@ _INTEGERS = (
 # The checks of options that are tensors: the dtypes that pass, and what an error calls those.  What
 # is not a tensor yet becomes an array first, as in NumPy, so that no digit is lost.
 _KINDS: dict[Any, tuple[tuple[torch.dtype, ...], str]] = {
-    _validate.as_array: (DTYPES, _FLOATS),
     _validate.float_array: (DTYPES, _FLOATS),
     _validate.real_array: ((*DTYPES, *_INTEGERS), "real numbers"),
     _validate.integer_array: (_INTEGERS, "integers of at most 64 bits"),
