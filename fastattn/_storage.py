@@ -92,7 +92,7 @@ class TokenStore:
 
     def _call(self) -> str:
         """The constructor's call, without what is as by default."""
-        default = {"head_dim_v": self.head_dim, "window": None, "num_sinks": 0}
+        default = {"head_dim_v": self.head_dim, "window_tokens": None, "sink_tokens": 0}
         given = (
             f"{name}={value}"
             for name, value in self._parameters().items()

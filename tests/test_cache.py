@@ -204,16 +204,16 @@ def test_wrong_queries_and_options(rng, make, dtype):
 # --- windows ----------------------------------------------------------------------------------
 
 
-def expected_window(q, history, window, num_sinks, position):
+def expected_window(q, history, window, sink_tokens, position):
     """One sequence's queries at `position` and on, over its whole history."""
     k, v = (np.concatenate(x, axis=1) for x in history)
     key, query = np.arange(k.shape[1]), position + np.arange(q.shape[1])[:, np.newaxis]
-    mask = (key <= query) & ((key > query - window) | (key < num_sinks))
+    mask = (key <= query) & ((key > query - window) | (key < sink_tokens))
     return fa.reference.attention(q, k, v, mask=mask, return_lse=True)
 
 
 @pytest.mark.parametrize(
-    ("window", "num_sinks", "slack"),
+    ("window", "sink_tokens", "slack"),
     [
         (1, 0, 0),
         (1, 0, 3),
@@ -226,8 +226,10 @@ def expected_window(q, history, window, num_sinks, position):
         (6, 1, 3),
     ],
 )
-def test_window_sees_what_the_whole_history_would_show(rng, window, num_sinks, slack):
-    cache = make_cache(2, window + num_sinks + slack, window=window, num_sinks=num_sinks)
+def test_window_sees_what_the_whole_history_would_show(rng, window, sink_tokens, slack):
+    cache = make_cache(
+        2, window + sink_tokens + slack, window_tokens=window, sink_tokens=sink_tokens
+    )
     history = [([], []), ([], [])]
     for _ in range(40):
         counts = rng.integers(0, slack + 2, 2)
@@ -242,7 +244,7 @@ def test_window_sees_what_the_whole_history_would_show(rng, window, num_sinks, s
                 parts.append(x[b, :, :count])
             live = np.s_[b, :, :count]
             expected, expected_lse = expected_window(
-                q[live], history[b], window, num_sinks, before[b]
+                q[live], history[b], window, sink_tokens, before[b]
             )
             np.testing.assert_allclose(out[live], expected, atol=2e-6)
             np.testing.assert_allclose(lse[live], expected_lse, atol=2e-6)
@@ -253,14 +255,14 @@ def test_window_sees_what_the_whole_history_would_show(rng, window, num_sinks, s
     assert cache.lengths.min() > cache.max_seqlen  # and it went round
 
 
-@pytest.mark.parametrize("num_sinks", [0, 2])
-def test_prompt_longer_than_a_window_cache(rng, num_sinks):
-    cache = make_cache(1, 10, window=4, num_sinks=num_sinks)
+@pytest.mark.parametrize("sink_tokens", [0, 2])
+def test_prompt_longer_than_a_window_cache(rng, sink_tokens):
+    cache = make_cache(1, 10, window_tokens=4, sink_tokens=sink_tokens)
     k, v = make_tokens(rng, 1, new=25)
     q = make_queries(rng, 1, new=25)
     cache.append(k, v)
-    kept = 10 - num_sinks
-    assert cache.positions(0).tolist() == [*range(num_sinks), *range(25 - kept, 25)]
+    kept = 10 - sink_tokens
+    assert cache.positions(0).tolist() == [*range(sink_tokens), *range(25 - kept, 25)]
     most = kept - 4 + 1
     with pytest.raises(
         ValueError,
@@ -271,7 +273,7 @@ def test_prompt_longer_than_a_window_cache(rng, num_sinks):
     with pytest.raises(ValueError, match=f"`q_offset` must be at least {25 - most} for sequence 0"):
         cache.attention(q, q_offset=0)
     out = cache.attention(q[:, :, -most:])
-    expected, _ = expected_window(q[0, :, -most:], ([k[0]], [v[0]]), 4, num_sinks, 25 - most)
+    expected, _ = expected_window(q[0, :, -most:], ([k[0]], [v[0]]), 4, sink_tokens, 25 - most)
     np.testing.assert_allclose(out[0], expected, atol=2e-6)
     # One at a time, by position; rows after the last token are nobody's.
     for position in range(25 - most, 25):
@@ -284,8 +286,8 @@ def test_prompt_longer_than_a_window_cache(rng, num_sinks):
 @once
 def test_window_refuses_what_it_cannot_mean(rng):
     q = make_queries(rng, 1, new=1)
-    for num_sinks in (0, 1):
-        cache = make_cache(1, 4, window=3, num_sinks=num_sinks)
+    for sink_tokens in (0, 1):
+        cache = make_cache(1, 4, window_tokens=3, sink_tokens=sink_tokens)
         cache.append(*make_tokens(rng, 1, new=3))
         for options, message in (
             ({"causal": False}, "`causal` must be True in a cache with a window, got False"),
@@ -300,7 +302,7 @@ def test_window_refuses_what_it_cannot_mean(rng):
         with pytest.raises(TypeError, match="`causal` must be True or False, got 1"):
             cache.attention(q, causal=1)
         slopes = {"alibi_slopes": np.ones(4)}
-        if num_sinks:
+        if sink_tokens:
             message = "`alibi_slopes` must be None in a cache with a window and sinks"
             with pytest.raises(ValueError, match=message):
                 cache.attention(q, **slopes)
@@ -311,9 +313,9 @@ def test_window_refuses_what_it_cannot_mean(rng):
 
 
 @once
-@pytest.mark.parametrize("num_sinks", [0, 2])
-def test_last_append_to_a_window_can_be_undone(rng, num_sinks):
-    cache = make_cache(1, 9 + num_sinks, window=4, num_sinks=num_sinks)
+@pytest.mark.parametrize("sink_tokens", [0, 2])
+def test_last_append_to_a_window_can_be_undone(rng, sink_tokens):
+    cache = make_cache(1, 9 + sink_tokens, window_tokens=4, sink_tokens=sink_tokens)
     history = make_tokens(rng, 1, new=100)
     length = 0
     for draft in itertools.islice(itertools.cycle([6, 1, 3, 6, 2]), 25):
@@ -325,17 +327,17 @@ def test_last_append_to_a_window_can_be_undone(rng, num_sinks):
         q = make_queries(rng, 1, new=1)
         if length:
             parts = [[x[0, :, :length]] for x in history]
-            expected, _ = expected_window(q[0], parts, 4, num_sinks, length - 1)
+            expected, _ = expected_window(q[0], parts, 4, sink_tokens, length - 1)
             np.testing.assert_allclose(cache.attention(q)[0], expected, atol=2e-6)
     before = snapshot(cache)
-    shortest = cache.positions(0)[num_sinks] + 3
-    message = f"`lengths` must be at least {shortest} for sequence 0 (or at most num_sinks"
+    shortest = cache.positions(0)[sink_tokens] + 3
+    message = f"`lengths` must be at least {shortest} for sequence 0 (or at most sink_tokens"
     with pytest.raises(ValueError, match=re.escape(message)):
         cache.truncate(shortest - 1)
     assert snapshot(cache) == before
     cache.truncate(shortest)
-    cache.truncate(num_sinks)
-    assert cache.positions(0).tolist() == list(range(num_sinks))
+    cache.truncate(sink_tokens)
+    assert cache.positions(0).tolist() == list(range(sink_tokens))
 
 
 # --- what is stored ---------------------------------------------------------------------------
@@ -508,14 +510,22 @@ def test_storage_dtype_is_named():
         ({"max_seqlen": 0}, ValueError, "`max_seqlen` must be at least 1"),
         ({"head_dim": True}, TypeError, "`head_dim` must be an int >= 1, got True"),
         ({"head_dim_v": 0}, ValueError, "`head_dim_v` must be at least 1, got 0"),
-        ({"window": 0}, ValueError, "`window` must be at least 1, got 0"),
-        ({"window": 3, "num_sinks": -1}, ValueError, "`num_sinks` must be at least 0, got -1"),
-        ({"window": 3, "num_sinks": 0.5}, TypeError, "`num_sinks` must be an int >= 0, got 0.5"),
-        ({"num_sinks": 1}, ValueError, "`num_sinks` must be 0 without `window`, got 1"),
+        ({"window_tokens": 0}, ValueError, "`window_tokens` must be at least 1, got 0"),
         (
-            {"window": 7, "num_sinks": 2},
+            {"window_tokens": 3, "sink_tokens": -1},
             ValueError,
-            "`max_seqlen` must be at least num_sinks 2 + window 7, got 8",
+            "`sink_tokens` must be at least 0, got -1",
+        ),
+        (
+            {"window_tokens": 3, "sink_tokens": 0.5},
+            TypeError,
+            "`sink_tokens` must be an int >= 0, got 0.5",
+        ),
+        ({"sink_tokens": 1}, ValueError, "`sink_tokens` must be 0 without `window_tokens`, got 1"),
+        (
+            {"window_tokens": 7, "sink_tokens": 2},
+            ValueError,
+            "`max_seqlen` must be at least sink_tokens 2 + window_tokens 7, got 8",
         ),
         ({"max_seqlen": 2**62}, MemoryError, "a cache of shape"),
     ],
@@ -623,7 +633,7 @@ def test_padding_and_any_strides(rng):
 @once
 @pytest.mark.parametrize("window", [None, 5])
 def test_tokens_from_the_cache_itself(rng, window):
-    cache = fa.KVCache(1, 1, 8, 3, window=window)
+    cache = fa.KVCache(1, 1, 8, 3, window_tokens=window)
     x = rng.standard_normal((1, 1, 6, 3), dtype=np.float32)
     cache.append(x, x)
     if window is None:
@@ -656,11 +666,11 @@ def test_views_cannot_be_written(rng):
 
 @once
 def test_sizes_and_repr():
-    cache = fa.KVCache(3, 2, 10, 8, dtype=np.int8, window=4, num_sinks=1)
+    cache = fa.KVCache(3, 2, 10, 8, dtype=np.int8, window_tokens=4, sink_tokens=1)
     assert cache.nbytes == 3 * 2 * 10 * (8 + 8 + 4 + 4)
     assert repr(cache) == (
-        "KVCache(batch_size=3, num_kv_heads=2, max_seqlen=10, head_dim=8, dtype=int8, window=4, "
-        "num_sinks=1): 0 tokens"
+        "KVCache(batch_size=3, num_kv_heads=2, max_seqlen=10, head_dim=8, dtype=int8, "
+        "window_tokens=4, sink_tokens=1): 0 tokens"
     )
     paged = fa.PagedKVCache(5, 2, 3, 8, head_dim_v=4, dtype=ml_dtypes.bfloat16)
     assert paged.nbytes == 5 * 2 * 3 * (8 + 4) * 2
@@ -703,7 +713,7 @@ def test_truncate(rng):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_reordering_of_three(rng, dtype):
     for window in (None, 3):
-        cache = make_cache(3, 6, dtype=dtype, window=window)
+        cache = make_cache(3, 6, dtype=dtype, window_tokens=window)
         cache.append(*make_tokens(rng, 3, new=6), counts=[2, 6, 0])
         if window is not None:
             cache.append(*make_tokens(rng, 3, new=6), counts=[1, 3, 6])
@@ -746,7 +756,9 @@ def filled(rng, dtype=np.float32, **options):
 
 @once
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("options", [{}, {"window": 3}, {"window": 2, "num_sinks": 2}])
+@pytest.mark.parametrize(
+    "options", [{}, {"window_tokens": 3}, {"window_tokens": 2, "sink_tokens": 2}]
+)
 def test_copy_and_file_are_the_same_cache(rng, tmp_path, dtype, options):
     cache = filled(rng, dtype, **options)
     path = tmp_path / "a cache"
@@ -774,7 +786,7 @@ def test_empty_cache_in_a_file(tmp_path):
 @once
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.int8])
 def test_damaged_files(rng, tmp_path, dtype):
-    cache = filled(rng, dtype, window=3)
+    cache = filled(rng, dtype, window_tokens=3)
     path = tmp_path / "cache.npz"
     cache.save(path)
     whole = path.read_bytes()
@@ -817,11 +829,11 @@ def test_foreign_files(rng, tmp_path):
         ({"x": np.zeros(3)}, "it lacks 'header'"),
         (changed(header=np.array("{")), "Expecting"),
         (changed(header=np.array("[]")), ""),
-        (with_header("KVCache 1", "KVCache 2"), "its format is 'fastattn.KVCache 2'"),
+        (with_header("KVCache 2", "KVCache 1"), "its format is 'fastattn.KVCache 1', not"),
         (with_header('"float32"', '"float8_e4m3fn"'), "`dtype` must be"),
         (with_header('"batch_size": 3', '"batch_size": 0'), "`batch_size` must be at least 1"),
         (with_header('"batch_size": 3', '"batch_size": 2'), "its 'lengths' is int64 of shape (3,)"),
-        (with_header('"num_sinks": 0', '"sinks": 0'), "unexpected keyword argument"),
+        (with_header('"sink_tokens": 0', '"sinks": 0'), "unexpected keyword argument"),
         (changed(lengths=np.array([7, 0, 8])), "its lengths are not those of a cache"),
         (changed(evicted=np.array([1, 0, 1])), "its lengths are not those of a cache"),
         (changed(evicted=np.array([0, 1, 0])), "its lengths are not those of a cache"),
@@ -1118,16 +1130,20 @@ class CacheMachine(RuleBasedStateMachine):
     @initialize(
         batch_size=st.integers(1, 4),
         window=st.one_of(st.none(), st.integers(1, 5)),
-        num_sinks=st.integers(0, 3),
+        sink_tokens=st.integers(0, 3),
         slack=st.integers(0, 6),
         dtype=st.sampled_from(DTYPES),
     )
-    def begin(self, batch_size, window, num_sinks, slack, dtype):
+    def begin(self, batch_size, window, sink_tokens, slack, dtype):
         self.dtype, self.wide = dtype, np.float64 if dtype == np.float64 else np.float32
-        self.window, self.num_sinks = window, num_sinks if window else 0
-        self.max_seqlen = (window + num_sinks if window else 6) + slack
+        self.window, self.sink_tokens = window, sink_tokens if window else 0
+        self.max_seqlen = (window + sink_tokens if window else 6) + slack
         self.cache = make_cache(
-            batch_size, self.max_seqlen, window=window, num_sinks=self.num_sinks, dtype=dtype
+            batch_size,
+            self.max_seqlen,
+            window_tokens=window,
+            sink_tokens=self.sink_tokens,
+            dtype=dtype,
         )
         self.model = [[] for _ in range(batch_size)]
         self.numbers = itertools.count()
@@ -1188,9 +1204,9 @@ class CacheMachine(RuleBasedStateMachine):
             assert self.window is not None
             positions = [self.cache.positions(b) for b in range(len(self.model))]
             assert any(
-                len(p) > self.num_sinks
-                and p[self.num_sinks]
-                > max(self.num_sinks, len(tokens) - seqlen_q - self.window + 1)
+                len(p) > self.sink_tokens
+                and p[self.sink_tokens]
+                > max(self.sink_tokens, len(tokens) - seqlen_q - self.window + 1)
                 for p, tokens in zip(positions, self.model, strict=True)
             )
             return
@@ -1198,7 +1214,7 @@ class CacheMachine(RuleBasedStateMachine):
             parts = [[stored(x, self.dtype)] for x in numbered(tokens)]
             window = self.window or self.max_seqlen
             position = len(tokens) - seqlen_q
-            expected, _ = expected_window(q[b], parts, window, self.num_sinks, position)
+            expected, _ = expected_window(q[b], parts, window, self.sink_tokens, position)
             np.testing.assert_allclose(out[b], expected, atol=5e-6)
 
     @invariant()
@@ -1213,7 +1229,7 @@ class CacheMachine(RuleBasedStateMachine):
                 np.testing.assert_array_equal(kept, expected[:, positions])
             # What the next query will see is there.
             window = self.window or self.max_seqlen
-            needed = {*range(self.num_sinks), *range(len(tokens) - window + 1, len(tokens))}
+            needed = {*range(self.sink_tokens), *range(len(tokens) - window + 1, len(tokens))}
             assert needed & set(range(len(tokens))) <= set(positions.tolist())
 
 

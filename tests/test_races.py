@@ -317,7 +317,7 @@ def tokens_of(value, new=1):
     return k, np.full_like(k, value)
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 8, "num_sinks": 2}])
+@pytest.mark.parametrize("options", [{}, {"window_tokens": 8, "sink_tokens": 2}])
 def test_attention_while_a_cache_changes(options):
     """Every token ever appended has value 1, so the average is 1, whatever the lengths."""
     cache, _ = kv_cache(16, **options)
@@ -418,7 +418,7 @@ def test_pages_that_are_read_are_not_taken():
 
 
 def test_slots_that_are_read_are_not_written():
-    for options in ({}, {"window": 3}):
+    for options in ({}, {"window_tokens": 3}):
         cache, _ = kv_cache(4, **options)
         cache.append(*tokens_of(1.0, 3))
         q = np.zeros((2, 1, 1, 4), np.float32)
@@ -428,12 +428,12 @@ def test_slots_that_are_read_are_not_written():
                 cache.reorder([1, 1])
                 cache.truncate(0)
                 cache.append(*tokens_of(2.0, 4))
-                if cache.window is not None:
+                if cache.window_tokens is not None:
                     cache.append(*tokens_of(4.0, 4))
                 return np.zeros(1)
 
         np.testing.assert_array_equal(cache.attention(q, alibi_slopes=Slopes()), 1.0)
-        expected = 2.0 if cache.window is None else 4.0
+        expected = 2.0 if cache.window_tokens is None else 4.0
         np.testing.assert_array_equal(cache.attention(q), expected)
 
 

@@ -71,7 +71,7 @@ def make_pages(dtype: Any = np.float32) -> fa.PagedKVCache:
 
 
 Make, Change = Callable[[], Any], Callable[[Any], object]
-WINDOW = {"window": 4, "num_sinks": 1}
+WINDOW = {"window_tokens": 4, "sink_tokens": 1}
 INT8 = {"dtype": np.int8}
 CHANGES: dict[str, tuple[Make, Change]] = {
     "append": (make_cache, lambda c: c.append(*tokens(3, new=3, start=5.0), counts=[0, 3, 1])),
