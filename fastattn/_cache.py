@@ -113,12 +113,13 @@ class KVCache(TokenStore):
     of its row.  A row of zeros has scale 0.  Where all are as small as 127 times float32's smallest
     number, that bounds the scale.  Whatever is stored comes back finite.
 
-    **Window.** Storage is the sinks, the window and slack: ``max_seqlen - sink_tokens -
-    window_tokens`` slots.  When a sequence is full, `append` moves its last ``window_tokens -
-    1`` tokens to the front, once in ``slack + 1`` tokens: with slack as large as the window, a
-    token is moved about once in its life.  Tokens stay in the order of time and keep their
-    absolute positions, which `lengths`, `positions` and `q_offset` speak of; keys keep the
-    rotation (RoPE) that they were appended with.  After an append of up to slack + 1 tokens all
+    **Window.**  Storage is the sinks, the window and slack:
+    ``max_seqlen - sink_tokens - window_tokens`` slots.  When a sequence is full, `append` moves
+    its last ``window_tokens - 1`` tokens to the front, once in ``slack + 1`` tokens: with slack as
+    large as the window, a token is moved about once in its life.  Tokens stay in the order of time
+    and keep their absolute positions, which `lengths`, `positions` and `q_offset` speak of; keys
+    keep the rotation (RoPE) that they were appended with.  After an append of up to slack + 1
+    tokens all
     of the new queries find their whole window; queries whose window is not there any more are
     refused, never computed from what is left.
 
@@ -483,7 +484,8 @@ class KVCache(TokenStore):
             b = wrong[0]
             raise ValueError(
                 f"`lengths` must be at least {shortest[b]} for sequence {b} (or at most "
-                f"sink_tokens {self.sink_tokens}), whose earlier tokens have left the window, got {new[b]}"
+                f"sink_tokens {self.sink_tokens}), whose earlier tokens have left the window, "
+                f"got {new[b]}"
             )
         return None, [(self._counts, ..., np.stack([new, evicted]))]
 
