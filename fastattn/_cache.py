@@ -24,6 +24,7 @@ from fastattn._storage import (
     at_slots,
     attend,
     copy_tokens,
+    new_lengths,
     own_options,
 )
 from fastattn._validate import (
@@ -233,13 +234,15 @@ class KVCache(TokenStore):
 
     # --- what is there ---
 
-    @property
     def lengths(self) -> Lengths:
-        """Tokens appended to each sequence so far, (batch_size,) int64: the next one's position.
+        """Tokens appended to each sequence so far: the positions of the next ones.
 
-        A read-only view, which follows the cache; copy it to keep it.
+        Returns
+        -------
+        ndarray of int64, (batch_size,)
+            With a window, the tokens that are forgotten count too.
         """
-        return _read_only(self._counts[0])
+        return self._gate.read(self._look, lambda view: view.lengths)
 
     @property
     def k(self) -> Array:
@@ -354,7 +357,7 @@ class KVCache(TokenStore):
         >>> cache = fa.KVCache(2, 1, max_seqlen=4, head_dim=2)
         >>> tokens = np.ones((2, 1, 3, 2), np.float32)
         >>> cache.append(tokens, tokens, counts=[3, 1])
-        >>> print(cache.lengths)
+        >>> print(cache.lengths())
         [3 1]
         """
         tokens, taken = self._encode(k, v, (self.batch_size,), counts)
@@ -458,16 +461,10 @@ class KVCache(TokenStore):
         >>> cache = fa.KVCache(1, 1, max_seqlen=4, head_dim=2)
         >>> cache.append(np.ones((1, 1, 3, 2)), np.ones((1, 1, 3, 2)))
         >>> cache.truncate(1)
-        >>> print(cache.lengths)
+        >>> print(cache.lengths())
         [1]
         """
-        array = integer_array("lengths", lengths)
-        if array.shape not in ((), (self.batch_size,)):
-            raise ValueError(
-                f"`lengths` must be an int or have shape ({self.batch_size},), "
-                f"got shape {array.shape}"
-            )
-        self._gate.change(self._truncated, np.broadcast_to(array, (self.batch_size,)))
+        self._gate.change(self._truncated, new_lengths(lengths, self.batch_size))
 
     def _truncated(self, new: Array) -> tuple[None, Changes]:
         lengths, evicted = self._counts
@@ -505,7 +502,7 @@ class KVCache(TokenStore):
         >>> cache = fa.KVCache(1, 1, max_seqlen=4, head_dim=2)
         >>> cache.append(np.ones((1, 1, 3, 2)), np.ones((1, 1, 3, 2)))
         >>> cache.reset()
-        >>> print(cache.lengths)
+        >>> print(cache.lengths())
         [0]
         """
         self.truncate(0)

@@ -227,6 +227,16 @@ def _counts(counts: ArrayLike, num_sequences: int, new: int) -> Lengths:
     return array.astype(np.int64)
 
 
+def new_lengths(lengths: ArrayLike, num_sequences: int) -> Array:
+    """What sequences are truncated to, one number each."""
+    array = integer_array("lengths", lengths)
+    if array.shape not in ((), (num_sequences,)):
+        raise ValueError(
+            f"`lengths` must be an int or have shape ({num_sequences},), got shape {array.shape}"
+        )
+    return np.broadcast_to(array, (num_sequences,))
+
+
 def _rounded(name: str, x: Array, dtype: np.dtype[Any]) -> Array:
     """`x` in another float dtype; a number that does not fit is an error, not infinity."""
     rounded = round_once(x, dtype)

@@ -1,5 +1,6 @@
 """KVCache and PagedKVCache against plain lists of arrays."""
 
+import inspect
 import io
 import itertools
 import os
@@ -10,6 +11,7 @@ import tracemalloc
 import zipfile
 from contextlib import nullcontext
 from fractions import Fraction
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -82,7 +84,7 @@ def snapshot(cache):
 
 def assert_same_tokens(cache, other):
     assert cache._parameters() == other._parameters()
-    assert cache.lengths.tolist() == other.lengths.tolist()
+    assert cache.lengths().tolist() == other.lengths().tolist()
     for b in range(cache.batch_size):
         assert cache.positions(b).tolist() == other.positions(b).tolist()
         live = np.s_[b, :, : len(cache.positions(b))]
@@ -105,7 +107,7 @@ def test_chunks_give_the_bits_of_one_call(rng, dtype, chunks):
     for new in chunks:
         part = np.s_[:, :, start : start + new]
         cache.append(k[part], v[part])
-        paged.append(seq_ids, k[part], v[part])
+        paged.append(k[part], v[part], seq_ids)
         for out, lse in (
             cache.attention(q[part], return_lse=True),
             paged.attention(q[part], seq_ids, return_lse=True),
@@ -124,9 +126,9 @@ def test_ragged_batch(rng, dtype):
     for counts in ([5, 0, 2], [1, 1, 1], [0, 4, 3]):
         k, v = make_tokens(rng, 3, new=5, dtype=wide)
         q = make_queries(rng, 3, new=5, dtype=wide)
-        before = cache.lengths.copy()
+        before = cache.lengths()
         cache.append(k, v, counts=counts)
-        paged.append(seq_ids, k, v, counts=counts)
+        paged.append(k, v, seq_ids, counts=counts)
         outs = (cache.attention(q, q_offset=before), paged.attention(q, seq_ids, q_offset=before))
         for b, count in enumerate(counts):
             whole_k, whole_v = cache.to_arrays(b)
@@ -236,7 +238,7 @@ def test_window_sees_what_the_whole_history_would_show(rng, window, sink_tokens,
         new = int(counts.max())
         k, v = make_tokens(rng, 2, new=new)
         q = make_queries(rng, 2, new=new)
-        before = cache.lengths.copy()
+        before = cache.lengths()
         cache.append(k, v, counts=counts)
         out, lse = cache.attention(q, q_offset=before, return_lse=True)
         for b, count in enumerate(counts):
@@ -252,7 +254,7 @@ def test_window_sees_what_the_whole_history_would_show(rng, window, sink_tokens,
             positions = cache.positions(b)
             for stored, parts in zip(cache.to_arrays(b), history[b], strict=True):
                 np.testing.assert_array_equal(stored, np.concatenate(parts, axis=1)[:, positions])
-    assert cache.lengths.min() > cache.max_seqlen  # and it went round
+    assert cache.lengths().min() > cache.max_seqlen  # and it went round
 
 
 @pytest.mark.parametrize("sink_tokens", [0, 2])
@@ -401,7 +403,7 @@ def test_floats_out_of_range_are_refused(dtype, source, value):
         with np.errstate(all="raise"), pytest.raises(ValueError, match=message):
             cache.append(k, v)
         cache.append(k, v, counts=[0])  # padding is not looked at
-    assert cache.lengths.tolist() == [0]
+    assert cache.lengths().tolist() == [0]
 
 
 @once
@@ -485,7 +487,7 @@ def test_int8_refuses_what_is_not_finite(value):
         )
         with pytest.raises(ValueError, match=re.escape(message)):
             cache.append(k, v)
-    assert cache.lengths.tolist() == [0]
+    assert cache.lengths().tolist() == [0]
     assert not cache._arrays[0].any()
 
 
@@ -550,7 +552,7 @@ def test_wrong_tokens_change_nothing(rng, make, dtype):
     cache = make(dtype=dtype)
     args = () if make is make_cache else ([cache.add(), cache.add()],)
     k, v = make_tokens(rng, 2, new=3)
-    cache.append(*args, k, v)
+    cache.append(k, v, *args)
     before = snapshot(cache)
     for wrong_k, wrong_v, options, error, message in (
         (
@@ -598,7 +600,7 @@ def test_wrong_tokens_change_nothing(rng, make, dtype):
         ),
     ):
         with pytest.raises(error, match=re.escape(message)):
-            cache.append(*args, wrong_k, wrong_v, **options)
+            cache.append(wrong_k, wrong_v, *args, **options)
         assert snapshot(cache) == before
 
 
@@ -614,7 +616,7 @@ def test_more_than_fits_changes_nothing(rng):
         cache.append(*make_tokens(rng, 2, new=2))
     assert snapshot(cache) == before
     cache.append(*make_tokens(rng, 2, new=4), counts=[1, 4])
-    assert cache.lengths.tolist() == [5, 5]
+    assert cache.lengths().tolist() == [5, 5]
 
 
 @once
@@ -651,12 +653,12 @@ def test_views_cannot_be_written(rng):
     cache.append(*make_tokens(rng, 2, new=2))
     assert cache.k.shape == (2, NUM_KV_HEADS, 2, HEAD_DIM)
     assert cache.v.shape == (2, NUM_KV_HEADS, 2, HEAD_DIM_V)
-    for view in (cache.lengths, cache.k, cache.v):
+    for view in (cache.k, cache.v):
         with pytest.raises(ValueError, match="read-only"):
             view[...] = 0
-    lengths = cache.lengths
+    lengths = cache.lengths()
     cache.truncate(1)
-    assert lengths.tolist() == [1, 1]
+    assert lengths.tolist() == [2, 2]  # those of its moment
     for index in (-1, 2):
         with pytest.raises(ValueError, match=f"`index` must be 0 to 1, got {index}"):
             cache.to_arrays(index)
@@ -706,7 +708,7 @@ def test_truncate(rng):
     )
     np.testing.assert_array_equal(cache.to_arrays(1)[1], np.concatenate([v[1], new_v[1]], axis=1))
     cache.reset()
-    assert cache.lengths.tolist() == [0, 0]
+    assert cache.lengths().tolist() == [0, 0]
 
 
 @once
@@ -718,12 +720,12 @@ def test_every_reordering_of_three(rng, dtype):
         if window is not None:
             cache.append(*make_tokens(rng, 3, new=6), counts=[1, 3, 6])
         old = [cache.to_arrays(b) for b in range(3)]
-        lengths, positions = cache.lengths.tolist(), [cache.positions(b) for b in range(3)]
+        lengths, positions = cache.lengths().tolist(), [cache.positions(b) for b in range(3)]
         for indices in itertools.product(range(3), repeat=3):
             other = cache.copy()
             other.reorder(indices)
             for b, source in enumerate(indices):
-                assert other.lengths[b] == lengths[source]
+                assert other.lengths()[b] == lengths[source]
                 np.testing.assert_array_equal(other.positions(b), positions[source])
                 for array, expected in zip(other.to_arrays(b), old[source], strict=True):
                     np.testing.assert_array_equal(array, expected)
@@ -771,7 +773,7 @@ def test_copy_and_file_are_the_same_cache(rng, tmp_path, dtype, options):
         before = snapshot(cache)
         if options:
             other.append(*make_tokens(rng, 3, new=3))
-        other.truncate([0, 0, other.lengths[2] - 1])
+        other.truncate([0, 0, other.lengths()[2] - 1])
         other.reorder([2, 1, 0])
         assert snapshot(cache) == before
 
@@ -953,9 +955,9 @@ def test_fork_shares_and_copies_on_write(rng):
     assert cache.num_free_pages == 2
 
     one, two = (make_tokens(rng, 1, new=1) for _ in range(2))
-    cache.append([b], *one)  # a copies nothing, b gets a page of its own
+    cache.append(*one, [b])  # a copies nothing, b gets a page of its own
     assert cache.page_table([a, b]).tolist() == [[0, 1], [0, 2]]
-    cache.append([a], *two)  # a is alone on its page now
+    cache.append(*two, [a])  # a is alone on its page now
     assert cache.page_table([a, b]).tolist() == [[0, 1], [0, 2]]
     for seq_id, new in ((a, two), (b, one)):
         for stored, old, x in zip(cache.to_arrays(seq_id), (k, v), new, strict=True):
@@ -972,13 +974,13 @@ def test_full_pages_stay_shared(rng):
     cache = make_paged(page_size=2)
     a = cache.add(*make_tokens(rng, new=4))
     b = cache.fork(a)
-    cache.append([a, b], *make_tokens(rng, 2, new=1))
+    cache.append(*make_tokens(rng, 2, new=1), [a, b])
     assert cache.page_table([a, b]).tolist() == [[0, 1, 2], [0, 1, 3]]
     # b is cut back into a page that both hold, and writes there.
-    cache.truncate(b, 3)
+    cache.truncate(3, [b])
     assert cache.page_table([a, b]).tolist() == [[0, 1, 2], [0, 1, -1]]
     k_before = cache.to_arrays(a)[0]
-    cache.append([b], *make_tokens(rng, 1, new=2))
+    cache.append(*make_tokens(rng, 1, new=2), [b])
     assert cache.page_table([a, b]).tolist() == [[0, 1, 2], [0, 3, 4]]
     np.testing.assert_array_equal(cache.to_arrays(a)[0], k_before)
 
@@ -990,7 +992,7 @@ def test_pages_are_counted_before_anything_changes(rng):
     b, c = cache.fork(a), cache.fork(a)
     before = snapshot(cache)
     with pytest.raises(fa.OutOfPagesError) as caught:
-        cache.append([a, b, c], *make_tokens(rng, 3, new=3))
+        cache.append(*make_tokens(rng, 3, new=3), [a, b, c])
     assert str(caught.value) == (
         "the cache must have 5 free pages for `k`, got 2 (free or truncate sequences)"
     )
@@ -1000,10 +1002,10 @@ def test_pages_are_counted_before_anything_changes(rng):
         cache.add(*make_tokens(rng, new=9))
     assert snapshot(cache) == before
     # Three sequences on one page: the last one to write keeps it, so two pages are enough.
-    cache.append([a, b, c], *make_tokens(rng, 3, new=2))
+    cache.append(*make_tokens(rng, 3, new=2), [a, b, c])
     assert cache.num_free_pages == 0
     assert sorted(cache.page_table([a, b, c]).ravel().tolist()) == [0, 1, 2]
-    cache.append([a, b], *make_tokens(rng, 2, new=1), counts=[0, 0])
+    cache.append(*make_tokens(rng, 2, new=1), [a, b], counts=[0, 0])
     cache.reset()
     assert (cache.num_free_pages, cache.seq_ids) == (3, [])
     assert cache.add() == 3  # not the name of an earlier sequence
@@ -1026,12 +1028,11 @@ def test_ids_that_are_no_sequences(rng):
         for call, name in (
             (lambda seq_id: cache.fork(seq_id), "seq_id"),
             (lambda seq_id: cache.free(seq_id), "seq_id"),
-            (lambda seq_id: cache.truncate(seq_id, 0), "seq_id"),
-            (lambda seq_id: cache.length(seq_id), "seq_id"),
+            (lambda seq_id: cache.truncate(0, [seq_id]), "seq_ids[0]"),
             (lambda seq_id: cache.to_arrays(seq_id), "seq_id"),
             (lambda seq_id: cache.lengths([a, seq_id]), "seq_ids[1]"),
             (lambda seq_id: cache.page_table([seq_id]), "seq_ids[0]"),
-            (lambda seq_id: cache.append([seq_id], k, v), "seq_ids[0]"),
+            (lambda seq_id: cache.append(k, v, [seq_id]), "seq_ids[0]"),
             (lambda seq_id: cache.attention(q, [seq_id]), "seq_ids[0]"),
         ):
             with pytest.raises(error, match=re.escape(f"`{name}` must be {got}")):
@@ -1039,10 +1040,15 @@ def test_ids_that_are_no_sequences(rng):
     with pytest.raises(TypeError, match="`seq_ids` must be a sequence of ints, got 0"):
         cache.lengths(0)
     with pytest.raises(ValueError, match="`seq_ids` must not repeat a sequence in `append`"):
-        cache.append([a, a], *make_tokens(rng, 2, new=1))
+        cache.append(*make_tokens(rng, 2, new=1), [a, a])
+    with pytest.raises(ValueError, match="`seq_ids` must not repeat a sequence in `truncate`"):
+        cache.truncate(0, [a, a])
+    with pytest.raises(ValueError, match=r"`lengths` must be an int or have shape \(1,\)"):
+        cache.truncate([0, 0], [a])
     for length in (-1, 1):
-        with pytest.raises(ValueError, match=f"`length` must be 0 to 0, got {length}"):
-            cache.truncate(a, length)
+        message = f"`lengths` must be 0 to 0 for sequence 0, got {length}"
+        with pytest.raises(ValueError, match=message):
+            cache.truncate(length, [a])
     with pytest.raises(ValueError, match="`k` and `v` must be given together, got only `v`"):
         cache.add(v=v[0])
     with pytest.raises(
@@ -1221,7 +1227,7 @@ class CacheMachine(RuleBasedStateMachine):
     def same_tokens(self):
         if not hasattr(self, "cache"):
             return
-        assert self.cache.lengths.tolist() == [len(tokens) for tokens in self.model]
+        assert self.cache.lengths().tolist() == [len(tokens) for tokens in self.model]
         for b, tokens in enumerate(self.model):
             positions = self.cache.positions(b)
             for kept, expected in zip(self.cache.to_arrays(b), numbered(tokens), strict=True):
@@ -1301,7 +1307,7 @@ class PagedMachine(RuleBasedStateMachine):
         new = [list(itertools.islice(self.numbers, int(n))) for n in counts]
         before = snapshot(self.cache)
         try:
-            self.cache.append(seq_ids, *numbered_batch(new), counts=counts)
+            self.cache.append(*numbered_batch(new), seq_ids, counts=counts)
         except fa.OutOfPagesError as error:
             assert snapshot(self.cache) == before
             self.expect_out_of_pages(error, dict(zip(seq_ids, counts.tolist(), strict=True)))
@@ -1312,7 +1318,7 @@ class PagedMachine(RuleBasedStateMachine):
     @rule(seq_id=sequences, data=st.data())
     def truncate(self, seq_id, data):
         length = data.draw(st.integers(0, len(self.model[seq_id])))
-        self.cache.truncate(seq_id, length)
+        self.cache.truncate(length, [seq_id])
         del self.model[seq_id][length:]
 
     @rule(data=st.data(), seqlen_q=st.integers(1, 3))
@@ -1356,3 +1362,26 @@ TestCacheFuzzing = once(CacheMachine.TestCase)
 TestCacheFuzzing.settings = fuzzed
 TestPagedFuzzing = once(PagedMachine.TestCase)
 TestPagedFuzzing.settings = fuzzed
+
+
+# --- one grammar ------------------------------------------------------------------------------
+
+
+def public(cache):
+    return {name: value for name, value in inspect.getmembers(cache) if not name.startswith("_")}
+
+
+@once
+def test_both_caches_have_one_grammar():
+    batch, paged = public(fa.KVCache), public(fa.PagedKVCache)
+    assert batch.keys() & paged.keys() == {
+        "append", "attention", "lengths", "nbytes", "reset", "to_arrays", "truncate",
+    }  # fmt: skip
+    for name in ("append", "attention", "lengths", "truncate"):
+        ours, theirs = (list(inspect.signature(x[name]).parameters) for x in (batch, paged))
+        assert [x for x in theirs if x != "seq_ids"] == ours, name
+    # What only one has is told, with the reason.
+    text = (Path(__file__).parent.parent / "docs/caches.md").read_text(encoding="utf-8")
+    table = text[: text.index("## A batch")]
+    for name in batch.keys() | paged.keys():
+        assert name == "nbytes" or f"`{name}" in table, name
