@@ -8,46 +8,27 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn import _config, _core, _validate
 from fastattn._core import Problem
-from fastattn._options import OPTIONS, refuse_unknown, set_named, set_options
+from fastattn._options import (
+    OPTIONS,
+    AttentionOptions,
+    LayerOptions,
+    Window,
+    refuse_unknown,
+    set_named,
+    set_options,
+)
 from fastattn._problem import of_arrays
 from fastattn._results import check_out, empty_result, place_results, refuse_overlap
 from fastattn._rounding import round_once
 
 Array = NDArray[Any]
-
-
-class Options(TypedDict, total=False):
-    """Options that `attention` and `self_attention` share, for type checkers."""
-
-    scale: float | None
-    softcap: float | None
-    bias: ArrayLike | None
-    alibi_slopes: ArrayLike | None
-    mask: ArrayLike | None
-    causal: bool
-    window: Sequence[int | None] | None
-    q_offset: ArrayLike | None
-    kv_lengths: ArrayLike | None
-    segment_ids: Sequence[ArrayLike] | None
-    sinks: ArrayLike | None
-    softmax_axis: Literal["keys", "queries"]
-    dropout_p: float
-    dropout_seed: int | None
-    out: Array | None
-    num_threads: int | None
-
-
-class AttentionOptions(Options, total=False):
-    """Options of `attention` other than `return_lse`, which decides the type of the result."""
-
-    residual: ArrayLike | None
 
 
 @overload
@@ -88,7 +69,7 @@ def attention(
     alibi_slopes: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     causal: bool = False,
-    window: Sequence[int | None] | None = None,
+    window: Window | None = None,
     q_offset: ArrayLike | None = None,
     kv_lengths: ArrayLike | None = None,
     segment_ids: Sequence[ArrayLike] | None = None,
@@ -354,7 +335,7 @@ def self_attention(
     num_heads: int = ...,
     residual: bool = ...,
     return_lse: Literal[False] = ...,
-    **options: Unpack[Options],
+    **options: Unpack[LayerOptions],
 ) -> Array: ...
 @overload
 def self_attention(
@@ -363,7 +344,7 @@ def self_attention(
     num_heads: int = ...,
     residual: bool = ...,
     return_lse: Literal[True],
-    **options: Unpack[Options],
+    **options: Unpack[LayerOptions],
 ) -> tuple[Array, Array]: ...
 @overload
 def self_attention(
@@ -372,7 +353,7 @@ def self_attention(
     num_heads: int = ...,
     residual: bool = ...,
     return_lse: bool,
-    **options: Unpack[Options],
+    **options: Unpack[LayerOptions],
 ) -> Array | tuple[Array, Array]: ...
 def self_attention(
     x: ArrayLike,
@@ -380,7 +361,7 @@ def self_attention(
     num_heads: int = 1,
     residual: bool = True,
     return_lse: bool = False,
-    **options: Unpack[Options],
+    **options: Unpack[LayerOptions],
 ) -> Array | tuple[Array, Array]:
     """``y = x + attention(x, x, x)``: every position looks at every other, head by head.
 
@@ -439,7 +420,7 @@ def self_attention(
     array([[2., 0.],
            [0., 2.]], dtype=float32)
     """
-    refuse_unknown("self_attention", options, Options.__annotations__)
+    refuse_unknown("self_attention", options, LayerOptions.__annotations__)
     x = _validate.float_array("x", x)
     if x.ndim < 2:
         raise ValueError(

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 import os
 from os import PathLike
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, Unpack, overload
 
 import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import ArrayLike, DTypeLike
 
-from fastattn._options import read_positions
+from fastattn._options import CacheOptions, read_positions
 from fastattn._storage import (
     Changes,
     Lengths,
@@ -573,7 +573,33 @@ class KVCache(TokenStore):
 
     # --- attention ---
 
-    def attention(self, q: ArrayLike, **options: Any) -> Array | tuple[Array, Array]:
+    @overload
+    def attention(
+        self,
+        q: ArrayLike,
+        *,
+        return_lse: Literal[False] = ...,
+        **options: Unpack[CacheOptions],
+    ) -> Array: ...
+    @overload
+    def attention(
+        self,
+        q: ArrayLike,
+        *,
+        return_lse: Literal[True],
+        **options: Unpack[CacheOptions],
+    ) -> tuple[Array, Array]: ...
+    @overload
+    def attention(
+        self,
+        q: ArrayLike,
+        *,
+        return_lse: bool,
+        **options: Unpack[CacheOptions],
+    ) -> Array | tuple[Array, Array]: ...
+    def attention(
+        self, q: ArrayLike, *, return_lse: bool = False, **options: Unpack[CacheOptions]
+    ) -> Array | tuple[Array, Array]:
         """Attention of new queries over all that the cache holds, their own tokens included.
 
         Append the keys and values of the new tokens first.
@@ -583,6 +609,8 @@ class KVCache(TokenStore):
         q : array_like, (batch_size, num_heads, seqlen_q, head_dim)
             Queries of the last `seqlen_q` tokens of each sequence, in the cache's dtype, or float32
             where that is smaller.  `num_heads` is a multiple of `num_kv_heads`.
+        return_lse : bool, optional
+            Whether to return `lse` too.
         **options
             As in `fastattn.attention`, except:
 
@@ -632,18 +660,18 @@ class KVCache(TokenStore):
                [0.5, 0.5]], dtype=float32)
         """
         q = self._queries(q, self.batch_size)
-        options = own_options("KVCache.attention", options)
-        return self._gate.read(self._look, self._attend, q, options)
+        given = own_options("KVCache.attention", options)
+        return self._gate.read(self._look, self._attend, q, given, return_lse)
 
     def _attend(
-        self, view: _View, q: Array, options: dict[str, Any]
+        self, view: _View, q: Array, options: dict[str, Any], return_lse: bool
     ) -> Array | tuple[Array, Array]:
         if self.window_tokens is not None:
             options = self._window_options(view, q.shape[2], self.window_tokens, options)
         stored = view.stored
         longest = int(stored.max())
         arrays = tuple(array[:, :, :longest] for array in view.arrays)
-        return attend(q, arrays, stored, options)
+        return attend(q, arrays, stored, options, return_lse)
 
     def _window_options(
         self, view: _View, seqlen_q: int, window_tokens: int, options: dict[str, Any]

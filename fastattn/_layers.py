@@ -7,12 +7,13 @@ state dict or from Keras weights; neither library is imported.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Literal, Self, Unpack, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn._attention import attention, merge_attention
+from fastattn._options import LayerOptions
 from fastattn._results import check_out
 from fastattn._validate import as_array, count, float_array
 
@@ -347,6 +348,39 @@ class MultiHeadAttention:
             w_o_bias=bias("attention_output"),
         )
 
+    @overload
+    def __call__(
+        self,
+        q: ArrayLike,
+        k: ArrayLike | None = ...,
+        v: ArrayLike | None = ...,
+        *,
+        residual: bool | ArrayLike | None = ...,
+        return_lse: Literal[False] = ...,
+        **options: Unpack[LayerOptions],
+    ) -> Array: ...
+    @overload
+    def __call__(
+        self,
+        q: ArrayLike,
+        k: ArrayLike | None = ...,
+        v: ArrayLike | None = ...,
+        *,
+        residual: bool | ArrayLike | None = ...,
+        return_lse: Literal[True],
+        **options: Unpack[LayerOptions],
+    ) -> tuple[Array, Array]: ...
+    @overload
+    def __call__(
+        self,
+        q: ArrayLike,
+        k: ArrayLike | None = ...,
+        v: ArrayLike | None = ...,
+        *,
+        residual: bool | ArrayLike | None = ...,
+        return_lse: bool,
+        **options: Unpack[LayerOptions],
+    ) -> Array | tuple[Array, Array]: ...
     def __call__(
         self,
         q: ArrayLike,

@@ -9,11 +9,12 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Unpack, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from fastattn._options import CacheOptions
 from fastattn._storage import (
     Changes,
     Lengths,
@@ -474,8 +475,40 @@ class PagedKVCache(TokenStore):
         changes = zip(itertools.repeat(self._sequences), seq_ids, longer)
         return None, [*changes, *pages.changes()]
 
+    @overload
     def attention(
-        self, q: ArrayLike, seq_ids: Iterable[int], **options: Any
+        self,
+        q: ArrayLike,
+        seq_ids: Iterable[int],
+        *,
+        return_lse: Literal[False] = ...,
+        **options: Unpack[CacheOptions],
+    ) -> Array: ...
+    @overload
+    def attention(
+        self,
+        q: ArrayLike,
+        seq_ids: Iterable[int],
+        *,
+        return_lse: Literal[True],
+        **options: Unpack[CacheOptions],
+    ) -> tuple[Array, Array]: ...
+    @overload
+    def attention(
+        self,
+        q: ArrayLike,
+        seq_ids: Iterable[int],
+        *,
+        return_lse: bool,
+        **options: Unpack[CacheOptions],
+    ) -> Array | tuple[Array, Array]: ...
+    def attention(
+        self,
+        q: ArrayLike,
+        seq_ids: Iterable[int],
+        *,
+        return_lse: bool = False,
+        **options: Unpack[CacheOptions],
     ) -> Array | tuple[Array, Array]:
         """Attention of new queries over all tokens of their sequences.
 
@@ -488,6 +521,8 @@ class PagedKVCache(TokenStore):
             where that is smaller.  `num_heads` is a multiple of `num_kv_heads`.
         seq_ids : sequence of int
             Sequences of any lengths, repeated ones too.
+        return_lse : bool, optional
+            Whether to return `lse` too.
         **options
             As in `KVCache.attention` without a window: `causal` is True by default, `kv_lengths` is
             the cache's, and seqlen_k of `bias`, `mask` and `segment_ids` is the longest length
@@ -507,8 +542,8 @@ class PagedKVCache(TokenStore):
         """
         ids = _seq_ids(seq_ids)
         q = self._queries(q, len(ids))
-        options = own_options("PagedKVCache.attention", options)
-        return self._gate.read(lambda: self._look(ids), _attend, q, options)
+        given = own_options("PagedKVCache.attention", options)
+        return self._gate.read(lambda: self._look(ids), _attend, q, given, return_lse)
 
     # --- pages ---
 
@@ -574,8 +609,10 @@ class PagedKVCache(TokenStore):
         return longer
 
 
-def _attend(view: _View, q: Array, options: dict[str, Any]) -> Array | tuple[Array, Array]:
-    return attend(q, view.arrays, view.lengths, options, page_table=view.table)
+def _attend(
+    view: _View, q: Array, options: dict[str, Any], return_lse: bool
+) -> Array | tuple[Array, Array]:
+    return attend(q, view.arrays, view.lengths, options, return_lse, page_table=view.table)
 
 
 class _Pages:

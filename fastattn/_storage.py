@@ -5,14 +5,14 @@ What `KVCache` and `PagedKVCache` share.  They reach the core through `attend`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastattn import _core
-from fastattn._attention import AttentionOptions
-from fastattn._options import refuse_unknown, set_named
+from fastattn._options import AttentionOptions, refuse_unknown, set_named
 from fastattn._problem import of_cache, of_pages
 from fastattn._results import place_results
 from fastattn._rounding import in_default_float_mode, round_once
@@ -185,10 +185,9 @@ def at_slots(block: int, start: int, stop: int) -> tuple[Any, ...]:
     return block, slice(None), slice(start, stop)
 
 
-def own_options(function: str, options: dict[str, Any]) -> dict[str, Any]:
+def own_options(function: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Options for `attention`, with what is different in a cache."""
-    known = {name: value for name, value in options.items() if name != "return_lse"}
-    refuse_unknown(function, known, AttentionOptions.__annotations__)
+    refuse_unknown(function, options, AttentionOptions.__annotations__)
     if options.get("kv_lengths") is not None:
         raise ValueError("`kv_lengths` must be None: the cache knows its lengths")
     return {"causal": True, **{k: v for k, v in options.items() if k != "kv_lengths"}}
@@ -280,6 +279,7 @@ def attend(
     arrays: tuple[Array, ...],
     kv_lengths: Lengths,
     options: dict[str, Any],
+    return_lse: bool = False,
     page_table: Lengths | None = None,
 ) -> Array | tuple[Array, Array]:
     """Attention of (n, num_heads, seqlen_q, head_dim) over storage, in place.
@@ -294,6 +294,8 @@ def attend(
         Tokens of each row of q.
     options : dict
         Of `fastattn.attention`, those that have to do with the storage excepted.
+    return_lse : bool, optional
+        Whether to return `lse` too.
     page_table : int64 array, (n, pages), optional
         The pages of each row of q; only the first ``ceil(kv_lengths[i] / page_size)`` are read.
     """
@@ -302,6 +304,6 @@ def attend(
     else:
         problem = of_pages(q, arrays, kv_lengths, page_table)
     set_named(problem, options)
-    result, lse = place_results(problem, options.get("out"), options.get("return_lse", False))
+    result, lse = place_results(problem, options.get("out"), return_lse)
     _core.attention(problem)
     return result if lse is None else (result, lse)
