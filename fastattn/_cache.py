@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, Unpack, overload
 
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import ArrayLike, DTypeLike
 
+from fastattn._explain import Explanation
 from fastattn._options import CacheOptions, read_positions
 from fastattn._storage import (
     Changes,
@@ -24,6 +26,7 @@ from fastattn._storage import (
     at_slots,
     attend,
     copy_tokens,
+    explain,
     new_lengths,
     own_options,
 )
@@ -661,17 +664,62 @@ class KVCache(TokenStore):
         """
         q = self._queries(q, self.batch_size)
         given = own_options("KVCache.attention", options)
-        return self._gate.read(self._look, self._attend, q, given, return_lse)
+        result: Array | tuple[Array, Array] = self._gate.read(
+            self._look, self._over, attend, q, given, return_lse
+        )
+        return result
 
-    def _attend(
-        self, view: _View, q: Array, options: dict[str, Any], return_lse: bool
-    ) -> Array | tuple[Array, Array]:
+    def explain(
+        self, q: ArrayLike, *, return_lse: bool = False, **options: Unpack[CacheOptions]
+    ) -> Explanation:
+        """Say what `attention` would run with the same arguments, without running it.
+
+        Parameters
+        ----------
+        q, return_lse, **options
+            As in `attention`, and validated the same way.  `out` is not written.
+
+        Returns
+        -------
+        Explanation
+            See `fastattn.explain`.  What a window leaves out counts as skipped by ``window``, or
+            with sinks by ``mask``.
+
+        Raises
+        ------
+        TypeError, ValueError, MemoryError
+            As `attention` would.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import fastattn as fa
+        >>> cache = fa.KVCache(1, 2, max_seqlen=100, head_dim=8, dtype=np.float16)
+        >>> cache.append(np.ones((1, 2, 30, 8)), np.ones((1, 2, 30, 8)))
+        >>> plan = cache.explain(np.ones((1, 4, 1, 8), np.float16))
+        >>> plan.form, plan.seqlen_k
+        ('cache of float16', 30)
+        """
+        q = self._queries(q, self.batch_size)
+        given = own_options("KVCache.explain", options)
+        plan: Explanation = self._gate.read(self._look, self._over, explain, q, given, return_lse)
+        return plan
+
+    def _over(
+        self,
+        view: _View,
+        function: Callable[..., Any],
+        q: Array,
+        options: dict[str, Any],
+        return_lse: bool,
+    ) -> Any:
+        """`function`, which is `attend` or `explain`, of what the cache holds."""
         if self.window_tokens is not None:
             options = self._window_options(view, q.shape[2], self.window_tokens, options)
         stored = view.stored
         longest = int(stored.max())
         arrays = tuple(array[:, :, :longest] for array in view.arrays)
-        return attend(q, arrays, stored, options, return_lse)
+        return function(q, arrays, stored, options, return_lse)
 
     def _window_options(
         self, view: _View, seqlen_q: int, window_tokens: int, options: dict[str, Any]

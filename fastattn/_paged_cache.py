@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple, Unpack, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from fastattn._explain import Explanation
 from fastattn._options import CacheOptions
 from fastattn._storage import (
     Changes,
@@ -22,6 +23,7 @@ from fastattn._storage import (
     at_slots,
     attend,
     copy_tokens,
+    explain,
     new_lengths,
     own_options,
 )
@@ -543,7 +545,43 @@ class PagedKVCache(TokenStore):
         ids = _seq_ids(seq_ids)
         q = self._queries(q, len(ids))
         given = own_options("PagedKVCache.attention", options)
-        return self._gate.read(lambda: self._look(ids), _attend, q, given, return_lse)
+        result: Array | tuple[Array, Array] = self._gate.read(
+            lambda: self._look(ids), _over, attend, q, given, return_lse
+        )
+        return result
+
+    def explain(
+        self,
+        q: ArrayLike,
+        seq_ids: Iterable[int],
+        *,
+        return_lse: bool = False,
+        **options: Unpack[CacheOptions],
+    ) -> Explanation:
+        """Say what `attention` would run with the same arguments, without running it.
+
+        Parameters
+        ----------
+        q, seq_ids, return_lse, **options
+            As in `attention`, and validated the same way.  `out` is not written.
+
+        Returns
+        -------
+        Explanation
+            See `fastattn.explain`.
+
+        Raises
+        ------
+        TypeError, ValueError, MemoryError
+            As `attention` would.
+        """
+        ids = _seq_ids(seq_ids)
+        q = self._queries(q, len(ids))
+        given = own_options("PagedKVCache.explain", options)
+        plan: Explanation = self._gate.read(
+            lambda: self._look(ids), _over, explain, q, given, return_lse
+        )
+        return plan
 
     # --- pages ---
 
@@ -609,10 +647,15 @@ class PagedKVCache(TokenStore):
         return longer
 
 
-def _attend(
-    view: _View, q: Array, options: dict[str, Any], return_lse: bool
-) -> Array | tuple[Array, Array]:
-    return attend(q, view.arrays, view.lengths, options, return_lse, page_table=view.table)
+def _over(
+    view: _View,
+    function: Callable[..., Any],
+    q: Array,
+    options: dict[str, Any],
+    return_lse: bool,
+) -> Any:
+    """`function`, which is `attend` or `explain`, of what the sequences hold."""
+    return function(q, view.arrays, view.lengths, options, return_lse, page_table=view.table)
 
 
 class _Pages:

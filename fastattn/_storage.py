@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastattn import _core
+from fastattn._core import Problem
+from fastattn._explain import Explanation, explained
 from fastattn._options import AttentionOptions, refuse_unknown, set_named
 from fastattn._problem import of_cache, of_pages
 from fastattn._results import place_results
@@ -299,11 +301,28 @@ def attend(
     page_table : int64 array, (n, pages), optional
         The pages of each row of q; only the first ``ceil(kv_lengths[i] / page_size)`` are read.
     """
-    if page_table is None:
-        problem = of_cache(q, arrays, kv_lengths)
-    else:
-        problem = of_pages(q, arrays, kv_lengths, page_table)
+    problem = _problem(q, arrays, kv_lengths, page_table)
     set_named(problem, options)
     result, lse = place_results(problem, options.get("out"), return_lse)
     _core.attention(problem)
     return result if lse is None else (result, lse)
+
+
+def explain(
+    q: Array,
+    arrays: tuple[Array, ...],
+    kv_lengths: Lengths,
+    options: dict[str, Any],
+    return_lse: bool = False,
+    page_table: Lengths | None = None,
+) -> Explanation:
+    """What `attend` would run with the same arguments."""
+    return explained(lambda: _problem(q, arrays, kv_lengths, page_table), options, return_lse)
+
+
+def _problem(
+    q: Array, arrays: tuple[Array, ...], kv_lengths: Lengths, page_table: Lengths | None
+) -> Problem:
+    if page_table is None:
+        return of_cache(q, arrays, kv_lengths)
+    return of_pages(q, arrays, kv_lengths, page_table)

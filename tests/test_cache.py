@@ -1375,9 +1375,9 @@ def public(cache):
 def test_both_caches_have_one_grammar():
     batch, paged = public(fa.KVCache), public(fa.PagedKVCache)
     assert batch.keys() & paged.keys() == {
-        "append", "attention", "lengths", "nbytes", "reset", "to_arrays", "truncate",
+        "append", "attention", "explain", "lengths", "nbytes", "reset", "to_arrays", "truncate",
     }  # fmt: skip
-    for name in ("append", "attention", "lengths", "truncate"):
+    for name in ("append", "attention", "explain", "lengths", "truncate"):
         ours, theirs = (list(inspect.signature(x[name]).parameters) for x in (batch, paged))
         assert [x for x in theirs if x != "seq_ids"] == ours, name
     # What only one has is told, with the reason.
