@@ -22,13 +22,13 @@ from fastattn._storage import (
     Changes,
     Lengths,
     TokenStore,
-    _zeros,
     at_slots,
     attend,
     copy_tokens,
     explain,
     new_lengths,
     own_options,
+    zeros,
 )
 from fastattn._validate import (
     MAX_POSITION,
@@ -227,7 +227,7 @@ class KVCache(TokenStore):
         # Two rows: lengths, and how many tokens are gone.  The token at position p is in slot p if
         # it is a sink, and else in slot p - evicted: the tokens that are gone are always the first
         # ones after the sinks.
-        self._counts: Lengths = _zeros((2, self.batch_size), np.dtype(np.int64))
+        self._counts: Lengths = zeros((2, self.batch_size), np.dtype(np.int64))
 
     def __repr__(self) -> str:
         return f"{self._call()}: {self._counts[0].sum():,} tokens"

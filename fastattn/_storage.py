@@ -84,9 +84,9 @@ class TokenStore:
 
     def _new_storage(self) -> tuple[Array, ...]:
         widths = (self.head_dim, self.head_dim_v)
-        arrays = [_zeros((*self._rows, width), self.dtype) for width in widths]
+        arrays = [zeros((*self._rows, width), self.dtype) for width in widths]
         if self.dtype == np.int8:
-            arrays += [_zeros(self._rows, np.dtype(np.float32)) for _ in range(2)]
+            arrays += [zeros(self._rows, np.dtype(np.float32)) for _ in range(2)]
         return tuple(arrays)
 
     def _parameters(self) -> dict[str, Any]:
@@ -211,7 +211,7 @@ def _cache_dtype(dtype: DTypeLike) -> np.dtype[Any]:
     return result
 
 
-def _zeros(shape: Shape, dtype: np.dtype[Any]) -> Array:
+def zeros(shape: Shape, dtype: np.dtype[Any]) -> Array:
     try:
         return np.zeros(shape, dtype)
     except ValueError as error:  # more bytes than an address can tell apart
