@@ -69,7 +69,7 @@ def paged_cache(layer: Layer, capacity: int) -> Attend:
     sequence = cache.add()
 
     def attend(q: Any, k: Any, v: Any, **options: Any) -> Any:
-        cache.append([sequence], k, v)
+        cache.append(k, v, [sequence])
         return cache.attention(q, [sequence], **options)
 
     return attend

@@ -5,8 +5,8 @@ long before, and a small model, trained in PyTorch through `fastattn.torch` on t
 Here it reads held-out texts of 17,000 in parts, each layer through a `fastattn.KVCache`:
 
     full               KVCache(..., max_seqlen=17000)            remembers everything
-    window             KVCache(..., window=256)                  the last 256 tokens
-    window and start   KVCache(..., window=256, num_sinks=64)    and the first 64
+    window             KVCache(..., window_tokens=256)                    the last 256 tokens
+    window and start   KVCache(..., window_tokens=256, sink_tokens=64)    and the first 64
                                                       (https://arxiv.org/abs/2309.17453)
 
 Each runs in a process of its own, as does PyTorch's attention with the same weights, for which a
@@ -77,8 +77,8 @@ def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 ATTENTION: dict[str, Attend] = {
     "fastattn, full": cached(),
-    "fastattn, window": cached(window=WINDOW),
-    "fastattn, window and start": cached(window=WINDOW, num_sinks=KEPT),
+    "fastattn, window": cached(window_tokens=WINDOW),
+    "fastattn, window and start": cached(window_tokens=WINDOW, sink_tokens=KEPT),
     "PyTorch, full": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
     "PyTorch, window": masked,
 }

@@ -13,10 +13,11 @@
 import typing as _typing
 
 from fastattn import reference
-from fastattn._attention import Explanation, attention, explain, merge_attention, self_attention
+from fastattn._attention import attention, merge_attention, self_attention
 from fastattn._backward import attention_backward
 from fastattn._cache import KVCache
 from fastattn._config import show_config
+from fastattn._explain import Explanation, explain
 from fastattn._layers import MultiHeadAttention
 from fastattn._paged_cache import OutOfPagesError, PagedKVCache
 from fastattn._varlen import attention_varlen, attention_varlen_backward

@@ -6,48 +6,25 @@ A call becomes a problem (``_problem.py``) with options (``_options.py``) and pl
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastattn import _config, _core, _validate
-from fastattn._core import Problem
-from fastattn._options import OPTIONS, refuse_unknown, set_named, set_options
+from fastattn import _core, _validate
+from fastattn._options import (
+    AttentionOptions,
+    LayerOptions,
+    Window,
+    refuse_unknown,
+    set_options,
+)
 from fastattn._problem import of_arrays
 from fastattn._results import check_out, empty_result, place_results, refuse_overlap
 from fastattn._rounding import round_once
 
 Array = NDArray[Any]
-
-
-class Options(TypedDict, total=False):
-    """Options that `attention` and `self_attention` share, for type checkers."""
-
-    scale: float | None
-    softcap: float | None
-    bias: ArrayLike | None
-    alibi_slopes: ArrayLike | None
-    mask: ArrayLike | None
-    causal: bool
-    window: Sequence[int | None] | None
-    q_offset: ArrayLike | None
-    kv_lengths: ArrayLike | None
-    segment_ids: Sequence[ArrayLike] | None
-    sinks: ArrayLike | None
-    softmax_axis: Literal["keys", "queries"]
-    dropout_p: float
-    dropout_seed: int | None
-    out: Array | None
-    num_threads: int | None
-
-
-class AttentionOptions(Options, total=False):
-    """Options of `attention` other than `return_lse`, which decides the type of the result."""
-
-    residual: ArrayLike | None
 
 
 @overload
@@ -88,7 +65,7 @@ def attention(
     alibi_slopes: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     causal: bool = False,
-    window: Sequence[int | None] | None = None,
+    window: Window | None = None,
     q_offset: ArrayLike | None = None,
     kv_lengths: ArrayLike | None = None,
     segment_ids: Sequence[ArrayLike] | None = None,
@@ -354,7 +331,7 @@ def self_attention(
     num_heads: int = ...,
     residual: bool = ...,
     return_lse: Literal[False] = ...,
-    **options: Unpack[Options],
+    **options: Unpack[LayerOptions],
 ) -> Array: ...
 @overload
 def self_attention(
@@ -363,7 +340,7 @@ def self_attention(
     num_heads: int = ...,
     residual: bool = ...,
     return_lse: Literal[True],
-    **options: Unpack[Options],
+    **options: Unpack[LayerOptions],
 ) -> tuple[Array, Array]: ...
 @overload
 def self_attention(
@@ -372,7 +349,7 @@ def self_attention(
     num_heads: int = ...,
     residual: bool = ...,
     return_lse: bool,
-    **options: Unpack[Options],
+    **options: Unpack[LayerOptions],
 ) -> Array | tuple[Array, Array]: ...
 def self_attention(
     x: ArrayLike,
@@ -380,7 +357,7 @@ def self_attention(
     num_heads: int = 1,
     residual: bool = True,
     return_lse: bool = False,
-    **options: Unpack[Options],
+    **options: Unpack[LayerOptions],
 ) -> Array | tuple[Array, Array]:
     """``y = x + attention(x, x, x)``: every position looks at every other, head by head.
 
@@ -439,7 +416,7 @@ def self_attention(
     array([[2., 0.],
            [0., 2.]], dtype=float32)
     """
-    refuse_unknown("self_attention", options, Options.__annotations__)
+    refuse_unknown("self_attention", options, LayerOptions.__annotations__)
     x = _validate.float_array("x", x)
     if x.ndim < 2:
         raise ValueError(
@@ -578,172 +555,3 @@ def merge_attention(
             np.add(merged, contribution, out=merged, where=(exps != 0.0)[..., np.newaxis])
         lse = shift + np.log(total)
         return round_once(merged, dtype), lse.astype(lse_dtype, copy=False)
-
-
-@dataclasses.dataclass(frozen=True)
-class Explanation:
-    """What a call of `attention` would run; ``print`` shows it as text.
-
-    Sizes are in elements unless their name says otherwise.
-    """
-
-    isa: str  #: name of the kernel set
-    engine: str  #: name of its engine, which multiplies
-    dtype: str
-    softmax: str  #: the algorithm
-    batch_shape: tuple[int, ...]
-    num_heads: int
-    num_kv_heads: int
-    seqlen_q: int
-    seqlen_k: int
-    head_dim: int
-    head_dim_v: int
-    block_q: int  #: rows (queries, of each head that shares a key head) in a task
-    block_k: int  #: keys in a block
-    tile_q: int  #: rows in a score tile
-    mr: int  #: rows of a register tile
-    nr: int  #: columns of a register tile
-    vl: int  #: lanes of a vector
-    num_tasks: int
-    num_threads: int  #: that would work
-    num_threads_allowed: int  #: that may work
-    num_threads_reason: str  #: why that many
-    workspace_bytes: int  #: beyond inputs and outputs, all threads together
-    tiles_total: int  #: score tiles (tile_q rows, block_k keys) of the problem
-    tiles_computed: int  #: of these, the ones that are computed
-    skipped_by: dict[str, int]  #: score tiles that each option alone rules out
-
-    @property
-    def tiles_skipped(self) -> int:
-        """Score tiles that no query looks at, and that are not computed."""
-        return self.tiles_total - self.tiles_computed
-
-    def __str__(self) -> str:
-        percent = 100.0 * self.tiles_skipped / self.tiles_total if self.tiles_total else 0.0
-        skipped = f"{self.tiles_skipped:,} ({percent:.0f} %)"
-        if self.skipped_by:
-            alone = ", ".join(f"{name} {tiles:,}" for name, tiles in self.skipped_by.items())
-            skipped += f"; each option alone: {alone}"
-        else:
-            skipped += "; no option rules keys out"
-        rows = {
-            "problem": f"{self.dtype}, batch {self.batch_shape}, num_heads {self.num_heads}, "
-            f"num_kv_heads {self.num_kv_heads}, seqlen_q {self.seqlen_q:,}, "
-            f"seqlen_k {self.seqlen_k:,}, head_dim {self.head_dim}, head_dim_v {self.head_dim_v}",
-            "kernel set": f"{self.isa}, engine {self.engine}, vectors of {self.vl}, "
-            f"register tile {self.mr} x {self.nr}",
-            "softmax": self.softmax,
-            "blocks": f"{self.num_tasks:,} tasks of up to {self.block_q} rows, score tiles of "
-            f"{self.tile_q} rows x {self.block_k} keys",
-            "threads": f"{self.num_threads} ({self.num_threads_reason})",
-            "workspace": f"{self.workspace_bytes / 1024:,.1f} KiB",
-            "score tiles": f"{self.tiles_total:,}, computed {self.tiles_computed:,}, "
-            f"skipped {skipped}",
-        }
-        return "\n".join(f"{name:12}{text}" for name, text in rows.items())
-
-
-def explain(
-    q: ArrayLike,
-    k: ArrayLike,
-    v: ArrayLike,
-    *,
-    return_lse: bool = False,
-    **options: Unpack[AttentionOptions],
-) -> Explanation:
-    """Say what `attention` would run with the same arguments, without running it.
-
-    Parameters
-    ----------
-    q, k, v, return_lse, **options
-        As in `attention`, and validated the same way.  `out` is not written.
-
-    Returns
-    -------
-    Explanation
-        Fields for programs, and text for ``print``: the kernel set and its engine, the algorithm,
-        block sizes, threads and why that many, workspace, and the score tiles that are skipped
-        and why.
-
-    Raises
-    ------
-    TypeError, ValueError, MemoryError
-        As `attention` would.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> import fastattn as fa
-    >>> x = np.zeros((1, 2, 4096, 64), dtype=np.float32)
-    >>> plan = fa.explain(x, x, x, causal=True, num_threads=1)
-    >>> plan.num_threads, plan.tiles_skipped > 0, list(plan.skipped_by)
-    (1, True, ['causal'])
-    """
-    refuse_unknown("explain", options, AttentionOptions.__annotations__)
-    given: dict[str, Any] = {**options}
-    out = given.pop("out", None)
-    problem, result = _described(q, k, v, given, out, return_lse)
-    plan = _core.describe(problem)
-    plain = of_arrays(q, k, v)
-    ruling_out = {
-        option.name: given.pop(option.name)
-        for option in OPTIONS
-        if option.rules_out and option.differs(problem, plain)
-    }
-    if problem.kv_lengths is not None and problem.q_offset is None and plan["num_tasks"] > 0:
-        # The default that `causal` and `window` keep when each is looked at alone.
-        given["q_offset"] = problem.kv_lengths - problem.seqlen_q
-    skipped_by = {}
-    for name, value in ruling_out.items():
-        alone = _core.describe(_described(q, k, v, {**given, name: value}, out, return_lse)[0])
-        skipped_by[name] = alone["tiles_total"] - alone["tiles_computed"]
-
-    return Explanation(
-        isa=problem.isa,
-        dtype=str(result.dtype),
-        softmax=(
-            "over the queries: log-sum-exp of each key first, then weights times values"
-            if problem.softmax_over_queries
-            else "over the keys: online, in one pass over keys and values"
-        ),
-        batch_shape=problem.batch_shape,
-        num_heads=problem.num_heads,
-        num_kv_heads=problem.num_kv_heads,
-        seqlen_q=problem.seqlen_q,
-        seqlen_k=problem.seqlen_k,
-        head_dim=problem.q_shape[-1],
-        head_dim_v=problem.head_dim_v,
-        num_threads_allowed=problem.num_threads,
-        num_threads_reason=_threads_reason(
-            options.get("num_threads"), problem.num_threads, plan["num_threads"]
-        ),
-        skipped_by=skipped_by,
-        **plan,
-    )
-
-
-def _described(
-    q: ArrayLike,
-    k: ArrayLike,
-    v: ArrayLike,
-    options: dict[str, Any],
-    out: Array | None,
-    return_lse: bool,
-) -> tuple[Problem, Array]:
-    """The problem of a call and the place of its result, which is not written."""
-    problem = of_arrays(q, k, v)
-    set_named(problem, options)
-    result, _ = place_results(problem, out, return_lse)
-    return problem, result
-
-
-def _threads_reason(asked: int | None, allowed: int, used: int) -> str:
-    source = f"{allowed} allowed by "
-    source += _config._thread_rule()[1] if asked is None else "num_threads"
-    if used == allowed:
-        return source
-    if not _core.has_openmp():
-        return f"{source}, but this build has no OpenMP"
-    if used == _core.team_limit():
-        return f"{source}, but a call has no more than {used} on this machine"
-    return f"{source}, but there is no work for more"

@@ -8,23 +8,27 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from os import PathLike
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, Unpack, overload
 
 import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import ArrayLike, DTypeLike
 
-from fastattn._options import read_positions
+from fastattn._explain import Explanation
+from fastattn._options import CacheOptions, read_positions
 from fastattn._storage import (
     Changes,
     Lengths,
     TokenStore,
-    _zeros,
     at_slots,
     attend,
     copy_tokens,
+    explain,
+    new_lengths,
     own_options,
+    zeros,
 )
 from fastattn._validate import (
     MAX_POSITION,
@@ -40,7 +44,7 @@ if TYPE_CHECKING:
     import zipfile
 
 # What a file of KVCache.save says that it is, and the names of its arrays.
-FILE_FORMAT = "fastattn.KVCache 1"
+FILE_FORMAT = "fastattn.KVCache 2"
 ARRAY_NAMES = ("k", "v", "k_scale", "v_scale")
 # Characters of a file's header.  The eight parameters of a cache take some 200.
 MAX_HEADER = 4096
@@ -78,18 +82,18 @@ class KVCache(TokenStore):
     num_kv_heads : int
         Heads of the keys and values.
     max_seqlen : int
-        Tokens that there is room for in each sequence.  With `window`, which forgets, sequences may
-        grow longer than that; it is then at least ``num_sinks + window``.
+        Tokens that there is room for in each sequence.  With `window_tokens`, which forgets,
+        sequences may grow longer than that; it is then at least ``sink_tokens + window_tokens``.
     head_dim : int
         Width of a key.
     head_dim_v : int, optional
         Width of a value.  Default: `head_dim`.
     dtype : dtype_like, optional
         Of the storage: float32, float64, float16, bfloat16 (``ml_dtypes.bfloat16``) or int8.
-    window : int, optional
-        Every query sees the last `window` tokens only, its own included, and the first `num_sinks`
+    window_tokens : int, optional
+        Every query sees this many last tokens only, its own included, and the first `sink_tokens`
         tokens of its sequence; what no later query may see is forgotten.  Default: all tokens.
-    num_sinks : int, optional
+    sink_tokens : int, optional
         First tokens of each sequence that a cache with a window keeps forever.
 
     Raises
@@ -113,13 +117,15 @@ class KVCache(TokenStore):
     of its row.  A row of zeros has scale 0.  Where all are as small as 127 times float32's smallest
     number, that bounds the scale.  Whatever is stored comes back finite.
 
-    **Window.**  Storage is the sinks, the window and slack: ``max_seqlen - num_sinks - window``
-    slots.  When a sequence is full, `append` moves its last ``window - 1`` tokens to the front,
-    once in ``slack + 1`` tokens: with slack as large as the window, a token is moved about once in
-    its life.  Tokens stay in the order of time and keep their absolute positions, which `lengths`,
-    `positions` and `q_offset` speak of; keys keep the rotation (RoPE) that they were appended with.
-    After an append of up to slack + 1 tokens all of the new queries find their whole window;
-    queries whose window is not there any more are refused, never computed from what is left.
+    **Window.**  Storage is the sinks, the window and slack:
+    ``max_seqlen - sink_tokens - window_tokens`` slots.  When a sequence is full, `append` moves
+    its last ``window_tokens - 1`` tokens to the front, once in ``slack + 1`` tokens: with slack as
+    large as the window, a token is moved about once in its life.  Tokens stay in the order of time
+    and keep their absolute positions, which `lengths`, `positions` and `q_offset` speak of; keys
+    keep the rotation (RoPE) that they were appended with.  After an append of up to slack + 1
+    tokens all
+    of the new queries find their whole window; queries whose window is not there any more are
+    refused, never computed from what is left.
 
     **Threads.**  Changes and reads from several threads are safe: changes wait for each other, and
     `attention` computes with what the cache held at one moment, whatever is appended, truncated or
@@ -159,8 +165,8 @@ class KVCache(TokenStore):
     """
 
     _PARAMETERS = (
-        "batch_size", "num_kv_heads", "max_seqlen", "head_dim", "head_dim_v", "dtype", "window",
-        "num_sinks",
+        "batch_size", "num_kv_heads", "max_seqlen", "head_dim", "head_dim_v", "dtype",
+        "window_tokens", "sink_tokens",
     )  # fmt: skip
 
     def __init__(
@@ -172,11 +178,18 @@ class KVCache(TokenStore):
         *,
         head_dim_v: int | None = None,
         dtype: DTypeLike = np.float32,
-        window: int | None = None,
-        num_sinks: int = 0,
+        window_tokens: int | None = None,
+        sink_tokens: int = 0,
     ) -> None:
         self._configure(
-            batch_size, num_kv_heads, max_seqlen, head_dim, head_dim_v, dtype, window, num_sinks
+            batch_size,
+            num_kv_heads,
+            max_seqlen,
+            head_dim,
+            head_dim_v,
+            dtype,
+            window_tokens,
+            sink_tokens,
         )
         self._arrays = self._new_storage()
 
@@ -188,21 +201,25 @@ class KVCache(TokenStore):
         head_dim: int,
         head_dim_v: int | None,
         dtype: DTypeLike,
-        window: int | None,
-        num_sinks: int,
+        window_tokens: int | None,
+        sink_tokens: int,
     ) -> None:
         self.batch_size = count("batch_size", batch_size)
         self.max_seqlen = count("max_seqlen", max_seqlen)
-        self.window = None if window is None else count("window", window)
-        self.num_sinks = integer("num_sinks", num_sinks, "an int >= 0")
-        if self.num_sinks < 0:
-            raise ValueError(f"`num_sinks` must be at least 0, got {self.num_sinks}")
-        if self.window is None and self.num_sinks:
-            raise ValueError(f"`num_sinks` must be 0 without `window`, got {self.num_sinks}")
-        if self.window is not None and self.max_seqlen < self.num_sinks + self.window:
+        if window_tokens is not None:
+            window_tokens = count("window_tokens", window_tokens)
+        self.window_tokens = window_tokens
+        self.sink_tokens = integer("sink_tokens", sink_tokens, "an int >= 0")
+        if self.sink_tokens < 0:
+            raise ValueError(f"`sink_tokens` must be at least 0, got {self.sink_tokens}")
+        if self.window_tokens is None and self.sink_tokens:
             raise ValueError(
-                f"`max_seqlen` must be at least num_sinks {self.num_sinks} + window {self.window}, "
-                f"got {self.max_seqlen}"
+                f"`sink_tokens` must be 0 without `window_tokens`, got {self.sink_tokens}"
+            )
+        if window_tokens is not None and self.max_seqlen < self.sink_tokens + window_tokens:
+            raise ValueError(
+                f"`max_seqlen` must be at least sink_tokens {self.sink_tokens} + window_tokens "
+                f"{window_tokens}, got {self.max_seqlen}"
             )
         self._configure_store(
             self.batch_size, self.max_seqlen, num_kv_heads, head_dim, head_dim_v, dtype
@@ -210,7 +227,7 @@ class KVCache(TokenStore):
         # Two rows: lengths, and how many tokens are gone.  The token at position p is in slot p if
         # it is a sink, and else in slot p - evicted: the tokens that are gone are always the first
         # ones after the sinks.
-        self._counts: Lengths = _zeros((2, self.batch_size), np.dtype(np.int64))
+        self._counts: Lengths = zeros((2, self.batch_size), np.dtype(np.int64))
 
     def __repr__(self) -> str:
         return f"{self._call()}: {self._counts[0].sum():,} tokens"
@@ -220,13 +237,15 @@ class KVCache(TokenStore):
 
     # --- what is there ---
 
-    @property
     def lengths(self) -> Lengths:
-        """Tokens appended to each sequence so far, (batch_size,) int64: the next one's position.
+        """Tokens appended to each sequence so far: the positions of the next ones.
 
-        A read-only view, which follows the cache; copy it to keep it.
+        Returns
+        -------
+        ndarray of int64, (batch_size,)
+            With a window, the tokens that are forgotten count too.
         """
-        return _read_only(self._counts[0])
+        return self._gate.read(self._look, lambda view: view.lengths)
 
     @property
     def k(self) -> Array:
@@ -258,7 +277,7 @@ class KVCache(TokenStore):
         --------
         >>> import numpy as np
         >>> import fastattn as fa
-        >>> cache = fa.KVCache(1, 1, max_seqlen=4, head_dim=2, window=2, num_sinks=1)
+        >>> cache = fa.KVCache(1, 1, max_seqlen=4, head_dim=2, window_tokens=2, sink_tokens=1)
         >>> tokens = np.ones((1, 1, 9, 2), np.float32)
         >>> cache.append(tokens, tokens)
         >>> print(cache.positions(0))
@@ -268,7 +287,7 @@ class KVCache(TokenStore):
 
     def _positions(self, view: _View, index: int) -> Lengths:
         slots = np.arange(view.stored[index])
-        return slots + np.where(slots < self.num_sinks, 0, view.evicted[index])
+        return slots + np.where(slots < self.sink_tokens, 0, view.evicted[index])
 
     def to_arrays(self, index: int) -> tuple[Array, Array]:
         """Copies of the stored keys and values of one sequence.
@@ -341,7 +360,7 @@ class KVCache(TokenStore):
         >>> cache = fa.KVCache(2, 1, max_seqlen=4, head_dim=2)
         >>> tokens = np.ones((2, 1, 3, 2), np.float32)
         >>> cache.append(tokens, tokens, counts=[3, 1])
-        >>> print(cache.lengths)
+        >>> print(cache.lengths())
         [3 1]
         """
         tokens, taken = self._encode(k, v, (self.batch_size,), counts)
@@ -353,7 +372,7 @@ class KVCache(TokenStore):
         for b, new in enumerate(taken.tolist()):
             start = starts[b]
             if start - gone[b] + new > self.max_seqlen:
-                if self.window is None:
+                if self.window_tokens is None:
                     raise ValueError(
                         f"`k` must have at most {self.max_seqlen - start} new tokens for sequence "
                         f"{b}, which has {start} of max_seqlen {self.max_seqlen}, got {new}"
@@ -371,8 +390,8 @@ class KVCache(TokenStore):
     ) -> list[_Piece]:
         stop = start + new
         # A long chunk may itself be sinks and what is still in the window, with a gap between.
-        sinks = (start, min(stop, self.num_sinks), 0)
-        others = (max(start, self.num_sinks + evicted), stop, evicted)
+        sinks = (start, min(stop, self.sink_tokens), 0)
+        others = (max(start, self.sink_tokens + evicted), stop, evicted)
         return [
             _Piece(b, first - shift, tokens, at_slots(b, first - start, last - start), last - first)
             for first, last, shift in (sinks, others)
@@ -382,18 +401,18 @@ class KVCache(TokenStore):
     def _evict(self, b: int, length: int, before: int, new: int) -> tuple[_Piece, int]:
         """The window of sequence b, to be moved to the front to make room for `new` tokens, and
         how many tokens are gone then."""
-        assert self.window is not None
-        # The first of the new queries sees window - 1 tokens from before.  If even that leaves no
-        # room, as many of the last tokens as possible stay.
+        assert self.window_tokens is not None
+        # The first of the new queries sees window_tokens - 1 tokens from before.  If even that
+        # leaves no room, as many of the last tokens as possible stay.
         evicted = max(
             before,
-            length - (self.window - 1) - self.num_sinks,
+            length - (self.window_tokens - 1) - self.sink_tokens,
             length + new - self.max_seqlen,
         )
-        kept = max(length - self.num_sinks - evicted, 0)
-        source = self.num_sinks + evicted - before
+        kept = max(length - self.sink_tokens - evicted, 0)
+        source = self.sink_tokens + evicted - before
         index = at_slots(b, source, source + kept)
-        return _Piece(b, self.num_sinks, self._arrays, index, kept), evicted
+        return _Piece(b, self.sink_tokens, self._arrays, index, kept), evicted
 
     def _write(self, pieces: list[_Piece]) -> Changes:
         """Write tokens to slots that hold none, and return the assignments that write the others.
@@ -445,16 +464,10 @@ class KVCache(TokenStore):
         >>> cache = fa.KVCache(1, 1, max_seqlen=4, head_dim=2)
         >>> cache.append(np.ones((1, 1, 3, 2)), np.ones((1, 1, 3, 2)))
         >>> cache.truncate(1)
-        >>> print(cache.lengths)
+        >>> print(cache.lengths())
         [1]
         """
-        array = integer_array("lengths", lengths)
-        if array.shape not in ((), (self.batch_size,)):
-            raise ValueError(
-                f"`lengths` must be an int or have shape ({self.batch_size},), "
-                f"got shape {array.shape}"
-            )
-        self._gate.change(self._truncated, np.broadcast_to(array, (self.batch_size,)))
+        self._gate.change(self._truncated, new_lengths(lengths, self.batch_size))
 
     def _truncated(self, new: Array) -> tuple[None, Changes]:
         lengths, evicted = self._counts
@@ -464,22 +477,23 @@ class KVCache(TokenStore):
             raise ValueError(f"`lengths` must be 0 to {lengths[b]} for sequence {b}, got {new[b]}")
         new = new.astype(np.int64)
         # Sinks are never gone, so a sequence of sinks alone is whole.
-        evicted = np.where(new > self.num_sinks, evicted, 0)
+        evicted = np.where(new > self.sink_tokens, evicted, 0)
         shortest = self._first_exact(evicted)
         wrong = np.flatnonzero(new < shortest)
         if wrong.size:
             b = wrong[0]
             raise ValueError(
-                f"`lengths` must be at least {shortest[b]} for sequence {b} (or at most num_sinks "
-                f"{self.num_sinks}), whose earlier tokens have left the window, got {new[b]}"
+                f"`lengths` must be at least {shortest[b]} for sequence {b} (or at most "
+                f"sink_tokens {self.sink_tokens}), whose earlier tokens have left the window, "
+                f"got {new[b]}"
             )
         return None, [(self._counts, ..., np.stack([new, evicted]))]
 
     def _first_exact(self, evicted: Lengths) -> Lengths:
         """The first position whose window, or whole past, is stored."""
-        if self.window is None:
+        if self.window_tokens is None:
             return np.zeros_like(evicted)
-        return np.where(evicted > 0, evicted + self.num_sinks + self.window - 1, 0)
+        return np.where(evicted > 0, evicted + self.sink_tokens + self.window_tokens - 1, 0)
 
     def reset(self) -> None:
         """Forget every token.
@@ -491,7 +505,7 @@ class KVCache(TokenStore):
         >>> cache = fa.KVCache(1, 1, max_seqlen=4, head_dim=2)
         >>> cache.append(np.ones((1, 1, 3, 2)), np.ones((1, 1, 3, 2)))
         >>> cache.reset()
-        >>> print(cache.lengths)
+        >>> print(cache.lengths())
         [0]
         """
         self.truncate(0)
@@ -562,7 +576,33 @@ class KVCache(TokenStore):
 
     # --- attention ---
 
-    def attention(self, q: ArrayLike, **options: Any) -> Array | tuple[Array, Array]:
+    @overload
+    def attention(
+        self,
+        q: ArrayLike,
+        *,
+        return_lse: Literal[False] = ...,
+        **options: Unpack[CacheOptions],
+    ) -> Array: ...
+    @overload
+    def attention(
+        self,
+        q: ArrayLike,
+        *,
+        return_lse: Literal[True],
+        **options: Unpack[CacheOptions],
+    ) -> tuple[Array, Array]: ...
+    @overload
+    def attention(
+        self,
+        q: ArrayLike,
+        *,
+        return_lse: bool,
+        **options: Unpack[CacheOptions],
+    ) -> Array | tuple[Array, Array]: ...
+    def attention(
+        self, q: ArrayLike, *, return_lse: bool = False, **options: Unpack[CacheOptions]
+    ) -> Array | tuple[Array, Array]:
         """Attention of new queries over all that the cache holds, their own tokens included.
 
         Append the keys and values of the new tokens first.
@@ -572,6 +612,8 @@ class KVCache(TokenStore):
         q : array_like, (batch_size, num_heads, seqlen_q, head_dim)
             Queries of the last `seqlen_q` tokens of each sequence, in the cache's dtype, or float32
             where that is smaller.  `num_heads` is a multiple of `num_kv_heads`.
+        return_lse : bool, optional
+            Whether to return `lse` too.
         **options
             As in `fastattn.attention`, except:
 
@@ -621,21 +663,66 @@ class KVCache(TokenStore):
                [0.5, 0.5]], dtype=float32)
         """
         q = self._queries(q, self.batch_size)
-        options = own_options("KVCache.attention", options)
-        return self._gate.read(self._look, self._attend, q, options)
+        given = own_options("KVCache.attention", options)
+        result: Array | tuple[Array, Array] = self._gate.read(
+            self._look, self._over, attend, q, given, return_lse
+        )
+        return result
 
-    def _attend(
-        self, view: _View, q: Array, options: dict[str, Any]
-    ) -> Array | tuple[Array, Array]:
-        if self.window is not None:
-            options = self._window_options(view, q.shape[2], self.window, options)
+    def explain(
+        self, q: ArrayLike, *, return_lse: bool = False, **options: Unpack[CacheOptions]
+    ) -> Explanation:
+        """Say what `attention` would run with the same arguments, without running it.
+
+        Parameters
+        ----------
+        q, return_lse, **options
+            As in `attention`, and validated the same way.  `out` is not written.
+
+        Returns
+        -------
+        Explanation
+            See `fastattn.explain`.  What a window leaves out counts as skipped by ``window``, or
+            with sinks by ``mask``.
+
+        Raises
+        ------
+        TypeError, ValueError, MemoryError
+            As `attention` would.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import fastattn as fa
+        >>> cache = fa.KVCache(1, 2, max_seqlen=100, head_dim=8, dtype=np.float16)
+        >>> cache.append(np.ones((1, 2, 30, 8)), np.ones((1, 2, 30, 8)))
+        >>> plan = cache.explain(np.ones((1, 4, 1, 8), np.float16))
+        >>> plan.form, plan.seqlen_k
+        ('cache of float16', 30)
+        """
+        q = self._queries(q, self.batch_size)
+        given = own_options("KVCache.explain", options)
+        plan: Explanation = self._gate.read(self._look, self._over, explain, q, given, return_lse)
+        return plan
+
+    def _over(
+        self,
+        view: _View,
+        function: Callable[..., Any],
+        q: Array,
+        options: dict[str, Any],
+        return_lse: bool,
+    ) -> Any:
+        """`function`, which is `attend` or `explain`, of what the cache holds."""
+        if self.window_tokens is not None:
+            options = self._window_options(view, q.shape[2], self.window_tokens, options)
         stored = view.stored
         longest = int(stored.max())
         arrays = tuple(array[:, :, :longest] for array in view.arrays)
-        return attend(q, arrays, stored, options)
+        return function(q, arrays, stored, options, return_lse)
 
     def _window_options(
-        self, view: _View, seqlen_q: int, window: int, options: dict[str, Any]
+        self, view: _View, seqlen_q: int, window_tokens: int, options: dict[str, Any]
     ) -> dict[str, Any]:
         """Options that make `attention` see, in slots, what the queries see in positions."""
         if not flag("causal", options["causal"]):
@@ -647,7 +734,7 @@ class KVCache(TokenStore):
             )
         # Their keys are positions, which slots are not; ALiBi's distances to sinks are not either.
         by_position = ("window", "bias", "mask", "segment_ids", "alibi_slopes")
-        for name in by_position if self.num_sinks else by_position[:-1]:
+        for name in by_position if self.sink_tokens else by_position[:-1]:
             if options.get(name) is not None:
                 sinks = " and sinks" if name == "alibi_slopes" else ""
                 raise ValueError(f"`{name}` must be None in a cache with a window{sinks}")
@@ -676,12 +763,12 @@ class KVCache(TokenStore):
             )
 
         options = {**options, "q_offset": offset - view.evicted}
-        if not self.num_sinks:
-            return {**options, "window": (window - 1, 0)}
-        before_window = offset[:, np.newaxis] + np.arange(seqlen_q) - window
-        if np.any(before_window >= (self.num_sinks + view.evicted)[:, np.newaxis]):
+        if not self.sink_tokens:
+            return {**options, "window": (window_tokens - 1, 0)}
+        before_window = offset[:, np.newaxis] + np.arange(seqlen_q) - window_tokens
+        if np.any(before_window >= (self.sink_tokens + view.evicted)[:, np.newaxis]):
             slots = np.arange(view.stored.max())
-            is_sink = slots < self.num_sinks
+            is_sink = slots < self.sink_tokens
             positions = slots + np.where(is_sink, 0, view.evicted[:, np.newaxis])
             seen = is_sink | (positions[:, np.newaxis] > before_window[..., np.newaxis])
             options["mask"] = seen[:, np.newaxis]
@@ -831,7 +918,7 @@ class KVCache(TokenStore):
         if not (
             np.all((evicted >= 0) & (lengths < MAX_POSITION) & (stored <= cache.max_seqlen))
             and np.all(lengths >= cache._first_exact(evicted))
-            and (cache.window is not None or not evicted.any())
+            and (cache.window_tokens is not None or not evicted.any())
         ):
             raise ValueError("its lengths are not those of a cache")
         ends = np.cumsum(stored)

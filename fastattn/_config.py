@@ -123,7 +123,7 @@ def _is_thread_count(text: str) -> bool:
         return False
 
 
-def _thread_rule() -> tuple[int, str]:
+def thread_rule() -> tuple[int, str]:
     """The default number of threads, and what sets it."""
     threads, rule = _CPUS, "CPUs of this process"
     if text := _fastattn_num_threads():
@@ -177,13 +177,13 @@ def default_num_threads() -> int:
     >>> _config.default_num_threads() >= 1
     True
     """
-    return _thread_rule()[0]
+    return thread_rule()[0]
 
 
 def _config() -> dict[str, dict[str, Any]]:
     from importlib import metadata  # takes longer than all of this package's own import
 
-    threads, rule = _thread_rule()
+    threads, rule = thread_rule()
     return {
         "fastattn": {
             "version": metadata.version("fastattn"),

@@ -7,12 +7,13 @@ state dict or from Keras weights; neither library is imported.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Literal, Self, Unpack, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn._attention import attention, merge_attention
+from fastattn._options import LayerOptions
 from fastattn._results import check_out
 from fastattn._validate import as_array, count, float_array
 
@@ -20,19 +21,20 @@ Array = NDArray[Any]
 
 
 class MultiHeadAttention:
-    """Multi-head attention with its projections: ``softmax(scale * q @ k.T) @ v @ w_o``.
+    """Multi-head attention with its projections: ``attention(q @ w_q, k @ w_k, v @ w_v) @ w_o``.
 
-    ``q = query @ w_q + b_q``, ``k = key @ w_k + b_k``, ``v = value @ w_v + b_v``, each split into
-    heads along its last axis, and the heads' results, side by side, times ``w_o`` plus ``b_o``.
+    The operands of the attention are ``q @ w_q + w_q_bias``, ``k @ w_k + w_k_bias`` and
+    ``v @ w_v + w_v_bias``, each split into heads along its last axis.  The result is that of the
+    heads, side by side, times ``w_o`` plus ``w_o_bias``.
 
     Parameters
     ----------
     w_q : array_like, (embed_dim, num_heads * head_dim)
-        Projection of `query`; float32 or float64.  Every other weight has this dtype.
+        Projection of `q`; float32 or float64.  Every other weight has this dtype.
     w_k : array_like, (key_dim, num_kv_heads * head_dim)
-        Projection of `key`.
+        Projection of `k`.
     w_v : array_like, (value_dim, num_kv_heads * head_dim_v)
-        Projection of `value`.
+        Projection of `v`.
     w_o : array_like, (num_heads * head_dim_v, out_dim), optional
         Output projection.  None: the heads' results side by side are the result, and out_dim is
         ``num_heads * head_dim_v``.
@@ -41,12 +43,12 @@ class MultiHeadAttention:
     num_kv_heads : int, optional
         Heads of the keys and values, a divisor of `num_heads`.  Default: read from the shape of
         `w_k` (``num_heads`` where head_dim is 0).
-    b_q, b_k, b_v, b_o : array_like, optional
+    w_q_bias, w_k_bias, w_v_bias, w_o_bias : array_like, optional
         Biases of the four projections, one number for each of their columns.
-    bias_k : array_like, (num_kv_heads * head_dim,), optional
-        One more key, learned, that every query sees whatever the options say, with `bias_v` as its
-        value.  `scale` and `softcap` apply to its score, no other option does.
-    bias_v : array_like, (num_kv_heads * head_dim_v,), optional
+    learned_k : array_like, (num_kv_heads * head_dim,), optional
+        One more key, learned, that every query sees whatever the options say, with `learned_v` as
+        its value.  `scale` and `softcap` apply to its score, no other option does.
+    learned_v : array_like, (num_kv_heads * head_dim_v,), optional
         The value of that key.
 
     Raises
@@ -98,12 +100,12 @@ class MultiHeadAttention:
         *,
         num_heads: int,
         num_kv_heads: int | None = None,
-        b_q: ArrayLike | None = None,
-        b_k: ArrayLike | None = None,
-        b_v: ArrayLike | None = None,
-        b_o: ArrayLike | None = None,
-        bias_k: ArrayLike | None = None,
-        bias_v: ArrayLike | None = None,
+        w_q_bias: ArrayLike | None = None,
+        w_k_bias: ArrayLike | None = None,
+        w_v_bias: ArrayLike | None = None,
+        w_o_bias: ArrayLike | None = None,
+        learned_k: ArrayLike | None = None,
+        learned_v: ArrayLike | None = None,
     ) -> None:
         self.w_q = _weight("w_q", w_q, ndim=2)
         dtype = self.w_q.dtype
@@ -137,17 +139,19 @@ class MultiHeadAttention:
         self.embed_dim: int = self.w_q.shape[0]
         self.out_dim: int = context_dim if self.w_o is None else self.w_o.shape[1]
 
-        self.b_q = _bias("b_q", b_q, self.w_q.shape[1], dtype)
-        self.b_k = _bias("b_k", b_k, self.w_k.shape[1], dtype)
-        self.b_v = _bias("b_v", b_v, self.w_v.shape[1], dtype)
-        if b_o is not None and self.w_o is None:
-            raise ValueError("`b_o` must be None where `w_o` is None, got an array")
-        self.b_o = _bias("b_o", b_o, self.out_dim, dtype)
-        if (bias_k is None) != (bias_v is None):
-            given = "bias_v" if bias_k is None else "bias_k"
-            raise ValueError(f"`bias_k` and `bias_v` must be given together, got only `{given}`")
-        self.bias_k = _bias("bias_k", bias_k, self.w_k.shape[1], dtype)
-        self.bias_v = _bias("bias_v", bias_v, self.w_v.shape[1], dtype)
+        self.w_q_bias = _bias("w_q_bias", w_q_bias, self.w_q.shape[1], dtype)
+        self.w_k_bias = _bias("w_k_bias", w_k_bias, self.w_k.shape[1], dtype)
+        self.w_v_bias = _bias("w_v_bias", w_v_bias, self.w_v.shape[1], dtype)
+        if w_o_bias is not None and self.w_o is None:
+            raise ValueError("`w_o_bias` must be None where `w_o` is None, got an array")
+        self.w_o_bias = _bias("w_o_bias", w_o_bias, self.out_dim, dtype)
+        if (learned_k is None) != (learned_v is None):
+            given = "learned_v" if learned_k is None else "learned_k"
+            raise ValueError(
+                f"`learned_k` and `learned_v` must be given together, got only `{given}`"
+            )
+        self.learned_k = _bias("learned_k", learned_k, self.w_k.shape[1], dtype)
+        self.learned_v = _bias("learned_v", learned_v, self.w_v.shape[1], dtype)
 
     def _infer_num_kv_heads(self) -> int:
         if self.head_dim == 0:
@@ -238,11 +242,14 @@ class MultiHeadAttention:
             parts = _thirds(prefix + "in_proj_weight", take("in_proj_weight"))
         w_q, w_k, w_v = (part.T for part in parts)
         in_bias = take_row("in_proj_bias")
-        b_q, b_k, b_v = (
+        w_q_bias, w_k_bias, w_v_bias = (
             (None, None, None) if in_bias is None else _thirds(prefix + "in_proj_bias", in_bias)
         )
         w_o = take("out_proj.weight").T
-        b_o, bias_k, bias_v = take_row("out_proj.bias"), take_row("bias_k"), take_row("bias_v")
+        w_o_bias = take_row("out_proj.bias")
+        learned_k = learned_v = None
+        if "bias_k" in weights or "bias_v" in weights:
+            learned_k, learned_v = (take(name).reshape(-1) for name in ("bias_k", "bias_v"))
         if weights:
             unexpected = _listed(prefix + name for name in weights)
             raise ValueError(
@@ -251,7 +258,8 @@ class MultiHeadAttention:
             )
         return cls(
             w_q, w_k, w_v, w_o, num_heads=num_heads, num_kv_heads=num_heads,
-            b_q=b_q, b_k=b_k, b_v=b_v, b_o=b_o, bias_k=bias_k, bias_v=bias_v,
+            w_q_bias=w_q_bias, w_k_bias=w_k_bias, w_v_bias=w_v_bias, w_o_bias=w_o_bias,
+            learned_k=learned_k, learned_v=learned_v,
         )  # fmt: skip
 
     @classmethod
@@ -284,7 +292,7 @@ class MultiHeadAttention:
         Notes
         -----
         Keras calls its layer as ``layer(query, value, key)``, this one is called as
-        ``layer(query, key, value)``.  Keras masks of shape (batch, seqlen_q, seqlen_k) are
+        ``layer(q, k, v)``.  Keras masks of shape (batch, seqlen_q, seqlen_k) are
         ``mask[:, None]`` here.  Dropout does not apply: the layer computes what the Keras layer
         computes with ``training=False``.
 
@@ -334,35 +342,69 @@ class MultiHeadAttention:
             w_o.reshape(w_o.shape[0] * w_o.shape[1], w_o.shape[2]),
             num_heads=arrays["query/kernel"].shape[1],
             num_kv_heads=arrays["key/kernel"].shape[1],
-            b_q=bias("query"),
-            b_k=bias("key"),
-            b_v=bias("value"),
-            b_o=bias("attention_output"),
+            w_q_bias=bias("query"),
+            w_k_bias=bias("key"),
+            w_v_bias=bias("value"),
+            w_o_bias=bias("attention_output"),
         )
 
+    @overload
     def __call__(
         self,
-        query: ArrayLike,
-        key: ArrayLike | None = None,
-        value: ArrayLike | None = None,
+        q: ArrayLike,
+        k: ArrayLike | None = ...,
+        v: ArrayLike | None = ...,
+        *,
+        residual: bool | ArrayLike | None = ...,
+        return_lse: Literal[False] = ...,
+        **options: Unpack[LayerOptions],
+    ) -> Array: ...
+    @overload
+    def __call__(
+        self,
+        q: ArrayLike,
+        k: ArrayLike | None = ...,
+        v: ArrayLike | None = ...,
+        *,
+        residual: bool | ArrayLike | None = ...,
+        return_lse: Literal[True],
+        **options: Unpack[LayerOptions],
+    ) -> tuple[Array, Array]: ...
+    @overload
+    def __call__(
+        self,
+        q: ArrayLike,
+        k: ArrayLike | None = ...,
+        v: ArrayLike | None = ...,
+        *,
+        residual: bool | ArrayLike | None = ...,
+        return_lse: bool,
+        **options: Unpack[LayerOptions],
+    ) -> Array | tuple[Array, Array]: ...
+    def __call__(
+        self,
+        q: ArrayLike,
+        k: ArrayLike | None = None,
+        v: ArrayLike | None = None,
         *,
         residual: bool | ArrayLike | None = None,
         return_lse: bool = False,
         out: Array | None = None,
         **options: Any,
     ) -> Array | tuple[Array, Array]:
-        """Attention of `query` over `key` and `value`, projections included.
+        """Attention of `q` over `k` and `v`, projections included.
 
         Parameters
         ----------
-        query : array_like, (..., seqlen_q, embed_dim)
-            Of the dtype of the weights, as are `key` and `value`.
-        key : array_like, (..., seqlen_k, key_dim), optional
-            Default: `query` (self-attention).  Leading dimensions broadcast.
-        value : array_like, (..., seqlen_k, value_dim), optional
-            Default: `key`.
+        q : array_like, (..., seqlen_q, embed_dim)
+            What queries are projected from, of the dtype of the weights, as are `k` and `v`.
+        k : array_like, (..., seqlen_k, key_dim), optional
+            What keys are projected from.  Default: `q` (self-attention).  Leading dimensions
+            broadcast.
+        v : array_like, (..., seqlen_k, value_dim), optional
+            What values are projected from.  Default: `k`.
         residual : bool or array_like, (..., seqlen_q, out_dim), optional
-            What to add to the result; True: `query` itself.  See the notes for where it is added.
+            What to add to the result; True: `q` itself.  See the notes for where it is added.
         return_lse : bool, optional
             Whether to return the log-sum-exp of the scores too.
         out : ndarray, (..., seqlen_q, out_dim), optional
@@ -389,10 +431,10 @@ class MultiHeadAttention:
 
         Notes
         -----
-        Without `w_o` and `bias_k` the kernel itself adds the residual as it writes each block of
+        Without `w_o` and `learned_k` the kernel itself adds the residual as it writes each block of
         the result, without a further pass over memory.  With `w_o` the residual belongs behind the
         output projection, which is NumPy's: it is added in place to the projection's result.  With
-        `bias_k` alone it is added in place too.
+        `learned_k` alone it is added in place too.
 
         `num_threads` governs the attention; the projections run on the threads of NumPy's BLAS.
 
@@ -408,46 +450,43 @@ class MultiHeadAttention:
         >>> layer(np.zeros((1, 2)), memory, kv_lengths=1, residual=np.ones((1, 2)))
         array([[1., 1.]])
         """
-        if key is None and value is not None:
-            raise ValueError("`value` must come with `key`, got `value` alone")
-        query = self._input("query", query, self.embed_dim)
-        key = query if key is None else self._input("key", key, self.w_k.shape[0])
-        value = key if value is None else value
-        value = self._input("value", value, self.w_v.shape[0])
-        if value.shape[-2] != key.shape[-2]:
-            raise ValueError(
-                f"`value` must have seqlen_k {key.shape[-2]} like `key`, got {value.shape[-2]}"
-            )
+        if k is None and v is not None:
+            raise ValueError("`v` must come with `k`, got `v` alone")
+        q = self._input("q", q, self.embed_dim)
+        k = q if k is None else self._input("k", k, self.w_k.shape[0])
+        v = self._input("v", k if v is None else v, self.w_v.shape[0])
+        if v.shape[-2] != k.shape[-2]:
+            raise ValueError(f"`v` must have seqlen_k {k.shape[-2]} like `k`, got {v.shape[-2]}")
         try:
-            batch_shape = np.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
+            batch_shape = np.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
         except ValueError:
             raise ValueError(
-                "`query`, `key` and `value` must have leading dimensions that broadcast, got "
-                f"shapes {query.shape}, {key.shape} and {value.shape}"
+                "`q`, `k` and `v` must have leading dimensions that broadcast, got "
+                f"shapes {q.shape}, {k.shape} and {v.shape}"
             ) from None
-        rows_shape = (*batch_shape, query.shape[-2])
+        rows_shape = (*batch_shape, q.shape[-2])
         shape = (*rows_shape, self.out_dim)
         given_out = out
         if out is not None:
             out = check_out(out, shape, self.dtype, "w_q")
-        added = self._residual(residual, query, shape)
+        added = self._residual(residual, q, shape)
 
-        q = _split_heads(_project(query, self.w_q, self.b_q), self.num_heads)
-        k = _split_heads(_project(key, self.w_k, self.b_k), self.num_kv_heads)
-        v = _split_heads(_project(value, self.w_v, self.b_v), self.num_kv_heads)
+        q_heads = _split_heads(_project(q, self.w_q, self.w_q_bias), self.num_heads)
+        k_heads = _split_heads(_project(k, self.w_k, self.w_k_bias), self.num_kv_heads)
+        v_heads = _split_heads(_project(v, self.w_v, self.w_v_bias), self.num_kv_heads)
 
-        fused = self.w_o is None and self.bias_k is None
+        fused = self.w_o is None and self.learned_k is None
         context = out if out is not None and fused else None
         if context is None:
             context = np.empty((*rows_shape, self.num_heads * self.head_dim_v), self.dtype)
         options["out"] = _split_heads(context, self.num_heads)
         if fused and added is not None:
             options["residual"] = _split_heads(added, self.num_heads)
-        if self.bias_k is None:
-            attended = self.attend(q, k, v, return_lse=return_lse, **options)
+        if self.learned_k is None:
+            attended = self.attend(q_heads, k_heads, v_heads, return_lse=return_lse, **options)
             lse = attended[1] if return_lse else None
         else:
-            lse = self._attend_with_learned_key(q, k, v, options)
+            lse = self._attend_with_learned_key(q_heads, k_heads, v_heads, options)
 
         if fused:
             result = context
@@ -489,7 +528,7 @@ class MultiHeadAttention:
     def _attend_with_learned_key(
         self, q: Array, k: Array, v: Array, options: dict[str, Any]
     ) -> Array:
-        """Attention over the keys and `bias_k`, written to ``options["out"]``; returns the lse.
+        """Attention over the keys and `learned_k`, written to ``options["out"]``; returns the lse.
 
         The learned key is a part of its own, merged in exactly by log-sum-exp, so that no mask,
         bias or window needs a column for it and k and v are not copied to make room.  The sinks go
@@ -498,12 +537,12 @@ class MultiHeadAttention:
         softmax_axis = options.pop("softmax_axis", "keys")
         if softmax_axis != "keys":
             raise ValueError(
-                "`softmax_axis` must be 'keys' in a layer with bias_k and bias_v, "
+                "`softmax_axis` must be 'keys' in a layer with learned_k and learned_v, "
                 f"got {softmax_axis!r}"
             )
-        assert self.bias_k is not None and self.bias_v is not None
-        learned_k = self.bias_k.reshape(self.num_kv_heads, 1, self.head_dim)
-        learned_v = self.bias_v.reshape(self.num_kv_heads, 1, self.head_dim_v)
+        assert self.learned_k is not None and self.learned_v is not None
+        learned_k = self.learned_k.reshape(self.num_kv_heads, 1, self.head_dim)
+        learned_v = self.learned_v.reshape(self.num_kv_heads, 1, self.head_dim_v)
         shared = {name: options[name] for name in _LEARNED_KEY_OPTIONS if name in options}
         sinks = options.pop("sinks", None)
         out = options["out"]
@@ -530,7 +569,7 @@ class MultiHeadAttention:
         if self.w_o is None:
             result = context
         else:
-            result = _project(context, self.w_o, self.b_o, target)
+            result = _project(context, self.w_o, self.w_o_bias, target)
         if added is not None:
             result = np.add(result, added, out=result if out is None else out)
         elif out is not None and result is not out:
@@ -551,7 +590,7 @@ class MultiHeadAttention:
         return array
 
     def _residual(
-        self, residual: bool | ArrayLike | None, query: Array, shape: tuple[int, ...]
+        self, residual: bool | ArrayLike | None, q: Array, shape: tuple[int, ...]
     ) -> Array | None:
         if residual is None or residual is False:
             return None
@@ -561,7 +600,7 @@ class MultiHeadAttention:
                     f"`residual` must be an array where out_dim {self.out_dim} is not embed_dim "
                     f"{self.embed_dim}, got True"
                 )
-            return np.broadcast_to(query, shape) if query.shape != shape else query
+            return np.broadcast_to(q, shape) if q.shape != shape else q
         array = as_array("residual", residual)
         if array.dtype != self.dtype:
             raise TypeError(

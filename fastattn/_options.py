@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -65,6 +65,60 @@ class Option:
             if value is not off and (off is None or value != off):
                 return True
         return False
+
+
+# --- types of options, for type checkers ---------------------------------------------------------
+#
+# `return_lse` is in none of them: it decides the type of a result, and so stands in the signatures.
+
+
+class _SharedOptions(TypedDict, total=False):
+    """Those of every call that has a result."""
+
+    scale: float | None
+    softcap: float | None
+    alibi_slopes: ArrayLike | None
+    causal: bool
+    window: Window | None
+    q_offset: ArrayLike | None
+    sinks: ArrayLike | None
+    dropout_p: float
+    dropout_seed: int | None
+    out: Array | None
+    num_threads: int | None
+
+
+class PackedOptions(_SharedOptions, total=False):
+    """Those of `attention_varlen`."""
+
+    residual: ArrayLike | None
+
+
+class _ScoreOptions(_SharedOptions, total=False):
+    """And those that speak of scores of one shape."""
+
+    bias: ArrayLike | None
+    mask: ArrayLike | None
+    segment_ids: Sequence[ArrayLike] | None
+    softmax_axis: Literal["keys", "queries"]
+
+
+class CacheOptions(_ScoreOptions, total=False):
+    """Those of the caches, which know their lengths."""
+
+    residual: ArrayLike | None
+
+
+class LayerOptions(_ScoreOptions, total=False):
+    """Those of `self_attention` and `MultiHeadAttention`, whose `residual` is another."""
+
+    kv_lengths: ArrayLike | None
+
+
+class AttentionOptions(LayerOptions, total=False):
+    """Those of `attention`: all."""
+
+    residual: ArrayLike | None
 
 
 # --- checks of values ---------------------------------------------------------------------------

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, NamedTuple, Unpack, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from fastattn._explain import Explanation
+from fastattn._options import CacheOptions
 from fastattn._storage import (
     Changes,
     Lengths,
@@ -21,6 +23,8 @@ from fastattn._storage import (
     at_slots,
     attend,
     copy_tokens,
+    explain,
+    new_lengths,
     own_options,
 )
 from fastattn._validate import Array, count, integer
@@ -93,6 +97,9 @@ class PagedKVCache(TokenStore):
     their sequences and return to the pool when the last of these is freed.  A shared page that is
     not full is copied when one of its sequences appends, and only then.
 
+    A method that `KVCache` has too takes the same arguments, then the sequences that they are of:
+    ``append(k, v, seq_ids)``, ``attention(q, seq_ids)``, ``truncate(lengths, seq_ids)``.
+
     Sequences are ints, which are not used again.  One that is unknown or freed is a ValueError.
     Appending is all or nothing: with too few pages nothing changes.
 
@@ -122,7 +129,7 @@ class PagedKVCache(TokenStore):
     >>> cache.num_free_pages
     6
     >>> k, v = rng.standard_normal((2, 2, 2, 1, 8), dtype=np.float32)
-    >>> cache.append([a, b], k, v)
+    >>> cache.append(k, v, [a, b])
     >>> cache
     PagedKVCache(num_pages=8, page_size=4, num_kv_heads=2, head_dim=8, dtype=float32): \
 2 sequences, 5 free pages
@@ -177,20 +184,6 @@ class PagedKVCache(TokenStore):
     def seq_ids(self) -> list[int]:
         """The sequences, oldest first."""
         return list(self._sequences)
-
-    def length(self, seq_id: int) -> int:
-        """Tokens of one sequence.
-
-        Parameters
-        ----------
-        seq_id : int
-            A sequence.
-
-        Returns
-        -------
-        int
-        """
-        return self._sequence("seq_id", _seq_id("seq_id", seq_id)).length
 
     def lengths(self, seq_ids: Iterable[int]) -> Lengths:
         """Tokens of several sequences.
@@ -390,20 +383,21 @@ class PagedKVCache(TokenStore):
             pages.release(page)
         return None, [(self._sequences, seq_id, None), *pages.changes()]
 
-    def truncate(self, seq_id: int, length: int) -> None:
-        """Forget the last tokens of a sequence.
+    def truncate(self, lengths: ArrayLike, seq_ids: Iterable[int]) -> None:
+        """Forget the last tokens of several sequences.
 
         Parameters
         ----------
-        seq_id : int
-            The sequence.
-        length : int
-            Its new length, 0 to the present one.
+        lengths : int or array_like of int, (len(seq_ids),)
+            The new length of each sequence, 0 to its present one.
+        seq_ids : sequence of int
+            Sequences, each at most once.
 
         Raises
         ------
         TypeError, ValueError
-            `seq_id` is no sequence of this cache, or `length` is not in this range.
+            As in `KVCache.truncate`, or `seq_ids` has an unknown or a repeated one.  The cache is
+            unchanged.
 
         Examples
         --------
@@ -411,22 +405,25 @@ class PagedKVCache(TokenStore):
         >>> import fastattn as fa
         >>> cache = fa.PagedKVCache(4, 2, 1, 1)
         >>> a = cache.add(np.ones((1, 5, 1)), np.ones((1, 5, 1)))
-        >>> cache.truncate(a, 2)
-        >>> cache.length(a), cache.num_free_pages
-        (2, 3)
+        >>> cache.truncate(2, [a])
+        >>> cache.lengths([a]), cache.num_free_pages
+        (array([2]), 3)
         """
-        seq_id = _seq_id("seq_id", seq_id)
-        self._gate.change(self._truncated, seq_id, integer("length", length, "an int >= 0"))
+        ids = _distinct("truncate", _seq_ids(seq_ids))
+        self._gate.change(self._truncated, ids, new_lengths(lengths, len(ids)).tolist())
 
-    def _truncated(self, seq_id: int, length: int) -> tuple[None, Changes]:
-        sequence, pages = self._sequence("seq_id", seq_id), _Pages(self)
-        if not 0 <= length <= sequence.length:
-            raise ValueError(f"`length` must be 0 to {sequence.length}, got {length}")
-        keep = self._pages_for(length)
-        for page in reversed(sequence.pages[keep:]):
-            pages.release(page)
-        shorter = _Sequence(sequence.pages[:keep], length)
-        return None, [(self._sequences, seq_id, shorter), *pages.changes()]
+    def _truncated(self, seq_ids: list[int], lengths: list[int]) -> tuple[None, Changes]:
+        pages, changes = _Pages(self), []
+        for seq_id, sequence, length in zip(seq_ids, self._lookup(seq_ids), lengths, strict=True):
+            if not 0 <= length <= sequence.length:
+                raise ValueError(
+                    f"`lengths` must be 0 to {sequence.length} for sequence {seq_id}, got {length}"
+                )
+            keep = self._pages_for(length)
+            for page in reversed(sequence.pages[keep:]):
+                pages.release(page)
+            changes.append((self._sequences, seq_id, _Sequence(sequence.pages[:keep], length)))
+        return None, [*changes, *pages.changes()]
 
     def reset(self) -> None:
         """End every sequence."""
@@ -443,9 +440,9 @@ class PagedKVCache(TokenStore):
 
     def append(
         self,
-        seq_ids: Iterable[int],
         k: ArrayLike,
         v: ArrayLike,
+        seq_ids: Iterable[int],
         *,
         counts: ArrayLike | None = None,
     ) -> None:
@@ -453,12 +450,12 @@ class PagedKVCache(TokenStore):
 
         Parameters
         ----------
-        seq_ids : sequence of int
-            Sequences, each at most once.
         k : array_like, (len(seq_ids), num_kv_heads, new, head_dim)
             Keys in float16, bfloat16, float32 or float64, whatever the cache stores.
         v : array_like, (len(seq_ids), num_kv_heads, new, head_dim_v)
             Values, likewise.
+        seq_ids : sequence of int
+            Sequences, each at most once.
         counts : array_like of int, (len(seq_ids),), optional
             How many of the `new` tokens, from the first on, each sequence takes.  Default: all.
 
@@ -469,9 +466,7 @@ class PagedKVCache(TokenStore):
         OutOfPagesError
             There are too few free pages.  Nothing has changed: no sequence has any of the tokens.
         """
-        ids = _seq_ids(seq_ids)
-        if len(set(ids)) < len(ids):
-            raise ValueError("`seq_ids` must not repeat a sequence in `append`, got one twice")
+        ids = _distinct("append", _seq_ids(seq_ids))
         self._gate.change(self._appended, ids, *self._encode(k, v, (len(ids),), counts))
 
     def _appended(
@@ -482,8 +477,40 @@ class PagedKVCache(TokenStore):
         changes = zip(itertools.repeat(self._sequences), seq_ids, longer)
         return None, [*changes, *pages.changes()]
 
+    @overload
     def attention(
-        self, q: ArrayLike, seq_ids: Iterable[int], **options: Any
+        self,
+        q: ArrayLike,
+        seq_ids: Iterable[int],
+        *,
+        return_lse: Literal[False] = ...,
+        **options: Unpack[CacheOptions],
+    ) -> Array: ...
+    @overload
+    def attention(
+        self,
+        q: ArrayLike,
+        seq_ids: Iterable[int],
+        *,
+        return_lse: Literal[True],
+        **options: Unpack[CacheOptions],
+    ) -> tuple[Array, Array]: ...
+    @overload
+    def attention(
+        self,
+        q: ArrayLike,
+        seq_ids: Iterable[int],
+        *,
+        return_lse: bool,
+        **options: Unpack[CacheOptions],
+    ) -> Array | tuple[Array, Array]: ...
+    def attention(
+        self,
+        q: ArrayLike,
+        seq_ids: Iterable[int],
+        *,
+        return_lse: bool = False,
+        **options: Unpack[CacheOptions],
     ) -> Array | tuple[Array, Array]:
         """Attention of new queries over all tokens of their sequences.
 
@@ -496,6 +523,8 @@ class PagedKVCache(TokenStore):
             where that is smaller.  `num_heads` is a multiple of `num_kv_heads`.
         seq_ids : sequence of int
             Sequences of any lengths, repeated ones too.
+        return_lse : bool, optional
+            Whether to return `lse` too.
         **options
             As in `KVCache.attention` without a window: `causal` is True by default, `kv_lengths` is
             the cache's, and seqlen_k of `bias`, `mask` and `segment_ids` is the longest length
@@ -515,8 +544,44 @@ class PagedKVCache(TokenStore):
         """
         ids = _seq_ids(seq_ids)
         q = self._queries(q, len(ids))
-        options = own_options("PagedKVCache.attention", options)
-        return self._gate.read(lambda: self._look(ids), _attend, q, options)
+        given = own_options("PagedKVCache.attention", options)
+        result: Array | tuple[Array, Array] = self._gate.read(
+            lambda: self._look(ids), _over, attend, q, given, return_lse
+        )
+        return result
+
+    def explain(
+        self,
+        q: ArrayLike,
+        seq_ids: Iterable[int],
+        *,
+        return_lse: bool = False,
+        **options: Unpack[CacheOptions],
+    ) -> Explanation:
+        """Say what `attention` would run with the same arguments, without running it.
+
+        Parameters
+        ----------
+        q, seq_ids, return_lse, **options
+            As in `attention`, and validated the same way.  `out` is not written.
+
+        Returns
+        -------
+        Explanation
+            See `fastattn.explain`.
+
+        Raises
+        ------
+        TypeError, ValueError, MemoryError
+            As `attention` would.
+        """
+        ids = _seq_ids(seq_ids)
+        q = self._queries(q, len(ids))
+        given = own_options("PagedKVCache.explain", options)
+        plan: Explanation = self._gate.read(
+            lambda: self._look(ids), _over, explain, q, given, return_lse
+        )
+        return plan
 
     # --- pages ---
 
@@ -582,8 +647,15 @@ class PagedKVCache(TokenStore):
         return longer
 
 
-def _attend(view: _View, q: Array, options: dict[str, Any]) -> Array | tuple[Array, Array]:
-    return attend(q, view.arrays, view.lengths, options, page_table=view.table)
+def _over(
+    view: _View,
+    function: Callable[..., Any],
+    q: Array,
+    options: dict[str, Any],
+    return_lse: bool,
+) -> Any:
+    """`function`, which is `attend` or `explain`, of what the sequences hold."""
+    return function(q, view.arrays, view.lengths, options, return_lse, page_table=view.table)
 
 
 class _Pages:
@@ -664,3 +736,9 @@ def _seq_ids(seq_ids: Iterable[int]) -> list[int]:
     except TypeError:
         raise TypeError(f"`seq_ids` must be a sequence of ints, got {seq_ids!r}") from None
     return [x if type(x) is int else _seq_id(f"seq_ids[{i}]", x) for i, x in enumerate(ids)]
+
+
+def _distinct(method: str, seq_ids: list[int]) -> list[int]:
+    if len(set(seq_ids)) < len(seq_ids):
+        raise ValueError(f"`seq_ids` must not repeat a sequence in `{method}`, got one twice")
+    return seq_ids

@@ -5,14 +5,16 @@ What `KVCache` and `PagedKVCache` share.  They reach the core through `attend`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastattn import _core
-from fastattn._attention import AttentionOptions
-from fastattn._options import refuse_unknown, set_named
+from fastattn._core import Problem
+from fastattn._explain import Explanation, explained
+from fastattn._options import AttentionOptions, refuse_unknown, set_named
 from fastattn._problem import of_cache, of_pages
 from fastattn._results import place_results
 from fastattn._rounding import in_default_float_mode, round_once
@@ -82,9 +84,9 @@ class TokenStore:
 
     def _new_storage(self) -> tuple[Array, ...]:
         widths = (self.head_dim, self.head_dim_v)
-        arrays = [_zeros((*self._rows, width), self.dtype) for width in widths]
+        arrays = [zeros((*self._rows, width), self.dtype) for width in widths]
         if self.dtype == np.int8:
-            arrays += [_zeros(self._rows, np.dtype(np.float32)) for _ in range(2)]
+            arrays += [zeros(self._rows, np.dtype(np.float32)) for _ in range(2)]
         return tuple(arrays)
 
     def _parameters(self) -> dict[str, Any]:
@@ -92,7 +94,7 @@ class TokenStore:
 
     def _call(self) -> str:
         """The constructor's call, without what is as by default."""
-        default = {"head_dim_v": self.head_dim, "window": None, "num_sinks": 0}
+        default = {"head_dim_v": self.head_dim, "window_tokens": None, "sink_tokens": 0}
         given = (
             f"{name}={value}"
             for name, value in self._parameters().items()
@@ -185,10 +187,9 @@ def at_slots(block: int, start: int, stop: int) -> tuple[Any, ...]:
     return block, slice(None), slice(start, stop)
 
 
-def own_options(function: str, options: dict[str, Any]) -> dict[str, Any]:
+def own_options(function: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Options for `attention`, with what is different in a cache."""
-    known = {name: value for name, value in options.items() if name != "return_lse"}
-    refuse_unknown(function, known, AttentionOptions.__annotations__)
+    refuse_unknown(function, options, AttentionOptions.__annotations__)
     if options.get("kv_lengths") is not None:
         raise ValueError("`kv_lengths` must be None: the cache knows its lengths")
     return {"causal": True, **{k: v for k, v in options.items() if k != "kv_lengths"}}
@@ -210,7 +211,7 @@ def _cache_dtype(dtype: DTypeLike) -> np.dtype[Any]:
     return result
 
 
-def _zeros(shape: Shape, dtype: np.dtype[Any]) -> Array:
+def zeros(shape: Shape, dtype: np.dtype[Any]) -> Array:
     try:
         return np.zeros(shape, dtype)
     except ValueError as error:  # more bytes than an address can tell apart
@@ -225,6 +226,16 @@ def _counts(counts: ArrayLike, num_sequences: int, new: int) -> Lengths:
     if wrong.size:
         raise ValueError(f"`counts` must be 0 to the {new} new tokens of `k`, got {wrong[0]}")
     return array.astype(np.int64)
+
+
+def new_lengths(lengths: ArrayLike, num_sequences: int) -> Array:
+    """What sequences are truncated to, one number each."""
+    array = integer_array("lengths", lengths)
+    if array.shape not in ((), (num_sequences,)):
+        raise ValueError(
+            f"`lengths` must be an int or have shape ({num_sequences},), got shape {array.shape}"
+        )
+    return np.broadcast_to(array, (num_sequences,))
 
 
 def _rounded(name: str, x: Array, dtype: np.dtype[Any]) -> Array:
@@ -270,6 +281,7 @@ def attend(
     arrays: tuple[Array, ...],
     kv_lengths: Lengths,
     options: dict[str, Any],
+    return_lse: bool = False,
     page_table: Lengths | None = None,
 ) -> Array | tuple[Array, Array]:
     """Attention of (n, num_heads, seqlen_q, head_dim) over storage, in place.
@@ -284,14 +296,33 @@ def attend(
         Tokens of each row of q.
     options : dict
         Of `fastattn.attention`, those that have to do with the storage excepted.
+    return_lse : bool, optional
+        Whether to return `lse` too.
     page_table : int64 array, (n, pages), optional
         The pages of each row of q; only the first ``ceil(kv_lengths[i] / page_size)`` are read.
     """
-    if page_table is None:
-        problem = of_cache(q, arrays, kv_lengths)
-    else:
-        problem = of_pages(q, arrays, kv_lengths, page_table)
+    problem = _problem(q, arrays, kv_lengths, page_table)
     set_named(problem, options)
-    result, lse = place_results(problem, options.get("out"), options.get("return_lse", False))
+    result, lse = place_results(problem, options.get("out"), return_lse)
     _core.attention(problem)
     return result if lse is None else (result, lse)
+
+
+def explain(
+    q: Array,
+    arrays: tuple[Array, ...],
+    kv_lengths: Lengths,
+    options: dict[str, Any],
+    return_lse: bool = False,
+    page_table: Lengths | None = None,
+) -> Explanation:
+    """What `attend` would run with the same arguments."""
+    return explained(lambda: _problem(q, arrays, kv_lengths, page_table), options, return_lse)
+
+
+def _problem(
+    q: Array, arrays: tuple[Array, ...], kv_lengths: Lengths, page_table: Lengths | None
+) -> Problem:
+    if page_table is None:
+        return of_cache(q, arrays, kv_lengths)
+    return of_pages(q, arrays, kv_lengths, page_table)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn import _core, _validate
 from fastattn._backward import as_arrays, compute_gradients
-from fastattn._options import Window, given, set_named
+from fastattn._options import PackedOptions, Window, given, set_named
 from fastattn._problem import of_packed
 from fastattn._results import place_results, read_results
 from fastattn.reference import Gradients
@@ -17,6 +17,39 @@ from fastattn.reference import Gradients
 Array = NDArray[Any]
 
 
+@overload
+def attention_varlen(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_k: ArrayLike,
+    *,
+    return_lse: Literal[False] = ...,
+    **options: Unpack[PackedOptions],
+) -> Array: ...
+@overload
+def attention_varlen(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_k: ArrayLike,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[PackedOptions],
+) -> tuple[Array, Array]: ...
+@overload
+def attention_varlen(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_k: ArrayLike,
+    *,
+    return_lse: bool,
+    **options: Unpack[PackedOptions],
+) -> Array | tuple[Array, Array]: ...
 def attention_varlen(
     q: ArrayLike,
     k: ArrayLike,

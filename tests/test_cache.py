@@ -1,5 +1,6 @@
 """KVCache and PagedKVCache against plain lists of arrays."""
 
+import inspect
 import io
 import itertools
 import os
@@ -10,6 +11,7 @@ import tracemalloc
 import zipfile
 from contextlib import nullcontext
 from fractions import Fraction
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -82,7 +84,7 @@ def snapshot(cache):
 
 def assert_same_tokens(cache, other):
     assert cache._parameters() == other._parameters()
-    assert cache.lengths.tolist() == other.lengths.tolist()
+    assert cache.lengths().tolist() == other.lengths().tolist()
     for b in range(cache.batch_size):
         assert cache.positions(b).tolist() == other.positions(b).tolist()
         live = np.s_[b, :, : len(cache.positions(b))]
@@ -105,7 +107,7 @@ def test_chunks_give_the_bits_of_one_call(rng, dtype, chunks):
     for new in chunks:
         part = np.s_[:, :, start : start + new]
         cache.append(k[part], v[part])
-        paged.append(seq_ids, k[part], v[part])
+        paged.append(k[part], v[part], seq_ids)
         for out, lse in (
             cache.attention(q[part], return_lse=True),
             paged.attention(q[part], seq_ids, return_lse=True),
@@ -124,9 +126,9 @@ def test_ragged_batch(rng, dtype):
     for counts in ([5, 0, 2], [1, 1, 1], [0, 4, 3]):
         k, v = make_tokens(rng, 3, new=5, dtype=wide)
         q = make_queries(rng, 3, new=5, dtype=wide)
-        before = cache.lengths.copy()
+        before = cache.lengths()
         cache.append(k, v, counts=counts)
-        paged.append(seq_ids, k, v, counts=counts)
+        paged.append(k, v, seq_ids, counts=counts)
         outs = (cache.attention(q, q_offset=before), paged.attention(q, seq_ids, q_offset=before))
         for b, count in enumerate(counts):
             whole_k, whole_v = cache.to_arrays(b)
@@ -204,16 +206,16 @@ def test_wrong_queries_and_options(rng, make, dtype):
 # --- windows ----------------------------------------------------------------------------------
 
 
-def expected_window(q, history, window, num_sinks, position):
+def expected_window(q, history, window, sink_tokens, position):
     """One sequence's queries at `position` and on, over its whole history."""
     k, v = (np.concatenate(x, axis=1) for x in history)
     key, query = np.arange(k.shape[1]), position + np.arange(q.shape[1])[:, np.newaxis]
-    mask = (key <= query) & ((key > query - window) | (key < num_sinks))
+    mask = (key <= query) & ((key > query - window) | (key < sink_tokens))
     return fa.reference.attention(q, k, v, mask=mask, return_lse=True)
 
 
 @pytest.mark.parametrize(
-    ("window", "num_sinks", "slack"),
+    ("window", "sink_tokens", "slack"),
     [
         (1, 0, 0),
         (1, 0, 3),
@@ -226,15 +228,17 @@ def expected_window(q, history, window, num_sinks, position):
         (6, 1, 3),
     ],
 )
-def test_window_sees_what_the_whole_history_would_show(rng, window, num_sinks, slack):
-    cache = make_cache(2, window + num_sinks + slack, window=window, num_sinks=num_sinks)
+def test_window_sees_what_the_whole_history_would_show(rng, window, sink_tokens, slack):
+    cache = make_cache(
+        2, window + sink_tokens + slack, window_tokens=window, sink_tokens=sink_tokens
+    )
     history = [([], []), ([], [])]
     for _ in range(40):
         counts = rng.integers(0, slack + 2, 2)
         new = int(counts.max())
         k, v = make_tokens(rng, 2, new=new)
         q = make_queries(rng, 2, new=new)
-        before = cache.lengths.copy()
+        before = cache.lengths()
         cache.append(k, v, counts=counts)
         out, lse = cache.attention(q, q_offset=before, return_lse=True)
         for b, count in enumerate(counts):
@@ -242,7 +246,7 @@ def test_window_sees_what_the_whole_history_would_show(rng, window, num_sinks, s
                 parts.append(x[b, :, :count])
             live = np.s_[b, :, :count]
             expected, expected_lse = expected_window(
-                q[live], history[b], window, num_sinks, before[b]
+                q[live], history[b], window, sink_tokens, before[b]
             )
             np.testing.assert_allclose(out[live], expected, atol=2e-6)
             np.testing.assert_allclose(lse[live], expected_lse, atol=2e-6)
@@ -250,17 +254,17 @@ def test_window_sees_what_the_whole_history_would_show(rng, window, num_sinks, s
             positions = cache.positions(b)
             for stored, parts in zip(cache.to_arrays(b), history[b], strict=True):
                 np.testing.assert_array_equal(stored, np.concatenate(parts, axis=1)[:, positions])
-    assert cache.lengths.min() > cache.max_seqlen  # and it went round
+    assert cache.lengths().min() > cache.max_seqlen  # and it went round
 
 
-@pytest.mark.parametrize("num_sinks", [0, 2])
-def test_prompt_longer_than_a_window_cache(rng, num_sinks):
-    cache = make_cache(1, 10, window=4, num_sinks=num_sinks)
+@pytest.mark.parametrize("sink_tokens", [0, 2])
+def test_prompt_longer_than_a_window_cache(rng, sink_tokens):
+    cache = make_cache(1, 10, window_tokens=4, sink_tokens=sink_tokens)
     k, v = make_tokens(rng, 1, new=25)
     q = make_queries(rng, 1, new=25)
     cache.append(k, v)
-    kept = 10 - num_sinks
-    assert cache.positions(0).tolist() == [*range(num_sinks), *range(25 - kept, 25)]
+    kept = 10 - sink_tokens
+    assert cache.positions(0).tolist() == [*range(sink_tokens), *range(25 - kept, 25)]
     most = kept - 4 + 1
     with pytest.raises(
         ValueError,
@@ -271,7 +275,7 @@ def test_prompt_longer_than_a_window_cache(rng, num_sinks):
     with pytest.raises(ValueError, match=f"`q_offset` must be at least {25 - most} for sequence 0"):
         cache.attention(q, q_offset=0)
     out = cache.attention(q[:, :, -most:])
-    expected, _ = expected_window(q[0, :, -most:], ([k[0]], [v[0]]), 4, num_sinks, 25 - most)
+    expected, _ = expected_window(q[0, :, -most:], ([k[0]], [v[0]]), 4, sink_tokens, 25 - most)
     np.testing.assert_allclose(out[0], expected, atol=2e-6)
     # One at a time, by position; rows after the last token are nobody's.
     for position in range(25 - most, 25):
@@ -284,8 +288,8 @@ def test_prompt_longer_than_a_window_cache(rng, num_sinks):
 @once
 def test_window_refuses_what_it_cannot_mean(rng):
     q = make_queries(rng, 1, new=1)
-    for num_sinks in (0, 1):
-        cache = make_cache(1, 4, window=3, num_sinks=num_sinks)
+    for sink_tokens in (0, 1):
+        cache = make_cache(1, 4, window_tokens=3, sink_tokens=sink_tokens)
         cache.append(*make_tokens(rng, 1, new=3))
         for options, message in (
             ({"causal": False}, "`causal` must be True in a cache with a window, got False"),
@@ -300,7 +304,7 @@ def test_window_refuses_what_it_cannot_mean(rng):
         with pytest.raises(TypeError, match="`causal` must be True or False, got 1"):
             cache.attention(q, causal=1)
         slopes = {"alibi_slopes": np.ones(4)}
-        if num_sinks:
+        if sink_tokens:
             message = "`alibi_slopes` must be None in a cache with a window and sinks"
             with pytest.raises(ValueError, match=message):
                 cache.attention(q, **slopes)
@@ -311,9 +315,9 @@ def test_window_refuses_what_it_cannot_mean(rng):
 
 
 @once
-@pytest.mark.parametrize("num_sinks", [0, 2])
-def test_last_append_to_a_window_can_be_undone(rng, num_sinks):
-    cache = make_cache(1, 9 + num_sinks, window=4, num_sinks=num_sinks)
+@pytest.mark.parametrize("sink_tokens", [0, 2])
+def test_last_append_to_a_window_can_be_undone(rng, sink_tokens):
+    cache = make_cache(1, 9 + sink_tokens, window_tokens=4, sink_tokens=sink_tokens)
     history = make_tokens(rng, 1, new=100)
     length = 0
     for draft in itertools.islice(itertools.cycle([6, 1, 3, 6, 2]), 25):
@@ -325,17 +329,17 @@ def test_last_append_to_a_window_can_be_undone(rng, num_sinks):
         q = make_queries(rng, 1, new=1)
         if length:
             parts = [[x[0, :, :length]] for x in history]
-            expected, _ = expected_window(q[0], parts, 4, num_sinks, length - 1)
+            expected, _ = expected_window(q[0], parts, 4, sink_tokens, length - 1)
             np.testing.assert_allclose(cache.attention(q)[0], expected, atol=2e-6)
     before = snapshot(cache)
-    shortest = cache.positions(0)[num_sinks] + 3
-    message = f"`lengths` must be at least {shortest} for sequence 0 (or at most num_sinks"
+    shortest = cache.positions(0)[sink_tokens] + 3
+    message = f"`lengths` must be at least {shortest} for sequence 0 (or at most sink_tokens"
     with pytest.raises(ValueError, match=re.escape(message)):
         cache.truncate(shortest - 1)
     assert snapshot(cache) == before
     cache.truncate(shortest)
-    cache.truncate(num_sinks)
-    assert cache.positions(0).tolist() == list(range(num_sinks))
+    cache.truncate(sink_tokens)
+    assert cache.positions(0).tolist() == list(range(sink_tokens))
 
 
 # --- what is stored ---------------------------------------------------------------------------
@@ -399,7 +403,7 @@ def test_floats_out_of_range_are_refused(dtype, source, value):
         with np.errstate(all="raise"), pytest.raises(ValueError, match=message):
             cache.append(k, v)
         cache.append(k, v, counts=[0])  # padding is not looked at
-    assert cache.lengths.tolist() == [0]
+    assert cache.lengths().tolist() == [0]
 
 
 @once
@@ -483,7 +487,7 @@ def test_int8_refuses_what_is_not_finite(value):
         )
         with pytest.raises(ValueError, match=re.escape(message)):
             cache.append(k, v)
-    assert cache.lengths.tolist() == [0]
+    assert cache.lengths().tolist() == [0]
     assert not cache._arrays[0].any()
 
 
@@ -508,14 +512,22 @@ def test_storage_dtype_is_named():
         ({"max_seqlen": 0}, ValueError, "`max_seqlen` must be at least 1"),
         ({"head_dim": True}, TypeError, "`head_dim` must be an int >= 1, got True"),
         ({"head_dim_v": 0}, ValueError, "`head_dim_v` must be at least 1, got 0"),
-        ({"window": 0}, ValueError, "`window` must be at least 1, got 0"),
-        ({"window": 3, "num_sinks": -1}, ValueError, "`num_sinks` must be at least 0, got -1"),
-        ({"window": 3, "num_sinks": 0.5}, TypeError, "`num_sinks` must be an int >= 0, got 0.5"),
-        ({"num_sinks": 1}, ValueError, "`num_sinks` must be 0 without `window`, got 1"),
+        ({"window_tokens": 0}, ValueError, "`window_tokens` must be at least 1, got 0"),
         (
-            {"window": 7, "num_sinks": 2},
+            {"window_tokens": 3, "sink_tokens": -1},
             ValueError,
-            "`max_seqlen` must be at least num_sinks 2 + window 7, got 8",
+            "`sink_tokens` must be at least 0, got -1",
+        ),
+        (
+            {"window_tokens": 3, "sink_tokens": 0.5},
+            TypeError,
+            "`sink_tokens` must be an int >= 0, got 0.5",
+        ),
+        ({"sink_tokens": 1}, ValueError, "`sink_tokens` must be 0 without `window_tokens`, got 1"),
+        (
+            {"window_tokens": 7, "sink_tokens": 2},
+            ValueError,
+            "`max_seqlen` must be at least sink_tokens 2 + window_tokens 7, got 8",
         ),
         ({"max_seqlen": 2**62}, MemoryError, "a cache of shape"),
     ],
@@ -540,7 +552,7 @@ def test_wrong_tokens_change_nothing(rng, make, dtype):
     cache = make(dtype=dtype)
     args = () if make is make_cache else ([cache.add(), cache.add()],)
     k, v = make_tokens(rng, 2, new=3)
-    cache.append(*args, k, v)
+    cache.append(k, v, *args)
     before = snapshot(cache)
     for wrong_k, wrong_v, options, error, message in (
         (
@@ -588,7 +600,7 @@ def test_wrong_tokens_change_nothing(rng, make, dtype):
         ),
     ):
         with pytest.raises(error, match=re.escape(message)):
-            cache.append(*args, wrong_k, wrong_v, **options)
+            cache.append(wrong_k, wrong_v, *args, **options)
         assert snapshot(cache) == before
 
 
@@ -604,7 +616,7 @@ def test_more_than_fits_changes_nothing(rng):
         cache.append(*make_tokens(rng, 2, new=2))
     assert snapshot(cache) == before
     cache.append(*make_tokens(rng, 2, new=4), counts=[1, 4])
-    assert cache.lengths.tolist() == [5, 5]
+    assert cache.lengths().tolist() == [5, 5]
 
 
 @once
@@ -623,7 +635,7 @@ def test_padding_and_any_strides(rng):
 @once
 @pytest.mark.parametrize("window", [None, 5])
 def test_tokens_from_the_cache_itself(rng, window):
-    cache = fa.KVCache(1, 1, 8, 3, window=window)
+    cache = fa.KVCache(1, 1, 8, 3, window_tokens=window)
     x = rng.standard_normal((1, 1, 6, 3), dtype=np.float32)
     cache.append(x, x)
     if window is None:
@@ -641,12 +653,12 @@ def test_views_cannot_be_written(rng):
     cache.append(*make_tokens(rng, 2, new=2))
     assert cache.k.shape == (2, NUM_KV_HEADS, 2, HEAD_DIM)
     assert cache.v.shape == (2, NUM_KV_HEADS, 2, HEAD_DIM_V)
-    for view in (cache.lengths, cache.k, cache.v):
+    for view in (cache.k, cache.v):
         with pytest.raises(ValueError, match="read-only"):
             view[...] = 0
-    lengths = cache.lengths
+    lengths = cache.lengths()
     cache.truncate(1)
-    assert lengths.tolist() == [1, 1]
+    assert lengths.tolist() == [2, 2]  # those of its moment
     for index in (-1, 2):
         with pytest.raises(ValueError, match=f"`index` must be 0 to 1, got {index}"):
             cache.to_arrays(index)
@@ -656,11 +668,11 @@ def test_views_cannot_be_written(rng):
 
 @once
 def test_sizes_and_repr():
-    cache = fa.KVCache(3, 2, 10, 8, dtype=np.int8, window=4, num_sinks=1)
+    cache = fa.KVCache(3, 2, 10, 8, dtype=np.int8, window_tokens=4, sink_tokens=1)
     assert cache.nbytes == 3 * 2 * 10 * (8 + 8 + 4 + 4)
     assert repr(cache) == (
-        "KVCache(batch_size=3, num_kv_heads=2, max_seqlen=10, head_dim=8, dtype=int8, window=4, "
-        "num_sinks=1): 0 tokens"
+        "KVCache(batch_size=3, num_kv_heads=2, max_seqlen=10, head_dim=8, dtype=int8, "
+        "window_tokens=4, sink_tokens=1): 0 tokens"
     )
     paged = fa.PagedKVCache(5, 2, 3, 8, head_dim_v=4, dtype=ml_dtypes.bfloat16)
     assert paged.nbytes == 5 * 2 * 3 * (8 + 4) * 2
@@ -696,24 +708,24 @@ def test_truncate(rng):
     )
     np.testing.assert_array_equal(cache.to_arrays(1)[1], np.concatenate([v[1], new_v[1]], axis=1))
     cache.reset()
-    assert cache.lengths.tolist() == [0, 0]
+    assert cache.lengths().tolist() == [0, 0]
 
 
 @once
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_reordering_of_three(rng, dtype):
     for window in (None, 3):
-        cache = make_cache(3, 6, dtype=dtype, window=window)
+        cache = make_cache(3, 6, dtype=dtype, window_tokens=window)
         cache.append(*make_tokens(rng, 3, new=6), counts=[2, 6, 0])
         if window is not None:
             cache.append(*make_tokens(rng, 3, new=6), counts=[1, 3, 6])
         old = [cache.to_arrays(b) for b in range(3)]
-        lengths, positions = cache.lengths.tolist(), [cache.positions(b) for b in range(3)]
+        lengths, positions = cache.lengths().tolist(), [cache.positions(b) for b in range(3)]
         for indices in itertools.product(range(3), repeat=3):
             other = cache.copy()
             other.reorder(indices)
             for b, source in enumerate(indices):
-                assert other.lengths[b] == lengths[source]
+                assert other.lengths()[b] == lengths[source]
                 np.testing.assert_array_equal(other.positions(b), positions[source])
                 for array, expected in zip(other.to_arrays(b), old[source], strict=True):
                     np.testing.assert_array_equal(array, expected)
@@ -746,7 +758,9 @@ def filled(rng, dtype=np.float32, **options):
 
 @once
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("options", [{}, {"window": 3}, {"window": 2, "num_sinks": 2}])
+@pytest.mark.parametrize(
+    "options", [{}, {"window_tokens": 3}, {"window_tokens": 2, "sink_tokens": 2}]
+)
 def test_copy_and_file_are_the_same_cache(rng, tmp_path, dtype, options):
     cache = filled(rng, dtype, **options)
     path = tmp_path / "a cache"
@@ -759,7 +773,7 @@ def test_copy_and_file_are_the_same_cache(rng, tmp_path, dtype, options):
         before = snapshot(cache)
         if options:
             other.append(*make_tokens(rng, 3, new=3))
-        other.truncate([0, 0, other.lengths[2] - 1])
+        other.truncate([0, 0, other.lengths()[2] - 1])
         other.reorder([2, 1, 0])
         assert snapshot(cache) == before
 
@@ -774,7 +788,7 @@ def test_empty_cache_in_a_file(tmp_path):
 @once
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.int8])
 def test_damaged_files(rng, tmp_path, dtype):
-    cache = filled(rng, dtype, window=3)
+    cache = filled(rng, dtype, window_tokens=3)
     path = tmp_path / "cache.npz"
     cache.save(path)
     whole = path.read_bytes()
@@ -817,11 +831,11 @@ def test_foreign_files(rng, tmp_path):
         ({"x": np.zeros(3)}, "it lacks 'header'"),
         (changed(header=np.array("{")), "Expecting"),
         (changed(header=np.array("[]")), ""),
-        (with_header("KVCache 1", "KVCache 2"), "its format is 'fastattn.KVCache 2'"),
+        (with_header("KVCache 2", "KVCache 1"), "its format is 'fastattn.KVCache 1', not"),
         (with_header('"float32"', '"float8_e4m3fn"'), "`dtype` must be"),
         (with_header('"batch_size": 3', '"batch_size": 0'), "`batch_size` must be at least 1"),
         (with_header('"batch_size": 3', '"batch_size": 2'), "its 'lengths' is int64 of shape (3,)"),
-        (with_header('"num_sinks": 0', '"sinks": 0'), "unexpected keyword argument"),
+        (with_header('"sink_tokens": 0', '"sinks": 0'), "unexpected keyword argument"),
         (changed(lengths=np.array([7, 0, 8])), "its lengths are not those of a cache"),
         (changed(evicted=np.array([1, 0, 1])), "its lengths are not those of a cache"),
         (changed(evicted=np.array([0, 1, 0])), "its lengths are not those of a cache"),
@@ -941,9 +955,9 @@ def test_fork_shares_and_copies_on_write(rng):
     assert cache.num_free_pages == 2
 
     one, two = (make_tokens(rng, 1, new=1) for _ in range(2))
-    cache.append([b], *one)  # a copies nothing, b gets a page of its own
+    cache.append(*one, [b])  # a copies nothing, b gets a page of its own
     assert cache.page_table([a, b]).tolist() == [[0, 1], [0, 2]]
-    cache.append([a], *two)  # a is alone on its page now
+    cache.append(*two, [a])  # a is alone on its page now
     assert cache.page_table([a, b]).tolist() == [[0, 1], [0, 2]]
     for seq_id, new in ((a, two), (b, one)):
         for stored, old, x in zip(cache.to_arrays(seq_id), (k, v), new, strict=True):
@@ -960,13 +974,13 @@ def test_full_pages_stay_shared(rng):
     cache = make_paged(page_size=2)
     a = cache.add(*make_tokens(rng, new=4))
     b = cache.fork(a)
-    cache.append([a, b], *make_tokens(rng, 2, new=1))
+    cache.append(*make_tokens(rng, 2, new=1), [a, b])
     assert cache.page_table([a, b]).tolist() == [[0, 1, 2], [0, 1, 3]]
     # b is cut back into a page that both hold, and writes there.
-    cache.truncate(b, 3)
+    cache.truncate(3, [b])
     assert cache.page_table([a, b]).tolist() == [[0, 1, 2], [0, 1, -1]]
     k_before = cache.to_arrays(a)[0]
-    cache.append([b], *make_tokens(rng, 1, new=2))
+    cache.append(*make_tokens(rng, 1, new=2), [b])
     assert cache.page_table([a, b]).tolist() == [[0, 1, 2], [0, 3, 4]]
     np.testing.assert_array_equal(cache.to_arrays(a)[0], k_before)
 
@@ -978,7 +992,7 @@ def test_pages_are_counted_before_anything_changes(rng):
     b, c = cache.fork(a), cache.fork(a)
     before = snapshot(cache)
     with pytest.raises(fa.OutOfPagesError) as caught:
-        cache.append([a, b, c], *make_tokens(rng, 3, new=3))
+        cache.append(*make_tokens(rng, 3, new=3), [a, b, c])
     assert str(caught.value) == (
         "the cache must have 5 free pages for `k`, got 2 (free or truncate sequences)"
     )
@@ -988,10 +1002,10 @@ def test_pages_are_counted_before_anything_changes(rng):
         cache.add(*make_tokens(rng, new=9))
     assert snapshot(cache) == before
     # Three sequences on one page: the last one to write keeps it, so two pages are enough.
-    cache.append([a, b, c], *make_tokens(rng, 3, new=2))
+    cache.append(*make_tokens(rng, 3, new=2), [a, b, c])
     assert cache.num_free_pages == 0
     assert sorted(cache.page_table([a, b, c]).ravel().tolist()) == [0, 1, 2]
-    cache.append([a, b], *make_tokens(rng, 2, new=1), counts=[0, 0])
+    cache.append(*make_tokens(rng, 2, new=1), [a, b], counts=[0, 0])
     cache.reset()
     assert (cache.num_free_pages, cache.seq_ids) == (3, [])
     assert cache.add() == 3  # not the name of an earlier sequence
@@ -1014,12 +1028,11 @@ def test_ids_that_are_no_sequences(rng):
         for call, name in (
             (lambda seq_id: cache.fork(seq_id), "seq_id"),
             (lambda seq_id: cache.free(seq_id), "seq_id"),
-            (lambda seq_id: cache.truncate(seq_id, 0), "seq_id"),
-            (lambda seq_id: cache.length(seq_id), "seq_id"),
+            (lambda seq_id: cache.truncate(0, [seq_id]), "seq_ids[0]"),
             (lambda seq_id: cache.to_arrays(seq_id), "seq_id"),
             (lambda seq_id: cache.lengths([a, seq_id]), "seq_ids[1]"),
             (lambda seq_id: cache.page_table([seq_id]), "seq_ids[0]"),
-            (lambda seq_id: cache.append([seq_id], k, v), "seq_ids[0]"),
+            (lambda seq_id: cache.append(k, v, [seq_id]), "seq_ids[0]"),
             (lambda seq_id: cache.attention(q, [seq_id]), "seq_ids[0]"),
         ):
             with pytest.raises(error, match=re.escape(f"`{name}` must be {got}")):
@@ -1027,10 +1040,15 @@ def test_ids_that_are_no_sequences(rng):
     with pytest.raises(TypeError, match="`seq_ids` must be a sequence of ints, got 0"):
         cache.lengths(0)
     with pytest.raises(ValueError, match="`seq_ids` must not repeat a sequence in `append`"):
-        cache.append([a, a], *make_tokens(rng, 2, new=1))
+        cache.append(*make_tokens(rng, 2, new=1), [a, a])
+    with pytest.raises(ValueError, match="`seq_ids` must not repeat a sequence in `truncate`"):
+        cache.truncate(0, [a, a])
+    with pytest.raises(ValueError, match=r"`lengths` must be an int or have shape \(1,\)"):
+        cache.truncate([0, 0], [a])
     for length in (-1, 1):
-        with pytest.raises(ValueError, match=f"`length` must be 0 to 0, got {length}"):
-            cache.truncate(a, length)
+        message = f"`lengths` must be 0 to 0 for sequence 0, got {length}"
+        with pytest.raises(ValueError, match=message):
+            cache.truncate(length, [a])
     with pytest.raises(ValueError, match="`k` and `v` must be given together, got only `v`"):
         cache.add(v=v[0])
     with pytest.raises(
@@ -1118,16 +1136,20 @@ class CacheMachine(RuleBasedStateMachine):
     @initialize(
         batch_size=st.integers(1, 4),
         window=st.one_of(st.none(), st.integers(1, 5)),
-        num_sinks=st.integers(0, 3),
+        sink_tokens=st.integers(0, 3),
         slack=st.integers(0, 6),
         dtype=st.sampled_from(DTYPES),
     )
-    def begin(self, batch_size, window, num_sinks, slack, dtype):
+    def begin(self, batch_size, window, sink_tokens, slack, dtype):
         self.dtype, self.wide = dtype, np.float64 if dtype == np.float64 else np.float32
-        self.window, self.num_sinks = window, num_sinks if window else 0
-        self.max_seqlen = (window + num_sinks if window else 6) + slack
+        self.window, self.sink_tokens = window, sink_tokens if window else 0
+        self.max_seqlen = (window + sink_tokens if window else 6) + slack
         self.cache = make_cache(
-            batch_size, self.max_seqlen, window=window, num_sinks=self.num_sinks, dtype=dtype
+            batch_size,
+            self.max_seqlen,
+            window_tokens=window,
+            sink_tokens=self.sink_tokens,
+            dtype=dtype,
         )
         self.model = [[] for _ in range(batch_size)]
         self.numbers = itertools.count()
@@ -1188,9 +1210,9 @@ class CacheMachine(RuleBasedStateMachine):
             assert self.window is not None
             positions = [self.cache.positions(b) for b in range(len(self.model))]
             assert any(
-                len(p) > self.num_sinks
-                and p[self.num_sinks]
-                > max(self.num_sinks, len(tokens) - seqlen_q - self.window + 1)
+                len(p) > self.sink_tokens
+                and p[self.sink_tokens]
+                > max(self.sink_tokens, len(tokens) - seqlen_q - self.window + 1)
                 for p, tokens in zip(positions, self.model, strict=True)
             )
             return
@@ -1198,14 +1220,14 @@ class CacheMachine(RuleBasedStateMachine):
             parts = [[stored(x, self.dtype)] for x in numbered(tokens)]
             window = self.window or self.max_seqlen
             position = len(tokens) - seqlen_q
-            expected, _ = expected_window(q[b], parts, window, self.num_sinks, position)
+            expected, _ = expected_window(q[b], parts, window, self.sink_tokens, position)
             np.testing.assert_allclose(out[b], expected, atol=5e-6)
 
     @invariant()
     def same_tokens(self):
         if not hasattr(self, "cache"):
             return
-        assert self.cache.lengths.tolist() == [len(tokens) for tokens in self.model]
+        assert self.cache.lengths().tolist() == [len(tokens) for tokens in self.model]
         for b, tokens in enumerate(self.model):
             positions = self.cache.positions(b)
             for kept, expected in zip(self.cache.to_arrays(b), numbered(tokens), strict=True):
@@ -1213,7 +1235,7 @@ class CacheMachine(RuleBasedStateMachine):
                 np.testing.assert_array_equal(kept, expected[:, positions])
             # What the next query will see is there.
             window = self.window or self.max_seqlen
-            needed = {*range(self.num_sinks), *range(len(tokens) - window + 1, len(tokens))}
+            needed = {*range(self.sink_tokens), *range(len(tokens) - window + 1, len(tokens))}
             assert needed & set(range(len(tokens))) <= set(positions.tolist())
 
 
@@ -1285,7 +1307,7 @@ class PagedMachine(RuleBasedStateMachine):
         new = [list(itertools.islice(self.numbers, int(n))) for n in counts]
         before = snapshot(self.cache)
         try:
-            self.cache.append(seq_ids, *numbered_batch(new), counts=counts)
+            self.cache.append(*numbered_batch(new), seq_ids, counts=counts)
         except fa.OutOfPagesError as error:
             assert snapshot(self.cache) == before
             self.expect_out_of_pages(error, dict(zip(seq_ids, counts.tolist(), strict=True)))
@@ -1296,7 +1318,7 @@ class PagedMachine(RuleBasedStateMachine):
     @rule(seq_id=sequences, data=st.data())
     def truncate(self, seq_id, data):
         length = data.draw(st.integers(0, len(self.model[seq_id])))
-        self.cache.truncate(seq_id, length)
+        self.cache.truncate(length, [seq_id])
         del self.model[seq_id][length:]
 
     @rule(data=st.data(), seqlen_q=st.integers(1, 3))
@@ -1340,3 +1362,26 @@ TestCacheFuzzing = once(CacheMachine.TestCase)
 TestCacheFuzzing.settings = fuzzed
 TestPagedFuzzing = once(PagedMachine.TestCase)
 TestPagedFuzzing.settings = fuzzed
+
+
+# --- one grammar ------------------------------------------------------------------------------
+
+
+def public(cache):
+    return {name: value for name, value in inspect.getmembers(cache) if not name.startswith("_")}
+
+
+@once
+def test_both_caches_have_one_grammar():
+    batch, paged = public(fa.KVCache), public(fa.PagedKVCache)
+    assert batch.keys() & paged.keys() == {
+        "append", "attention", "explain", "lengths", "nbytes", "reset", "to_arrays", "truncate",
+    }  # fmt: skip
+    for name in ("append", "attention", "explain", "lengths", "truncate"):
+        ours, theirs = (list(inspect.signature(x[name]).parameters) for x in (batch, paged))
+        assert [x for x in theirs if x != "seq_ids"] == ours, name
+    # What only one has is told, with the reason.
+    text = (Path(__file__).parent.parent / "docs/caches.md").read_text(encoding="utf-8")
+    table = text[: text.index("## A batch")]
+    for name in batch.keys() | paged.keys():
+        assert name == "nbytes" or f"`{name}" in table, name

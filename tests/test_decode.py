@@ -208,7 +208,7 @@ def test_pages_and_one_piece(rng: np.random.Generator, page_size: int, dtype: An
         for b, length in enumerate(lengths):
             part = np.s_[b : b + 1, :, start : min(stop, length)]
             if start < length:
-                paged.append([seq_ids[b]], k[part], v[part])
+                paged.append(k[part], v[part], [seq_ids[b]])
         start = stop
     paged.free(other)
     for q_dtype in query_dtypes(dtype):

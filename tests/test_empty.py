@@ -156,7 +156,7 @@ def test_caches_without_queries(dtype: Any) -> None:
     for tokens in (0, 3):
         new = np.ones((2, 2, tokens, 8), np.float32)
         cache.append(new, new)
-        pages.append(ids, new, new)
+        pages.append(new, new, ids)
         for shape in ((2, 2, 0, 8), (2, 0, 3, 8), (2, H, 0, 8)):
             q = array(shape)
             assert cache.attention(q).shape == shape

@@ -83,7 +83,7 @@ ARRAYS: list[tuple[Callable[[str, Any], Any], str]] = [
     (self_attention, "x"),
     (merge, "outs[0]"),
     (merge, "lses[0]"),
-    *((layer, name) for name in ("w_q", "w_k", "w_v", "query")),
+    *((layer, name) for name in ("w_q", "w_k", "w_v", "q")),
     *((cache, name) for name in ("k", "v", "q", "counts")),
 ]
 each_array = pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def shortened(**given: Any) -> Any:
     made = fa.PagedKVCache(4, 2, 1, 1)
     ones = np.ones((1, 4, 1), np.float32)
     ids = [made.add(ones, ones) for _ in range(2)]
-    made.truncate(ids[0], **given)
+    made.truncate(seq_ids=ids, **given)
     return made.lengths(ids)
 
 
@@ -190,11 +190,11 @@ INTEGERS: dict[str, Callable[[Any], Any]] = {
     "num_kv_heads": lambda n: a_cache(num_kv_heads=n),
     "max_seqlen": lambda n: a_cache(max_seqlen=n),
     "head_dim": lambda n: a_cache(head_dim=n),
-    "window": lambda n: a_cache(window=n),
-    "num_sinks": lambda n: a_cache(window=1, num_sinks=n, max_seqlen=4),
+    "window_tokens": lambda n: a_cache(window_tokens=n),
+    "sink_tokens": lambda n: a_cache(window_tokens=1, sink_tokens=n, max_seqlen=4),
     "num_pages": lambda n: pages(num_pages=n),
     "page_size": lambda n: pages(page_size=n),
-    "length": lambda n: shortened(length=n),
+    "lengths": lambda n: shortened(lengths=n),
 }
 REALS: dict[str, Callable[[Any], Any]] = {
     "scale": lambda x: fa.attention(X, X, X, scale=x),
@@ -264,8 +264,8 @@ def test_reals_in_every_form(option: str, form: str) -> None:
 @pytest.mark.parametrize("option", [*INTEGERS, *REALS])
 def test_what_is_no_number(option: str, kind: str) -> None:
     name = option.split()[0]
-    # Of the options that have a number for each batch entry, an array has a wrong shape.
-    arrays = kind == "array of one dimension" and name in ("q_offset", "kv_lengths")
+    # Of what has a number for each batch entry or sequence, an array has a wrong shape.
+    arrays = kind == "array of one dimension" and name in ("q_offset", "kv_lengths", "lengths")
     with pytest.raises(ValueError if arrays else TypeError, match=f"^`{name}` must "):
         (INTEGERS | REALS)[option](NO_NUMBERS[kind])
 

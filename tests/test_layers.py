@@ -37,11 +37,15 @@ def make_layer(
     if w_o:
         weights.append(normal(num_heads * head_dim_v, OUT_DIM))
     if biases:
-        options = {"b_q": normal(columns[0]), "b_k": normal(columns[1]), "b_v": normal(columns[2])}
+        options = {
+            "w_q_bias": normal(columns[0]),
+            "w_k_bias": normal(columns[1]),
+            "w_v_bias": normal(columns[2]),
+        }
         if w_o:
-            options["b_o"] = normal(OUT_DIM)
+            options["w_o_bias"] = normal(OUT_DIM)
     if learned_key:
-        options.update(bias_k=normal(columns[1]), bias_v=normal(columns[2]))
+        options.update(learned_k=normal(columns[1]), learned_v=normal(columns[2]))
     return layer_class(*weights, num_heads=num_heads, num_kv_heads=num_kv_heads, **options)
 
 
@@ -65,9 +69,9 @@ def expected(layer, query, key, value, residual=0.0, return_lse=False, **options
         return y.reshape(*y.shape[:-1], num_heads, y.shape[-1] // num_heads).swapaxes(-2, -3)
 
     out, lse = fa.reference.attention(
-        heads(query, layer.w_q, layer.b_q, layer.num_heads),
-        heads(key, layer.w_k, layer.b_k, layer.num_kv_heads, layer.bias_k),
-        heads(value, layer.w_v, layer.b_v, layer.num_kv_heads, layer.bias_v),
+        heads(query, layer.w_q, layer.w_q_bias, layer.num_heads),
+        heads(key, layer.w_k, layer.w_k_bias, layer.num_kv_heads, layer.learned_k),
+        heads(value, layer.w_v, layer.w_v_bias, layer.num_kv_heads, layer.learned_v),
         return_lse=True,
         **options,
     )
@@ -75,7 +79,7 @@ def expected(layer, query, key, value, residual=0.0, return_lse=False, **options
         *batch_shape, query.shape[-2], layer.num_heads * layer.head_dim_v
     )
     if layer.w_o is not None:
-        out = out @ layer.w_o.astype(np.float64) + (0 if layer.b_o is None else layer.b_o)
+        out = out @ layer.w_o.astype(np.float64) + (0 if layer.w_o_bias is None else layer.w_o_bias)
     return (out + residual, lse) if return_lse else out + residual
 
 
@@ -271,9 +275,17 @@ def test_learned_key_is_seen_whatever_is_masked():
         ({"num_kv_heads": 2}, ValueError, "`w_k` must have 6 columns"),
         ({"w_k": np.ones((10, 13), np.float32)}, ValueError, "`w_k` must have a multiple of head"),
         ({"w_o": np.ones((5, 12), np.float32)}, ValueError, "`w_o` must have 12 rows"),
-        ({"b_k": np.ones(5, np.float32)}, ValueError, r"`b_k` must have shape \(12,\), got \(5,\)"),
-        ({"b_o": np.ones(12, np.float32)}, ValueError, "`b_o` must be None where `w_o` is None"),
-        ({"bias_k": np.ones(12, np.float32)}, ValueError, "together, got only `bias_k`"),
+        (
+            {"w_k_bias": np.ones(5, np.float32)},
+            ValueError,
+            r"`w_k_bias` must have shape \(12,\), got \(5,\)",
+        ),
+        (
+            {"w_o_bias": np.ones(12, np.float32)},
+            ValueError,
+            "`w_o_bias` must be None where `w_o` is None",
+        ),
+        ({"learned_k": np.ones(12, np.float32)}, ValueError, "together, got only `learned_k`"),
         ({"w_q": np.ma.ones((12, 12), np.float32)}, TypeError, "`w_q` must be a plain array"),
     ],
 )
@@ -295,15 +307,15 @@ def test_constructor_errors(change, error, message):
     ("change", "error", "message"),
     [
         (
-            {"query": np.ones((5, 12))},
+            {"q": np.ones((5, 12))},
             TypeError,
-            "`query` must have dtype float32 like the weights",
+            "`q` must have dtype float32 like the weights",
         ),
-        ({"key": np.ones((7, 9), np.float32)}, ValueError, r"`key` must have shape \(..., seqlen"),
-        ({"value": np.ones(14, np.float32)}, ValueError, "`value` must have shape"),
-        ({"value": np.ones((6, 14), np.float32)}, ValueError, "must have seqlen_k 7 like `key`"),
-        ({"key": None}, ValueError, "`value` must come with `key`"),
-        ({"key": np.ones((3, 7, 10), np.float32)}, ValueError, "dimensions that broadcast"),
+        ({"k": np.ones((7, 9), np.float32)}, ValueError, r"`k` must have shape \(..., seqlen"),
+        ({"v": np.ones(14, np.float32)}, ValueError, "`v` must have shape"),
+        ({"v": np.ones((6, 14), np.float32)}, ValueError, "must have seqlen_k 7 like `k`"),
+        ({"k": None}, ValueError, "`v` must come with `k`"),
+        ({"k": np.ones((3, 7, 10), np.float32)}, ValueError, "dimensions that broadcast"),
         ({"residual": np.ones((2, 5, 12))}, TypeError, "`residual` must have dtype float32"),
         ({"residual": np.ones((5, 12), np.float32)}, ValueError, "`residual` must have the result"),
         ({"out": np.ones((2, 5, 12))}, TypeError, "`out` must have dtype float32"),
@@ -315,7 +327,7 @@ def test_constructor_errors(change, error, message):
 )
 def test_call_errors(change, error, message):
     layer = make_layer()
-    arguments = dict(zip(("query", "key", "value"), make_inputs(), strict=True)) | change
+    arguments = dict(zip(("q", "k", "v"), make_inputs(), strict=True)) | change
     with pytest.raises(error, match=message):
         layer(**arguments)
 
@@ -325,7 +337,9 @@ def test_other_call_errors():
     query, key, value = make_inputs()
     with pytest.raises(ValueError, match=r"`residual` must be an array where out_dim 36"):
         make_layer(head_dim_v=9, w_o=False)(query, key, value, residual=True)
-    with pytest.raises(ValueError, match=r"`softmax_axis` must be 'keys' in a layer with bias_k"):
+    with pytest.raises(
+        ValueError, match=r"`softmax_axis` must be 'keys' in a layer with learned_k"
+    ):
         make_layer(learned_key=True)(query, key, value, softmax_axis="queries")
     out = np.ones((2, 5, 12), np.float32)
     out.flags.writeable = False
@@ -392,9 +406,9 @@ def test_torch_state_dict_weights(prefix):
     np.testing.assert_array_equal(layer.w_q, plain["in_proj_weight"][:12].T)
     np.testing.assert_array_equal(layer.w_k, plain["in_proj_weight"][12:24].T)
     np.testing.assert_array_equal(layer.w_v, plain["in_proj_weight"][24:].T)
-    np.testing.assert_array_equal(layer.b_k, plain["in_proj_bias"][12:24])
+    np.testing.assert_array_equal(layer.w_k_bias, plain["in_proj_bias"][12:24])
     np.testing.assert_array_equal(layer.w_o, plain["out_proj.weight"].T)
-    np.testing.assert_array_equal(layer.b_o, plain["out_proj.bias"])
+    np.testing.assert_array_equal(layer.w_o_bias, plain["out_proj.bias"])
     assert (layer.num_heads, layer.num_kv_heads) == (4, 4)
 
 
@@ -402,7 +416,7 @@ def test_torch_state_dict_weights(prefix):
 def test_torch_tensors_are_converted():
     layer = fa.MultiHeadAttention.from_torch_state_dict(state_dict(FakeTensor, bias=False), 4)
     np.testing.assert_array_equal(layer.w_q, state_dict()["in_proj_weight"][:12].T)
-    assert layer.b_q is None and layer.b_o is None
+    assert layer.w_q_bias is None and layer.w_o_bias is None
     weights = state_dict(lambda array: FakeTensor(array, "torch.bfloat16"))
     with pytest.raises(TypeError, match=r"must be float32 or float64, got torch\.bfloat16"):
         fa.MultiHeadAttention.from_torch_state_dict(weights, 4)
@@ -421,7 +435,7 @@ def test_torch_state_dict_errors():
         build({}, 4)
     with pytest.raises(ValueError, match=r"`in_proj_weight` must have a multiple of 3 rows"):
         build({**state_dict(), "in_proj_weight": np.ones((35, 12), np.float32)}, 4)
-    with pytest.raises(ValueError, match="`bias_k` and `bias_v` must be given together"):
+    with pytest.raises(ValueError, match="`state_dict` must hold 'bias_v'"):
         build({**state_dict(), "bias_k": np.ones((1, 1, 12), np.float32)}, 4)
 
 

@@ -4,16 +4,28 @@ operators of PyTorch and the documentation."""
 import ast
 import inspect
 import re
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 import fastattn as fa
-from fastattn import _attention, _core
-from fastattn._options import ARRAYS, BY_NAME, DEFAULTS, NAMES, OPTIONS, PACKED, WEIGHTS, of_call
+from fastattn import _core, _options
+from fastattn._options import (
+    ARRAYS,
+    BY_NAME,
+    CACHE,
+    DEFAULTS,
+    NAMES,
+    OPTIONS,
+    PACKED,
+    WEIGHTS,
+    of_call,
+)
 
 pytestmark = pytest.mark.any_kernel_set
 
@@ -55,7 +67,46 @@ def test_signatures_are_the_rows(function: Callable[..., Any]) -> None:
 
 
 def test_types_are_the_rows() -> None:
-    assert sorted(_attention.AttentionOptions.__annotations__) == sorted([*NAMES, "out"])
+    kinds = {
+        _options.AttentionOptions: of_call(ARRAYS),
+        _options.LayerOptions: without(of_call(ARRAYS), "residual"),
+        _options.PackedOptions: of_call(PACKED),
+        _options.CacheOptions: of_call(CACHE),
+    }
+    for options, names in kinds.items():
+        assert sorted(options.__annotations__) == sorted([*names, "out"])
+
+
+@pytest.mark.parametrize(
+    ("function", "options"),
+    [
+        (fa.attention, _options.AttentionOptions),
+        (fa.self_attention, _options.LayerOptions),
+        (fa.attention_varlen, _options.PackedOptions),
+        (fa.KVCache.attention, _options.CacheOptions),
+        (fa.PagedKVCache.attention, _options.CacheOptions),
+        (fa.MultiHeadAttention.__call__, _options.LayerOptions),
+    ],
+)
+def test_the_type_of_a_result_is_that_of_return_lse(
+    function: Callable[..., Any], options: type
+) -> None:
+    found = [typing.get_type_hints(x, include_extras=True) for x in typing.get_overloads(function)]
+    array, both = NDArray[Any], tuple[NDArray[Any], NDArray[Any]]
+    assert [(hints["return_lse"], hints["return"]) for hints in found] == [
+        (typing.Literal[False], array),
+        (typing.Literal[True], both),
+        (bool, array | both),
+    ]
+    assert all(hints["options"] == typing.Unpack[options] for hints in found)
+
+
+def test_types_of_pytorch_are_the_rows() -> None:
+    pytest.importorskip("torch")
+    import fastattn.torch
+
+    assert list(fastattn.torch.Options.__annotations__) == list(NAMES)
+    assert len(typing.get_overloads(fastattn.torch.attention)) == 3
 
 
 @pytest.mark.parametrize("name", NAMES)

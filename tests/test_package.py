@@ -1,5 +1,7 @@
-"""The source distribution and the wheel hold what they must and work outside the source tree."""
+"""The source distribution and the wheel hold what they must and work outside the source tree.
+Modules keep their private names to themselves."""
 
+import ast
 import os
 import re
 import subprocess
@@ -94,3 +96,24 @@ def test_wheel_works_on_its_own(dist: Path, tmp_path: Path) -> None:
     code = "import fastattn; print(fastattn.__file__)"
     assert str(tmp_path) in _run(python, "-c", code, cwd=tmp_path)
     assert _run(python, "-m", "fastattn", "selftest", cwd=tmp_path).endswith(" 0 failed\n")
+
+
+def test_a_private_name_is_of_one_module() -> None:
+    """A module takes from another what is public there; modules themselves are private by name."""
+    root = ROOT / "fastattn"
+    files = [path.relative_to(root).with_suffix("") for path in root.rglob("*.py*")]
+    modules = {".".join(("fastattn", *file.parts)) for file in files}
+    for path in root.rglob("*.py"):
+        taken = {}
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastattn"):
+                for name in node.names:
+                    whole = f"{node.module}.{name.name}"
+                    assert whole in modules or not name.name.startswith("_"), (path, whole)
+                    if whole in modules:
+                        taken[name.asname or name.name] = whole
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                private = node.attr.startswith("_") and not node.attr.startswith("__")
+                assert not (private and node.value.id in taken), (path, ast.unparse(node))

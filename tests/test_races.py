@@ -120,7 +120,7 @@ def test_counts_and_indices_of_a_cache():
         cache.append(tokens, tokens, counts=counts)
         cache.reorder(indices)
         cache.truncate(counts)
-        assert 0 <= cache.lengths.min() <= cache.lengths.max() <= 8
+        assert 0 <= cache.lengths().min() <= cache.lengths().max() <= 8
         cache.reset()
 
     def recover():
@@ -274,7 +274,7 @@ def test_arrays_that_are_not_the_same_twice(rng):
         cache, args = make()
         k = rng.standard_normal((2, 1, 3, 4))
         cache.append(
-            *args, Shrinks(k, small), Shrinks(-k, small), counts=Shrinks(np.array([3, 2]), other)
+            Shrinks(k, small), Shrinks(-k, small), *args, counts=Shrinks(np.array([3, 2]), other)
         )
         stored_k, stored_v = cache.to_arrays(0)
         np.testing.assert_array_equal(stored_k, k[0].astype(np.float32))
@@ -317,7 +317,7 @@ def tokens_of(value, new=1):
     return k, np.full_like(k, value)
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 8, "num_sinks": 2}])
+@pytest.mark.parametrize("options", [{}, {"window_tokens": 8, "sink_tokens": 2}])
 def test_attention_while_a_cache_changes(options):
     """Every token ever appended has value 1, so the average is 1, whatever the lengths."""
     cache, _ = kv_cache(16, **options)
@@ -370,13 +370,13 @@ def test_attention_while_pages_change():
     other = tokens_of(2.0, 40)
 
     def append():
-        cache.append([sequence], k, v)
-        if cache.length(sequence) > 400:
-            cache.truncate(sequence, 5)
+        cache.append(k, v, [sequence])
+        if cache.lengths([sequence])[0] > 400:
+            cache.truncate(5, [sequence])
 
     def others():
         forks = [cache.fork(sequence), cache.add(other[0][0], other[1][0])]
-        cache.append(forks[:1], other[0][:1], other[1][:1])
+        cache.append(other[0][:1], other[1][:1], forks[:1])
         for fork in forks:
             cache.free(fork)
 
@@ -402,11 +402,11 @@ def test_pages_that_are_read_are_not_taken():
     class Bias:
         def __array__(self, dtype=None, copy=None):
             two = tokens_of(2.0, 5)
-            cache.truncate(a, 1)
+            cache.truncate(1, [a])
             assert cache.num_free_pages == 3
             with pytest.raises(fa.OutOfPagesError, match=r"got 2 \(1 more are being read; free"):
-                cache.append([a], two[0][:1], two[1][:1])
-            cache.append([a], two[0][:1, :, :1], two[1][:1, :, :1])
+                cache.append(two[0][:1], two[1][:1], [a])
+            cache.append(two[0][:1, :, :1], two[1][:1, :, :1], [a])
             cache.free(a)
             assert cache.num_free_pages == 4
             return np.zeros(3, np.float32)
@@ -418,7 +418,7 @@ def test_pages_that_are_read_are_not_taken():
 
 
 def test_slots_that_are_read_are_not_written():
-    for options in ({}, {"window": 3}):
+    for options in ({}, {"window_tokens": 3}):
         cache, _ = kv_cache(4, **options)
         cache.append(*tokens_of(1.0, 3))
         q = np.zeros((2, 1, 1, 4), np.float32)
@@ -428,12 +428,12 @@ def test_slots_that_are_read_are_not_written():
                 cache.reorder([1, 1])
                 cache.truncate(0)
                 cache.append(*tokens_of(2.0, 4))
-                if cache.window is not None:
+                if cache.window_tokens is not None:
                     cache.append(*tokens_of(4.0, 4))
                 return np.zeros(1)
 
         np.testing.assert_array_equal(cache.attention(q, alibi_slopes=Slopes()), 1.0)
-        expected = 2.0 if cache.window is None else 4.0
+        expected = 2.0 if cache.window_tokens is None else 4.0
         np.testing.assert_array_equal(cache.attention(q), expected)
 
 
@@ -451,8 +451,8 @@ def test_two_threads_append():
 
         return change
 
-    race(lambda: cache.lengths.sum(), append(0), append(1))
-    assert cache.lengths.tolist() == [sum(appended)] * 2
+    race(lambda: cache.lengths().sum(), append(0), append(1))
+    assert cache.lengths().tolist() == [sum(appended)] * 2
     assert all((cache.to_arrays(b)[1] == 1.0).all() for b in range(2))
 
 

@@ -31,8 +31,8 @@ def observe(cache: Any) -> list[Any]:
             (cache.positions(b).tolist(), [x.tobytes() for x in cache.to_arrays(b)])
             for b in range(cache.batch_size)
         ]
-        return [cache.lengths.tolist(), parts]
-    parts = [(cache.length(i), [x.tobytes() for x in cache.to_arrays(i)]) for i in cache.seq_ids]
+        return [cache.lengths().tolist(), parts]
+    parts = [[x.tobytes() for x in cache.to_arrays(i)] for i in cache.seq_ids]
     return [cache.num_free_pages, parts]
 
 
@@ -64,14 +64,14 @@ def make_pages(dtype: Any = np.float32) -> fa.PagedKVCache:
     made = fa.PagedKVCache(12, 2, 2, 3, dtype=dtype)
     first = made.add(*tokens(new=5))
     second = made.fork(first)
-    made.append([second], *tokens(1, new=2, start=9.0))
+    made.append(*tokens(1, new=2, start=9.0), [second])
     made.fork(second)
     made.add()
     return made
 
 
 Make, Change = Callable[[], Any], Callable[[Any], object]
-WINDOW = {"window": 4, "num_sinks": 1}
+WINDOW = {"window_tokens": 4, "sink_tokens": 1}
 INT8 = {"dtype": np.int8}
 CHANGES: dict[str, tuple[Make, Change]] = {
     "append": (make_cache, lambda c: c.append(*tokens(3, new=3, start=5.0), counts=[0, 3, 1])),
@@ -101,17 +101,17 @@ CHANGES: dict[str, tuple[Make, Change]] = {
     ),
     "append to pages": (
         make_pages,
-        lambda c: c.append([0, 1, 2, 3], *tokens(4, new=3, start=5.0), counts=[2, 1, 3, 0]),
+        lambda c: c.append(*tokens(4, new=3, start=5.0), [0, 1, 2, 3], counts=[2, 1, 3, 0]),
     ),
     "append to pages, int8": (
         lambda: make_pages(np.int8),
-        lambda c: c.append([1, 2], *tokens(2, new=3, start=5.0)),
+        lambda c: c.append(*tokens(2, new=3, start=5.0), [1, 2]),
     ),
     "add to pages": (make_pages, lambda c: c.add(*tokens(new=5, start=5.0))),
     "add a sequence": (make_pages, lambda c: c.add()),
     "fork": (make_pages, lambda c: c.fork(1)),
     "free": (make_pages, lambda c: c.free(1)),
-    "truncate pages": (make_pages, lambda c: c.truncate(2, 1)),
+    "truncate pages": (make_pages, lambda c: c.truncate(1, [2])),
     "reset pages": (make_pages, lambda c: c.reset()),
 }
 

@@ -324,7 +324,11 @@ def _report_long_document(
     x = encoder.token_vectors(_document(tokens, args.long))
     layer: MultiHeadAttention = encoder.layers[0].attention  # type: ignore[assignment]
     projected = np.stack(
-        [x @ layer.w_q + layer.b_q, x @ layer.w_k + layer.b_k, x @ layer.w_v + layer.b_v]
+        [
+            x @ layer.w_q + layer.w_q_bias,
+            x @ layer.w_k + layer.w_k_bias,
+            x @ layer.w_v + layer.w_v_bias,
+        ]
     )
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "qkv.npy"
@@ -400,8 +404,8 @@ def _head_weights(encoder: minilm.Encoder, tokens: Tokens, layer: int, head: int
     x = encoder.states(token_ids, lengths, num_layers=layer - 1)[0]
     attention_layer: Any = encoder.layers[layer - 1].attention
     columns = slice((head - 1) * attention_layer.head_dim, head * attention_layer.head_dim)
-    q = (x @ attention_layer.w_q + attention_layer.b_q)[:, columns]
-    k = (x @ attention_layer.w_k + attention_layer.b_k)[:, columns]
+    q = (x @ attention_layer.w_q + attention_layer.w_q_bias)[:, columns]
+    k = (x @ attention_layer.w_k + attention_layer.w_k_bias)[:, columns]
     # With the identity for values, the result is the weights themselves.
     weights = attention(q, k, np.eye(len(x), dtype=x.dtype))
     # Of words in several pieces: the sum over the pieces looked at, the mean over those that look.

@@ -138,8 +138,8 @@ class Encoder:
     tensors : mapping of str to ndarray
         Weights under the names that BERT models have in safetensors files.
     attention_class : callable, optional
-        Makes an attention layer from ``(w_q, w_k, w_v, w_o, num_heads=..., b_q=..., ...)``, to be
-        called with ``(x, residual=True, kv_lengths=lengths)``.
+        Makes an attention layer from ``(w_q, w_k, w_v, w_o, num_heads=..., w_q_bias=..., ...)``,
+        to be called with ``(x, residual=True, kv_lengths=lengths)``.
     head_dim : int, optional
         Features of each head.
 
@@ -173,7 +173,7 @@ class Encoder:
         self.layers: list[Layer] = []
         while f"encoder.layer.{len(self.layers)}.output.dense.weight" in tensors:
             prefix = f"encoder.layer.{len(self.layers)}."
-            (w_q, b_q), (w_k, b_k), (w_v, b_v), (w_o, b_o) = (
+            (w_q, w_q_bias), (w_k, w_k_bias), (w_v, w_v_bias), (w_o, w_o_bias) = (
                 linear(f"{prefix}attention.{name}")
                 for name in ("self.query", "self.key", "self.value", "output.dense")
             )
@@ -181,7 +181,8 @@ class Encoder:
                 Layer(
                     attention=attention_class(
                         w_q, w_k, w_v, w_o,
-                        num_heads=self.num_heads, b_q=b_q, b_k=b_k, b_v=b_v, b_o=b_o,
+                        num_heads=self.num_heads,
+                        w_q_bias=w_q_bias, w_k_bias=w_k_bias, w_v_bias=w_v_bias, w_o_bias=w_o_bias,
                     ),
                     attention_norm=norm(f"{prefix}attention.output.LayerNorm"),
                     intermediate=linear(f"{prefix}intermediate.dense"),

@@ -88,5 +88,5 @@ def _paged(workload: Workload, num_threads: int) -> Call:
         for b, n in enumerate(lengths):
             if at < n:
                 new = np.s_[b : b + 1, :, at : min(at + PAGE_SIZE, n)]
-                cache.append(ids[b : b + 1], k[new], v[new])
+                cache.append(k[new], v[new], ids[b : b + 1])
     return Call(lambda: cache.attention(q, ids, num_threads=num_threads), np.asarray)

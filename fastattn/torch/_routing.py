@@ -18,10 +18,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from fastattn._attention import Explanation
-from fastattn._attention import explain as explain_arrays
 from fastattn._backward import MAX_HEAD_DIM
 from fastattn._enabled import Enabled
+from fastattn._explain import Explanation
+from fastattn._explain import explain as explain_arrays
 from fastattn.torch._ops import (
     DEFAULTS,
     as_array,

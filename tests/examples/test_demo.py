@@ -290,7 +290,7 @@ def test_head_weights_are_those_of_the_softmax(demo, minilm):
     weights = demo._head_weights(encoder, demo.Tokens(ids, list("abcd"), [0, 1, 2, 3]), 2, 2)
     x = encoder.states(np.array([ids]), np.array([4]), num_layers=1)[0].astype(np.float64)
     layer = encoder.layers[1].attention
-    q, k = (x @ layer.w_q + layer.b_q)[:, 32:], (x @ layer.w_k + layer.b_k)[:, 32:]
+    q, k = (x @ layer.w_q + layer.w_q_bias)[:, 32:], (x @ layer.w_k + layer.w_k_bias)[:, 32:]
     expected = np.exp(q @ k.T / math.sqrt(32))
     expected /= expected.sum(axis=1, keepdims=True)
     np.testing.assert_allclose(weights, expected, atol=2e-6)

@@ -68,8 +68,9 @@ def test_each_way_sees_what_it_says(load, monkeypatch):
     window = causal & (back < 32)
     contenders = {
         long_range.cached(): causal,
-        long_range.cached(window=32): window,
-        long_range.cached(window=32, num_sinks=8): window | causal & (torch.arange(450) < 8),
+        long_range.cached(window_tokens=32): window,
+        long_range.cached(window_tokens=32, sink_tokens=8): window
+        | causal & (torch.arange(450) < 8),
         long_range.ATTENTION["PyTorch, full"]: causal,
         long_range.masked: window,
     }
