@@ -3,7 +3,7 @@
 #include <string.h>
 
 /* Bytes of K per block, as they are or packed, whichever is less: with V's equal share half of a
- * 256 KiB L2, the smallest in use.  Where an engine packs keys into half as many bytes again, L2
+ * 256 KiB L2, the smallest in use.  Where an engine packs keys into 1.5 times as many bytes, L2
  * has 2 MiB.  Long heads halve the block, down to what a register tile of any engine divides. */
 #define KEY_BLOCK_BYTES (64 * 1024)
 #define MIN_BLOCK_K 32
