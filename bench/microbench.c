@@ -3,7 +3,7 @@
  *     make microbench
  *
  * A line per kernel set and element type:
- *   q k^T, p v   the two products of a score tile, as shares of the register-only loop; by tiles (amx) above 100 %
+ *   q k^T, p v   the two products of a score tile, as shares of the register-only loop; above 100 % in the tile unit (amx)
  *   softmax      the exponentials included, in cycles per 8 scores
  *   pack k, v    in cycles per 8 elements
  * A cycle is the time of 32 float32 or 16 float64 operations of the register-only loop: what a core with

@@ -1,4 +1,4 @@
-/* Both products for one row of bfloat16, as in decoding, without packing and without tiles: the
+/* Both products for one row of bfloat16, as in decoding, without packing and in vectors: the
  * same chains of multiply-adds in the same order (vec_amx.h), so the same bits.  What the two forms
  * do differently - subnormal numbers - is left to the tiles for values, and for scores is below
  * 2^-126.

@@ -1,4 +1,4 @@
-/* Both products of float32 for one row or two, as in decoding, without tiles: what a product of
+/* Both products of float32 for one row or two, as in decoding, in vectors: what a product of
  * tiles computes are chains of 16 multiply-adds, two of them for each of the six products of parts
  * (vec_amx.h), and in registers they take few rows no longer than memory takes to deliver their
  * keys.  The order of sums is that of f32x3_matmul.h, and subnormal numbers count as 0, so the bits
