@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fastattn.keras import _numpy
+from fastattn.keras._jax_callback import call_back
 from fastattn.keras._numpy import Call
 
 
@@ -23,17 +23,13 @@ def refusal(query: Any) -> str:
 
 
 class _CalledBack(NamedTuple):
-    """A function as JAX keeps it: the same for the same call, so that it is compiled once.
-
-    It computes with NumPy alone: a computation of JAX could wait for the threads that wait for this
-    one (https://github.com/jax-ml/jax/issues/24255).  Its arrays are views of memory here.
-    """
+    """A function as JAX keeps it: the same for the same call, so that it is compiled once."""
 
     function: Callable[..., Any]
     call: Call
 
     def __call__(self, *arrays: Any) -> Any:
-        return self.function(self.call, *map(np.asarray, arrays))
+        return self.function(self.call, *arrays)
 
 
 def attend(call: Call, q: Any, k: Any, v: Any, *arrays: Any) -> tuple[Any, Any]:
@@ -52,7 +48,7 @@ def _attend(call: Call, q: Any, k: Any, v: Any, arrays: tuple[Any, ...]) -> Any:
         ),
     )
     function = _CalledBack(_numpy.attend, call)
-    return jax.pure_callback(function, results, q, k, v, *arrays, vmap_method="sequential")
+    return call_back(function, results, q, k, v, *arrays)
 
 
 def _forward(call: Call, q: Any, k: Any, v: Any, arrays: tuple[Any, ...]) -> Any:
@@ -63,13 +59,12 @@ def _forward(call: Call, q: Any, k: Any, v: Any, arrays: tuple[Any, ...]) -> Any
 def _backward(call: Call, kept: Any, upstream: Any) -> Any:
     *inputs, arrays = kept
     of = (*inputs[:3], *arrays)[: call.num_gradients]
-    grads = jax.pure_callback(
+    grads = call_back(
         _CalledBack(_numpy.gradients, call),
         tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in of),
         upstream[0],
         *inputs,
         *arrays,
-        vmap_method="sequential",
     )
     without = 3 + len(arrays) - call.num_gradients
     return (*grads[:3], (*grads[3:], *[None] * without))

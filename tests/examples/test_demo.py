@@ -222,7 +222,7 @@ def test_project_text_holds_the_docstrings(sentences):
     source, found = sentences.read_sentences(None)
     assert source == "fastattn's docs and docstrings"
     assert "Keys and values of a batch of sequences, appended in place." in found  # a class
-    assert "Forget the last tokens of a sequence." in found  # a method
+    assert "Forget the last tokens of several sequences." in found  # a method
     assert "Attention by its definition; see fastattn.attention for the arguments." in found
     assert len(found) == len(set(found)) > 50
 
