@@ -28,12 +28,15 @@ TEST_ENV := OPENBLAS_NUM_THREADS=1
 # needs all in one process: WORKERS=.
 WORKERS ?= -n auto --maxprocesses=4 --dist loadgroup
 
+RUN_TESTS = $(TEST_ENV) $(PY) -m pytest $(WORKERS) --ignore=tests/examples
+QUICK := not slow and not packaging
+
 KERAS_BACKENDS := tensorflow jax torch numpy
 
 # These reach every option, tail and race in three minutes; ASAN_TESTS=tests is all of them.
 ASAN_TESTS ?= tests/test_guard_pages.py tests/test_config.py tests/test_races.py
 
-.PHONY: demo example test test-torch test-keras $(KERAS_BACKENDS:%=test-keras-%) test-examples bench bench-peers microbench lint asan emulate fuzz docs clean help
+.PHONY: demo example test test-slow test-all test-torch test-keras $(KERAS_BACKENDS:%=test-keras-%) test-examples bench bench-peers microbench lint asan emulate fuzz docs clean help
 .DEFAULT_GOAL := help
 
 # What an example needs beside the group of that name; those that are not here need PyTorch.
@@ -51,8 +54,14 @@ demo: $(BUILT)  ## find sentences with a real encoder, check and measure it
 example: $(BUILT) $(EXAMPLE_NEEDS)  ## run one of the examples: NAME=translation, ...
 	$(PY) examples/$(NAME).py $(ARGS)
 
-test: $(BUILT) $(VENV)/group-test  ## run the test suite, once per kernel set
-	$(TEST_ENV) $(PY) -m pytest $(WORKERS) --ignore=tests/examples $(ARGS)
+test: $(BUILT) $(VENV)/group-test  ## run the quick tests
+	$(RUN_TESTS) -m "$(QUICK)" $(ARGS)
+
+test-slow: $(BUILT) $(VENV)/group-test  ## run the tests that `make test` leaves out
+	$(RUN_TESTS) -m slow $(ARGS)
+
+test-all: $(BUILT) $(VENV)/group-test  ## run every test, on every kernel set
+	$(RUN_TESTS) $(ARGS)
 
 test-torch: $(BUILT) $(VENV)/group-test $(VENV)/extra-torch  ## install PyTorch and run its tests
 	$(TEST_ENV) $(PY) -m pytest $(WORKERS) tests/test_torch.py tests/test_kinds.py $(ARGS)

@@ -53,6 +53,7 @@ print(status("VmHWM") - before)
 """
 
 
+@pytest.mark.slow_on_other_sets
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("name", CALLS)
 def test_peak_memory(name: str, kernel_set: str) -> None:
@@ -96,6 +97,7 @@ print(status("VmHWM") - before - made)
 """
 
 
+@pytest.mark.slow_on_other_sets
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("name", GRADIENTS)
 def test_peak_memory_of_gradients(name: str, kernel_set: str) -> None:
@@ -138,6 +140,7 @@ print(max(status("VmHWM") - before - weights.nbytes, 0))
 """
 
 
+@pytest.mark.slow_on_other_sets
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_peak_memory_of_weights(name: str, kernel_set: str) -> None:
