@@ -153,8 +153,8 @@ def _narrow(name: str, scale: float, dtype: Any, gradients: Callable[..., Any]) 
         yield grads, rounded, naive_gradients(*wide, **options).values
 
 
-@pytest.mark.slow_on_other_sets
-@one_way_is_quick
+@pytest.mark.slow
+@each_way
 @pytest.mark.parametrize("name", ["plain", "softcap", "-1e9", "sinks", "queries"])
 def test_float64_beside_naive_float64(name: str, gradients: Callable[..., Any]) -> None:
     for scale in SCALES[1::2]:  # products of long doubles take long
