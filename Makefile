@@ -28,12 +28,15 @@ TEST_ENV := OPENBLAS_NUM_THREADS=1
 # needs all in one process: WORKERS=.
 WORKERS ?= -n auto --maxprocesses=4 --dist loadgroup
 
+RUN_TESTS = $(TEST_ENV) $(PY) -m pytest $(WORKERS) --ignore=tests/examples
+QUICK := not slow and not packaging
+
 KERAS_BACKENDS := tensorflow jax torch numpy
 
 # These reach every option, tail and race in three minutes; ASAN_TESTS=tests is all of them.
 ASAN_TESTS ?= tests/test_guard_pages.py tests/test_config.py tests/test_races.py
 
-.PHONY: demo example test test-torch test-keras $(KERAS_BACKENDS:%=test-keras-%) test-examples bench bench-peers microbench lint asan emulate fuzz docs clean help
+.PHONY: demo example test test-slow test-all coverage test-torch test-keras $(KERAS_BACKENDS:%=test-keras-%) test-examples bench bench-peers microbench lint asan emulate fuzz docs clean help
 .DEFAULT_GOAL := help
 
 # What an example needs beside the group of that name; those that are not here need PyTorch.
@@ -51,8 +54,14 @@ demo: $(BUILT)  ## find sentences with a real encoder, check and measure it
 example: $(BUILT) $(EXAMPLE_NEEDS)  ## run one of the examples: NAME=translation, ...
 	$(PY) examples/$(NAME).py $(ARGS)
 
-test: $(BUILT) $(VENV)/group-test  ## run the test suite, once per kernel set
-	$(TEST_ENV) $(PY) -m pytest $(WORKERS) --ignore=tests/examples $(ARGS)
+test: $(BUILT) $(VENV)/group-test  ## run the quick tests
+	$(RUN_TESTS) -m "$(QUICK)" $(ARGS)
+
+test-slow: $(BUILT) $(VENV)/group-test  ## run the tests that `make test` leaves out
+	$(RUN_TESTS) -m slow $(ARGS)
+
+test-all: $(BUILT) $(VENV)/group-test  ## run every test, on every kernel set
+	$(RUN_TESTS) $(ARGS)
 
 test-torch: $(BUILT) $(VENV)/group-test $(VENV)/extra-torch  ## install PyTorch and run its tests
 	$(TEST_ENV) $(PY) -m pytest $(WORKERS) tests/test_torch.py tests/test_kinds.py $(ARGS)
@@ -98,6 +107,16 @@ asan: $(BUILT) $(VENV)/group-test  ## run tests under AddressSanitizer and UBSan
 	    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
 	    LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
 	    $(PY) -m pytest -s $(ASAN_TESTS) $(ARGS)
+
+# Counts add up from run to run, so those of earlier runs go first.  Threads count without locks, and inner loops run
+# billions of times: gcovr takes counts for errors that are negative or large.
+coverage: $(BUILT) $(VENV)/group-test $(VENV)/group-coverage  ## run the quick tests, print the lines of Python and C that ran
+	FASTATTN_COVERAGE=1 $(PIP) --no-build-isolation --no-deps --upgrade --target build/coverage .
+	find build -name '*.gcda' -delete
+	COVERAGE_FILE=build/coverage.data PYTHONSAFEPATH=1 PYTHONPATH=build/coverage $(RUN_TESTS) -m "$(QUICK)" \
+	    --cov=build/coverage/fastattn --cov-report=term $(ARGS)
+	$(VENV)/bin/gcovr --root . --filter csrc/ --merge-lines --gcov-suspicious-hits-threshold=0 \
+	    --gcov-ignore-parse-errors=negative_hits.warn_once_per_file build/objects-coverage
 
 # Links the objects of the last build; the cost of a loop is its own, whatever else the machine does.
 microbench: $(BUILT)  ## the inner loops alone, as shares of the multiply-add peak

@@ -11,9 +11,11 @@ from fastattn import _config, _core
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     # `kernel_set` is autouse: a test that is not marked runs once on each set of this CPU.
     if "kernel_set" in metafunc.fixturenames:
-        once = metafunc.definition.get_closest_marker("any_kernel_set") is not None
-        isas = (_config.ISA,) if once else _core.available_isas()
-        metafunc.parametrize("kernel_set", isas, indirect=True)
+        marker = metafunc.definition.get_closest_marker
+        isas = (_config.ISA,) if marker("any_kernel_set") else _core.available_isas()
+        marks = [pytest.mark.slow] if marker("slow_on_other_sets") else []
+        params = [pytest.param(isa, marks=marks if isa != _config.ISA else []) for isa in isas]
+        metafunc.parametrize("kernel_set", params, indirect=True)
 
 
 @pytest.fixture(autouse=True)

@@ -168,6 +168,7 @@ def test_float64_gauge(first: int) -> None:
         assert lse_gauge(lse, exact) <= MAX_GAUGE_FLOAT64, where
 
 
+@pytest.mark.slow_on_other_sets
 @pytest.mark.parametrize("size", [1.0, 4.0, 30.0])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_long_rows(dtype: Any, size: float) -> None:
@@ -216,6 +217,7 @@ MAX_LSE_GAUGE = 7.0
 MAX_LSE_GAUGE_BEYOND = 10.0
 
 
+@pytest.mark.slow_on_other_sets
 @pytest.mark.parametrize("kind", ["uniform", "equal", "shifted"])
 @pytest.mark.parametrize("head_dim", [8, 64, 100, 128, 192, 256, 512, 768, 1024, 2048, 4096])
 def test_entries_of_one_sign(head_dim: int, kind: str) -> None:
@@ -241,6 +243,7 @@ def test_entries_of_one_sign(head_dim: int, kind: str) -> None:
             assert seqlen_q < 40 or gauge <= 2 * max(gauge_naive, 1), where
 
 
+@pytest.mark.slow_on_other_sets
 @pytest.mark.parametrize("kind", ["uniform", "equal", "shifted"])
 @pytest.mark.parametrize("axis", ["keys", "queries"])
 def test_a_million_keys_of_one_sign(axis: str, kind: str) -> None:

@@ -56,6 +56,7 @@ def test_large_logits(largest_logit: float, axis: str) -> None:
     check([grad_out, q, k, v], scale=scale, softmax_axis=axis, causal=True)
 
 
+@pytest.mark.slow_on_other_sets
 @each_axis
 def test_long_rows(axis: str) -> None:
     """Errors grow with blocks and their number, not with the sequence."""
@@ -65,6 +66,7 @@ def test_long_rows(axis: str) -> None:
     check([grad_out, q, k, v], softmax_axis=axis)
 
 
+@pytest.mark.slow_on_other_sets
 @pytest.mark.parametrize("shape", [(1, 1300), (400, 1), (1, 1), (4, 1, 1)], ids=str)
 def test_sums_of_many_bias_gradients(shape: tuple[int, ...]) -> None:
     rng = np.random.default_rng(0)

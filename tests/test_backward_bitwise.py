@@ -66,6 +66,7 @@ def option_sets(arrays: list[np.ndarray], axis: str) -> Iterator[dict[str, Any]]
     yield options
 
 
+@pytest.mark.slow_on_other_sets
 @each_shape
 @each_dtype
 @each_axis
@@ -77,6 +78,7 @@ def test_threads_and_repeats(shape: Any, dtype: Any, axis: str) -> None:
             same(gradients_of(*arrays, softmax_axis=axis, num_threads=num_threads, **options), once)
 
 
+@pytest.mark.slow_on_other_sets
 def test_repeats_while_threads_race_for_tasks() -> None:
     arrays = make((200, 200, 32, 32), np.float32, batch=4)
     bias = np.zeros((4, 1, 200))
@@ -97,6 +99,7 @@ def test_threads_share_no_element_of_a_bias_of_one_column() -> None:
         same(gradients_of(grad_out, q, k, v, num_threads=4, **options), once)
 
 
+@pytest.mark.slow_on_other_sets
 @each_shape
 @each_dtype
 @each_axis

@@ -230,6 +230,7 @@ def test_16_bit_values_far_from_zero(name: str, dtype: Any) -> None:
 # ---- bits ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow_on_other_sets
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @each_dtype
 @each_axis

@@ -27,6 +27,11 @@ SCALES = [0.1, 1.0, 4.0, 15.0, 60.0, 300.0]
 
 # From lse, and from what the forward pass kept besides.
 each_way = pytest.mark.parametrize("gradients", [gradients_of, kept_gradients_of])
+
+# Naive gradients take most of a test's time, and both ways have nearly the same errors.
+one_way_is_quick = pytest.mark.parametrize(
+    "gradients", [gradients_of, pytest.param(kept_gradients_of, marks=pytest.mark.slow)]
+)
 each_axis = pytest.mark.parametrize("axis", ["keys", "queries"])
 
 
@@ -106,7 +111,8 @@ def assert_beside(found: dict[str, list[float]], where: str) -> None:
         assert max(values) <= MAX_SINGLE, f"{name}: {max(values):.2f} times, {where}"
 
 
-@each_way
+@pytest.mark.slow_on_other_sets
+@one_way_is_quick
 @pytest.mark.parametrize("name", OPTIONS)
 def test_float32_beside_naive_float32(name: str, gradients: Callable[..., Any]) -> None:
     for scale in SCALES:
@@ -121,7 +127,8 @@ def _float32(name: str, scale: float, gradients: Callable[..., Any]) -> Iterator
         yield grads, naive, naive_gradients(*arrays, **options).values
 
 
-@each_way
+@pytest.mark.slow_on_other_sets
+@one_way_is_quick
 @pytest.mark.parametrize("name", ["plain", "softcap", "residual", "queries"])
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16], ids=["float16", "bfloat16"])
 def test_16_bit_beside_widened_inputs(name: str, dtype: Any, gradients: Callable[..., Any]) -> None:
@@ -146,6 +153,7 @@ def _narrow(name: str, scale: float, dtype: Any, gradients: Callable[..., Any]) 
         yield grads, rounded, naive_gradients(*wide, **options).values
 
 
+@pytest.mark.slow
 @each_way
 @pytest.mark.parametrize("name", ["plain", "softcap", "-1e9", "sinks", "queries"])
 def test_float64_beside_naive_float64(name: str, gradients: Callable[..., Any]) -> None:

@@ -156,6 +156,7 @@ def test_grouped_heads_equal_repeated_heads(shape: Any, dtype: Any, axis: str) -
             same(grouped, repeated)
 
 
+@pytest.mark.slow_on_other_sets
 @each_shape
 @each_dtype
 @each_axis
@@ -240,6 +241,7 @@ def test_rows_in_chunks_without_causal(dtype: Any) -> None:
         same(np.concatenate(parts, axis=-2), whole)
 
 
+@pytest.mark.slow_on_other_sets
 @each_dtype
 @pytest.mark.parametrize("where", ["q", "k", "v"])
 @pytest.mark.parametrize("special", ["nan", "inf", "-inf", "largest", "smallest", "tiny"])

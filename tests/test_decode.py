@@ -61,6 +61,7 @@ def option_sets(rng: np.random.Generator, q: np.ndarray, k: np.ndarray) -> Itera
     }
 
 
+@pytest.mark.slow_on_other_sets
 @each_dtype
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 @pytest.mark.parametrize("seqlen_q", range(1, 9))
@@ -77,6 +78,7 @@ def test_rows_alone_and_in_a_block(
         same(got, [x[:, :, -few:] for x in whole])
 
 
+@pytest.mark.slow_on_other_sets
 @each_dtype
 @pytest.mark.parametrize("seqlen_q", [1, 2, 3, 8])
 def test_threads(rng: np.random.Generator, seqlen_q: int, dtype: Any) -> None:
@@ -190,6 +192,7 @@ def query_dtypes(dtype: Any) -> list[np.dtype[Any]]:
     return [dtype] if dtype.itemsize >= 4 else [dtype, np.dtype(np.float32)]
 
 
+@pytest.mark.slow_on_other_sets
 @each_stored
 @pytest.mark.parametrize("page_size", [1, 16, 37])
 def test_pages_and_one_piece(rng: np.random.Generator, page_size: int, dtype: Any) -> None:

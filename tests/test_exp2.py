@@ -26,6 +26,7 @@ def kernel_set_flags(name: str) -> list[str]:
     return [*ast.literal_eval(values["CODE_FLAGS"]), *flags]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", ["exp2", "tanh"])
 def test_every_float32(kernel_set: str, function: str, tmp_path: Path) -> None:
     """exp2 over [-104, 0], tanh over [2^-12, 20] and as many float64 besides."""

@@ -12,7 +12,11 @@ import pytest
 from fastattn import _core
 
 # One build of the driver is for all tests.
-pytestmark = [pytest.mark.any_kernel_set, pytest.mark.xdist_group("kernel_sets")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.any_kernel_set,
+    pytest.mark.xdist_group("kernel_sets"),
+]
 
 
 @pytest.fixture(scope="module")

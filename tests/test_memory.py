@@ -53,6 +53,7 @@ print(status("VmHWM") - before)
 """
 
 
+@pytest.mark.slow_on_other_sets
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("name", CALLS)
 def test_peak_memory(name: str, kernel_set: str) -> None:
@@ -72,6 +73,12 @@ GRADIENTS = {
     "softcap": ("softcap=20.0", 2, 64),
     "softmax over queries": ("softmax_axis='queries', window=(1000, 1000)", 2, 64),
 }
+
+# The calls of 8 heads take as long as the others together.
+GRADIENT_PARAMS = [
+    pytest.param(name, marks=[pytest.mark.slow] if num_heads == 8 else [])
+    for name, (_, num_heads, _) in GRADIENTS.items()
+]
 
 GRADIENTS_SCRIPT = """
 import sys
@@ -96,8 +103,9 @@ print(status("VmHWM") - before - made)
 """
 
 
+@pytest.mark.slow_on_other_sets
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("name", GRADIENTS)
+@pytest.mark.parametrize("name", GRADIENT_PARAMS)
 def test_peak_memory_of_gradients(name: str, kernel_set: str) -> None:
     """Three sums of grad_q for num_threads + 1 heads, and what the forward pass may have."""
     if kernel_set == "scalar" and name in ("plain", "causal"):
@@ -138,6 +146,7 @@ print(max(status("VmHWM") - before - weights.nbytes, 0))
 """
 
 
+@pytest.mark.slow_on_other_sets
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_peak_memory_of_weights(name: str, kernel_set: str) -> None:

@@ -13,6 +13,9 @@ import pytest
 
 import fastattn as fa
 
+# ONNX takes some ten seconds to make its cases, in each process that asks for them.
+pytestmark = pytest.mark.xdist_group("onnx")
+
 NUM_CASES = 75
 NUM_SCORE_MATRIX_CASES = 18
 

@@ -18,7 +18,10 @@ from fastattn import _core
 
 ROOT = Path(__file__).parent
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+pytestmark = [
+    pytest.mark.slow_on_other_sets,
+    pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"),
+]
 
 # What the scripts share.
 PRELUDE = """

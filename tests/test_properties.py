@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 import numpy as np
+import pytest
 from gauge import assert_close, naive_attention
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
@@ -176,6 +177,7 @@ def calls(draw: st.DrawFn) -> tuple[list[np.ndarray], dict[str, Any], tuple[int,
     return [q, k, v], options, out_shape
 
 
+@pytest.mark.slow_on_other_sets
 @given(calls(), st.data())
 @checked
 def test_random_calls(

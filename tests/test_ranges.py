@@ -365,6 +365,7 @@ def draw_call(rng: np.random.Generator, dtype: Any) -> tuple[list[np.ndarray], d
     return [q, k, v], options
 
 
+@pytest.mark.slow_on_other_sets
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("first", range(0, NUM_DRAWS, DRAWS_PER_TEST))
 def test_random_calls(first: int, dtype: Any) -> None:
@@ -581,6 +582,7 @@ def test_small_float64_gradients_beside_large_ones() -> None:
     np.testing.assert_allclose(computed.q[1], expected.q[1], rtol=1e-14)
 
 
+@pytest.mark.slow_on_other_sets
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("first", range(0, NUM_DRAWS, DRAWS_PER_TEST))
 def test_gradients_of_random_calls(first: int, dtype: Any) -> None:

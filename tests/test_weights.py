@@ -182,6 +182,7 @@ def test_weights_times_values_are_attention() -> None:
 LENGTHS = st.one_of(st.integers(1, 12), st.sampled_from([23, 24, 25, 64, 65, 129, 193, 520]))
 
 
+@pytest.mark.slow_on_other_sets
 @settings(
     max_examples=EXAMPLES or 60,
     derandomize=EXAMPLES == 0,
