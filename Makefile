@@ -36,7 +36,7 @@ KERAS_BACKENDS := tensorflow jax torch numpy
 # These reach every option, tail and race in three minutes; ASAN_TESTS=tests is all of them.
 ASAN_TESTS ?= tests/test_guard_pages.py tests/test_config.py tests/test_races.py
 
-.PHONY: demo example test test-slow test-all coverage test-torch test-keras $(KERAS_BACKENDS:%=test-keras-%) test-examples bench bench-peers microbench lint asan emulate fuzz docs clean help
+.PHONY: demo example test test-slow test-all coverage test-torch test-keras $(KERAS_BACKENDS:%=test-keras-%) test-examples bench bench-peers microbench lint lint-built asan emulate fuzz docs clean help
 .DEFAULT_GOAL := help
 
 # What an example needs beside the group of that name; those that are not here need PyTorch.
@@ -85,12 +85,11 @@ bench-peers: $(BUILT) $(VENV)/extra-bench  ## the libraries that are installed t
 	$(PY) bench/import_time.py
 	$(PY) -m fastattn bench $(ARGS)
 
-lint: $(BUILT) $(VENV)/group-lint  ## style, types, stubs, docstrings and workflows
+# It reads files and builds nothing, so that it is quick enough to come before every commit.
+lint: $(VENV)/group-lint  ## style, types and workflows
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/stubtest fastattn._core --ignore-disjoint-bases --allowlist .ci/stubtest.allow
-	$(PY) .ci/docstrings.py
 	$(VENV)/bin/clang-format --dry-run -Werror $$(find csrc tests bench -name '*.[ch]')
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cython-lint fastattn/*.pyx fastattn/*.pxd
 	$(VENV)/bin/zizmor --offline --quiet .github
@@ -98,6 +97,10 @@ lint: $(BUILT) $(VENV)/group-lint  ## style, types, stubs, docstrings and workfl
 	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-issue-forms \
 	    $$(find .github/ISSUE_TEMPLATE -name '*.yml' ! -name config.yml)
 	$(VENV)/bin/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+
+lint-built: $(BUILT) $(VENV)/group-lint  ## the stub and the docstrings, beside the built module
+	$(VENV)/bin/stubtest fastattn._core --ignore-disjoint-bases --allowlist .ci/stubtest.allow
+	$(PY) .ci/docstrings.py
 
 # The sanitised module is kept apart from the one in the source tree.
 asan: $(BUILT) $(VENV)/group-test  ## run tests under AddressSanitizer and UBSan, C assertions on

@@ -1,4 +1,4 @@
-"""Check the public docstrings of fastattn: `make lint`.
+"""Check the public docstrings of fastattn: `make lint-built`.
 
 `[tool.numpydoc_validation]` of pyproject.toml names the checks.  numpydoc's own command looks at
 files, and so at internal functions alike, which need no sections; here it is given the objects that

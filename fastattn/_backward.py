@@ -13,7 +13,15 @@ from numpy.typing import ArrayLike, NDArray
 
 from fastattn import _core, _results, _validate
 from fastattn._core import Problem
-from fastattn._options import BY_NAME, Window, given, set_named
+from fastattn._options import (
+    BY_NAME,
+    NAMES,
+    AttentionOptions,
+    Window,
+    given,
+    refuse_unknown,
+    set_named,
+)
 from fastattn._problem import of_arrays
 from fastattn._results import place_results, read_results
 from fastattn._rounding import in_default_float_mode, round_once
@@ -162,6 +170,7 @@ def attention_and_kept(
     q: ArrayLike, k: ArrayLike, v: ArrayLike, **options: Any
 ) -> tuple[Array, Array, Kept]:
     """`attention` with ``return_lse=True``, and what its backward pass can use besides."""
+    refuse_unknown("attention_and_kept", options, AttentionOptions.__annotations__)
     problem = of_arrays(q, k, v)
     set_named(problem, options)
     out, lse = place_results(problem, options.get("out"), True)
@@ -190,6 +199,7 @@ def attention_backward_of_kept(
     **options: Any,
 ) -> Gradients:
     """`attention_backward` of what `attention_and_kept` returned for the same arguments."""
+    refuse_unknown("attention_backward_of_kept", options, NAMES)
     return _gradients(grad_out, q, k, v, (out, lse), kept, grad_lse, needs, options)
 
 
@@ -230,7 +240,7 @@ def as_arrays(options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def wanted_gradients(needs: Sequence[str], **optional: ArrayLike | None) -> frozenset[str]:
+def _wanted(needs: Sequence[str], **optional: ArrayLike | None) -> frozenset[str]:
     """The names in `needs`, less those of arguments that are not given."""
     if isinstance(needs, str):
         raise TypeError(f"`needs` must be a sequence of names, got the str {needs!r}")
@@ -257,7 +267,7 @@ def compute_gradients(
     """
     bias: Any = options.get("bias")
     sinks: Any = options.get("sinks")
-    wanted = wanted_gradients(needs, bias=bias, sinks=sinks)
+    wanted = _wanted(needs, bias=bias, sinks=sinks)
     for name, width in (("q", problem.q_shape[-1]), ("v", problem.head_dim_v)):
         if width > MAX_HEAD_DIM:
             of = "head_dim" if name == "q" else "head_dim_v"

@@ -269,7 +269,9 @@ def plain_problem(str isa, q, k, v, type array, tuple dtypes):
     # Whole shapes first: comparing those is quicker than taking them apart.
     q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
     n = len(q_shape)
-    if n < 3 or len(k_shape) != n or (v_shape != k_shape and v_shape[:-1] != k_shape[:-1]):
+    if n < 3 or len(k_shape) != n or (
+        v_shape != k_shape and v_shape[: len(v_shape) - 1] != k_shape[: n - 1]
+    ):
         return None
     if q_shape != k_shape and (
         q_shape[: n - 3] != k_shape[: n - 3]
@@ -677,6 +679,8 @@ def differing(tuple given, tuple defaults):
     """
     cdef Py_ssize_t i
     cdef list found = []
+    if len(given) != len(defaults):
+        raise SystemError("a call has another number of options than the table")
     for i in range(len(given)):
         value = given[i]
         if value is not defaults[i] and not (type(value) is float and value == defaults[i]):

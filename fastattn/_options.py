@@ -154,13 +154,19 @@ def read_positions(name: str, x: ArrayLike) -> NDArray[np.int64]:
     return np.clip(array.astype(np.int64, copy=False), -MAX_POSITION, MAX_POSITION)
 
 
-def _pair_of_ids(name: str, pair: Sequence[ArrayLike]) -> list[Array]:
+def read_pair(name: str, pair: Any) -> tuple[Any, Any]:
+    """What the queries and the keys have each, not looked at yet."""
     if not isinstance(pair, tuple | list):
         raise TypeError(f"`{name}` must be a pair (q_ids, k_ids), got a {type(pair).__name__}")
-    if len(pair) != 2:
-        raise ValueError(f"`{name}` must be a pair (q_ids, k_ids), got {len(pair)} entries")
+    of_both = tuple(pair)
+    if len(of_both) != 2:
+        raise ValueError(f"`{name}` must be a pair (q_ids, k_ids), got {len(of_both)} entries")
+    return of_both
+
+
+def _pair_of_ids(name: str, pair: Sequence[ArrayLike]) -> list[Array]:
     ids = []
-    for index, x in enumerate(tuple(pair)):
+    for index, x in enumerate(read_pair(name, pair)):
         # Compared with each other, never an index: not copied.
         array = _validate.of_integers(f"{name}[{index}]", x)
         if array.dtype == np.uint64 and np.any(array > np.iinfo(np.int64).max):

@@ -26,7 +26,6 @@ from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[Any]
 Shape = tuple[int, ...]
-Window = Sequence[int | None]
 
 FLOAT16 = np.dtype(np.float16)
 FLOAT32 = np.dtype(np.float32)
@@ -35,11 +34,6 @@ FLOAT64 = np.dtype(np.float64)
 # them cannot overflow.  No array reaches that far.
 MAX_POSITION = 2**60
 MAX_C_INT = 2**31 - 1
-# The default of `softmax_axis`, one object wherever it is written: known without a comparison.
-KEYS = "keys"
-# What np.shares_memory may spend on an exact answer.  Views into one packed array need less; what
-# needs more counts as overlapping.
-OVERLAP_WORK: Any = 100_000  # Any: NumPy's stubs know 0 and -1 only
 
 # By name, because bfloat16 is a dtype of ml_dtypes, which is not imported here.
 FLOAT_NAMES = ("float16", "bfloat16", "float32", "float64")

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 import fastattn as fa
 from fastattn import _core, _options
+from fastattn._backward import attention_and_kept, attention_backward_of_kept
 from fastattn._options import (
     ARRAYS,
     BY_NAME,
@@ -152,6 +153,20 @@ def test_torch_refuses_a_wrong_kind_by_name(name: str) -> None:
     for call in calls:
         with pytest.raises(TypeError, match=rf"`{name}(\[0\])?` must "):
             call(**given, **{name: object()})
+
+
+def test_functions_behind_the_doors_refuse_unknown_options() -> None:
+    x = np.zeros((1, 2, 3, 4), np.float32)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'sofcap'"):
+        attention_and_kept(x, x, x, sofcap=1.0)
+    out, lse, kept = attention_and_kept(x, x, x)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'sofcap'"):
+        attention_backward_of_kept(x, x, x, x, out, lse, kept, sofcap=1.0)
+
+
+def test_as_many_values_as_rows() -> None:
+    with pytest.raises(SystemError, match="another number of options"):
+        _core.differing((*DEFAULTS, None), DEFAULTS)
 
 
 def test_fields_are_those_of_the_stub_and_of_the_core() -> None:

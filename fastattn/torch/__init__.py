@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fastattn import _validate
 from fastattn._enabled import Enabled
-from fastattn._options import BY_NAME, given
+from fastattn._options import BY_NAME, given, read_pair
 from fastattn._weights import attention_weights as weights_of_arrays
 from fastattn.torch._ops import (
     as_array,
@@ -351,7 +351,7 @@ def _operator_arguments(options: dict[str, Any], q: Tensor) -> dict[str, Any]:
         if x is None and option.default is None:
             arguments |= dict.fromkeys(names)
         elif name == "segment_ids":
-            for i, (argument, ids) in enumerate(zip(names, _pair(x), strict=True)):
+            for i, (argument, ids) in enumerate(zip(names, read_pair(name, x), strict=True)):
                 arguments[argument] = _tensor(f"{name}[{i}]", ids, q, _validate.integer_array)
         elif name == "window":
             sides = x if torch.compiler.is_compiling() else option.check(name, x)
@@ -396,15 +396,6 @@ def _from_array(array: Any) -> Tensor:
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
-
-
-def _pair(segment_ids: Any) -> tuple[Any, Any]:
-    rule = "`segment_ids` must be a pair (q_ids, k_ids), got"
-    if not isinstance(segment_ids, tuple | list):
-        raise TypeError(f"{rule} a {type(segment_ids).__name__}")
-    if len(segment_ids) != 2:
-        raise ValueError(f"{rule} {len(segment_ids)} entries")
-    return segment_ids[0], segment_ids[1]
 
 
 def _seed(dropout_p: float, dropout_seed: int | Tensor | None, q: Tensor) -> Tensor | None:

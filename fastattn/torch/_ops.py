@@ -132,7 +132,7 @@ def _exact(option: Option, tensor: Tensor) -> Tensor:
 
 
 def _empty_like(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A tensor with the strides of ``_validate.empty_result``."""
+    """A tensor with the strides of ``_results.empty_result``."""
     if x.is_contiguous() or x.dim() != len(shape):
         return x.new_empty(shape)
     strides = [stride or sys.maxsize for stride in x.stride()]
