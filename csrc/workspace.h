@@ -80,8 +80,8 @@ void fa_take_workspace(struct fa_memory *memory, const struct fa_geometry *geome
 bool fa_workspace_bytes(const struct fa_geometry *geometry, int64_t *bytes);
 
 /* A workspace laid out in fa_workspace_bytes of memory.  Every task lays out its own, so that no
- * task finds what another has left there: some 400 instructions of x86-64-v3 code by GCC 12, counted by
- * valgrind --tool=callgrind over a call of (32,4,49,32). */
+ * task finds what another has left there: some 400 instructions of x86-64-v3 code by GCC 12,
+ * counted by valgrind --tool=callgrind over a call of (32,4,49,32). */
 struct fa_workspace fa_workspace_at(const struct fa_geometry *geometry, char *base);
 
 /* Bytes of a state of `rows` rows (false: they leave int64), and a state laid out in memory. */
