@@ -64,7 +64,7 @@ test-all: $(BUILT) $(VENV)/group-test  ## run every test, on every kernel set
 	$(RUN_TESTS) $(ARGS)
 
 test-torch: $(BUILT) $(VENV)/group-test $(VENV)/extra-torch  ## install PyTorch and run its tests
-	$(TEST_ENV) $(PY) -m pytest $(WORKERS) tests/test_torch.py tests/test_kinds.py $(ARGS)
+	$(TEST_ENV) $(PY) -m pytest $(WORKERS) tests/test_torch*.py tests/test_kinds.py $(ARGS)
 	$(PY) -m pytest -q --doctest-modules --doctest-glob='*.md' fastattn/torch docs/torch.md
 
 # Keras has one backend in a process.  `make -j 2` runs two of them at a time.

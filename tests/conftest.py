@@ -1,6 +1,8 @@
 """What every test has: a kernel set to run on, and random numbers of its own."""
 
 import zlib
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,3 +33,38 @@ def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     """Random numbers that are the same for a test in every run and on every kernel set."""
     test = getattr(request.node, "originalname", None) or request.node.name
     return np.random.default_rng(zlib.crc32(test.encode()))
+
+
+# --- PyTorch, which only the tests that need it import --------------------------------------------
+
+
+@pytest.fixture
+def seeded_torch() -> None:
+    import torch
+
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def fresh_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    import torch
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def untouched() -> Iterator[None]:
+    """The test leaves PyTorch as it found it."""
+    from torch_cases import state_of_torch
+
+    import fastattn.torch as ft
+
+    before = state_of_torch()
+    yield
+    left_enabled = ft.is_enabled()
+    ft.disable()
+    assert not left_enabled
+    assert state_of_torch() == before
