@@ -3,6 +3,7 @@
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     return np.random.default_rng(zlib.crc32(test.encode()))
 
 
-# --- PyTorch, which only the tests that need it import --------------------------------------------
+# --- PyTorch and Keras, which only the tests that need them import --------------------------------
 
 
 @pytest.fixture
@@ -68,3 +69,26 @@ def untouched() -> Iterator[None]:
     ft.disable()
     assert not left_enabled
     assert state_of_torch() == before
+
+
+@pytest.fixture
+def seeded_keras() -> None:
+    from keras_cases import keras
+
+    keras.utils.set_random_seed(0)
+
+
+@pytest.fixture
+def attended(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What fastattn.keras attended to, call by call: the shapes and the options."""
+    from fastattn.keras import _ops
+
+    seen = []
+    attend = _ops.BACKEND.attend
+
+    def recording(call: Any, q: Any, k: Any, v: Any, *arrays: Any) -> Any:
+        seen.append((tuple(q.shape), tuple(k.shape), call))
+        return attend(call, q, k, v, *arrays)
+
+    monkeypatch.setattr(_ops.BACKEND, "attend", recording)
+    return seen
