@@ -10,6 +10,11 @@ import pytest
 
 from fastattn import _config, _core
 
+# Their assertions too say what they compared.
+pytest.register_assert_rewrite(
+    "caches", "gauge", "gradients", "keras_cases", "layers", "operands", "torch_cases"
+)
+
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     # `kernel_set` is autouse: a test that is not marked runs once on each set of this CPU.
