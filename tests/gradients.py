@@ -8,7 +8,7 @@ import pytest
 import fastattn as fa
 from fastattn._backward import attention_and_kept, attention_backward_of_kept
 
-NAMES = ("q", "k", "v", "bias", "sinks")
+NAMES = fa.Gradients._fields
 each_axis = pytest.mark.parametrize("axis", ["keys", "queries"])
 
 
