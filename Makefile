@@ -64,7 +64,7 @@ test-all: $(BUILT) $(VENV)/group-test  ## run every test, on every kernel set
 	$(RUN_TESTS) $(ARGS)
 
 test-torch: $(BUILT) $(VENV)/group-test $(VENV)/extra-torch  ## install PyTorch and run its tests
-	$(TEST_ENV) $(PY) -m pytest $(WORKERS) tests/test_torch.py tests/test_kinds.py $(ARGS)
+	$(TEST_ENV) $(PY) -m pytest $(WORKERS) tests/test_torch_*.py tests/test_kinds.py $(ARGS)
 	$(PY) -m pytest -q --doctest-modules --doctest-glob='*.md' fastattn/torch docs/torch.md
 
 # Keras has one backend in a process.  `make -j 2` runs two of them at a time.
@@ -73,7 +73,7 @@ test-keras: $(KERAS_BACKENDS:%=test-keras-%)  ## install Keras and its backends,
 	    fastattn/keras docs/keras.md
 
 $(KERAS_BACKENDS:%=test-keras-%): test-keras-%: $(BUILT) $(VENV)/group-test $(VENV)/extra-torch $(VENV)/group-keras-backends
-	$(TEST_ENV) KERAS_BACKEND=$* $(PY) -m pytest tests/test_keras.py $(ARGS)
+	$(TEST_ENV) KERAS_BACKEND=$* $(PY) -m pytest tests/test_keras_*.py $(ARGS)
 
 test-examples: $(BUILT) $(VENV)/group-test $(VENV)/extra-torch $(VENV)/group-keras-backends $(VENV)/group-examples $(VENV)/minilm  ## run the short form of every example
 	OMP_NUM_THREADS=1 $(PY) -m pytest $(WORKERS) --durations=10 tests/examples $(ARGS)
@@ -128,7 +128,7 @@ microbench: $(BUILT)  ## the inner loops alone, as shares of the multiply-add pe
 	build/microbench
 
 fuzz: $(BUILT) $(VENV)/group-test  ## 2000 random calls of each dtype with numbers of any size, on every kernel set
-	$(TEST_ENV) FASTATTN_FUZZ_DRAWS=2000 $(PY) -m pytest $(WORKERS) tests/test_ranges.py -k random $(ARGS)
+	$(TEST_ENV) FASTATTN_FUZZ_DRAWS=2000 $(PY) -m pytest $(WORKERS) tests/test_ranges.py tests/test_backward_ranges.py -k random $(ARGS)
 
 emulate:  ## run every kernel set, those that this CPU lacks under an emulator
 	$(PYTHON) tests/emulate.py

@@ -105,6 +105,7 @@ CASES: Mapping[str, Callable[[np.random.Generator, str], Case]] = {
     "alibi": lambda rng, dtype: _plain(rng, dtype, alibi_slopes=np.array([0.5, 0.25, 0.1, 0.0])),
     "softcap, scale": lambda rng, dtype: _plain(rng, dtype, softcap=5.0, scale=-0.7),
     "sinks": lambda rng, dtype: _plain(rng, dtype, sinks=np.array([0.0, 3.0, -2.0, 1.0])),
+    "dropout": lambda rng, dtype: _plain(rng, dtype, dropout_p=0.3, dropout_seed=1),
     "residual, other head_dim_v": _residual,
     "softmax over queries": lambda rng, dtype: _plain(
         rng, dtype, softmax_axis="queries", causal=True, q_offset=60

@@ -66,25 +66,9 @@ def attention(
     >>> print(reference.attention([[0.0]], [[1.0], [2.0]], [[10.0], [30.0]]))
     [[20.]]
     """
-    steps = _compute_weights(
-        q,
-        k,
-        v,
-        scale=scale,
-        softcap=softcap,
-        bias=bias,
-        alibi_slopes=alibi_slopes,
-        mask=mask,
-        causal=causal,
-        window=window,
-        q_offset=q_offset,
-        kv_lengths=kv_lengths,
-        segment_ids=segment_ids,
-        sinks=sinks,
-        softmax_axis=softmax_axis,
-        dropout_p=dropout_p,
-        dropout_seed=dropout_seed,
-    )
+    of_weights = dict(locals())
+    del of_weights["residual"], of_weights["return_lse"]
+    steps = _compute_weights(**of_weights)
     # 6. Weighted sum.
     out, lse = _weighted_sum(steps.dropped, steps.v), steps.lse
     if all(np.ndim(x) == 2 for x in (q, k, v)):

@@ -1,13 +1,15 @@
-"""Calls for the tests of the backward pass."""
+"""Calls for the tests of the backward pass, and gradients beside those of the reference."""
 
 from typing import Any
 
 import numpy as np
+import pytest
 
 import fastattn as fa
 from fastattn._backward import attention_and_kept, attention_backward_of_kept
 
-NAMES = ("q", "k", "v", "bias", "sinks")
+NAMES = fa.Gradients._fields
+each_axis = pytest.mark.parametrize("axis", ["keys", "queries"])
 
 
 def gradients_of(
@@ -117,3 +119,36 @@ def without_residual(options: dict[str, Any]) -> dict[str, Any]:
 def described(arrays: list[np.ndarray], options: dict[str, Any]) -> str:
     shown = {name: getattr(x, "shape", x) for name, x in options.items() if name != "segment_ids"}
     return f"{[x.shape for x in arrays]}, {shown}"
+
+
+def assert_equal_gradients(grads: Any, expected: Any, where: str = "") -> None:
+    """Float64 against the reference: 1e-9 of the largest element."""
+    for name in NAMES:
+        x, y = getattr(grads, name), getattr(expected, name)
+        assert (x is None) == (y is None), f"{name} {where}"
+        if x is None:
+            continue
+        assert x.shape == y.shape, f"{name} {where}"
+        largest = np.abs(y).max(initial=1e-3)
+        assert np.all(np.abs(x - y) <= 1e-9 * largest), f"{name} {where}"
+
+
+def check(arrays: list[np.ndarray], **options: Any) -> Any:
+    grads = gradients_of(*arrays, **options)
+    expected = fa.reference.attention_backward(*arrays, **without_residual(options))
+    assert_equal_gradients(grads, expected, described(arrays, options))
+    return grads
+
+
+def make(
+    *shape: int, batch: tuple[int, ...] = (2,), heads: tuple[int, int] = (4, 2), seed: int = 0
+) -> list[np.ndarray]:
+    """grad_out, q, k, v of (seqlen_q, seqlen_k, head_dim, head_dim_v)."""
+    seqlen_q, seqlen_k, head_dim, head_dim_v = shape
+    rng = np.random.default_rng(seed)
+    return [
+        rng.standard_normal((*batch, heads[0], seqlen_q, head_dim_v)),
+        rng.standard_normal((*batch, heads[0], seqlen_q, head_dim)),
+        rng.standard_normal((*batch, heads[1], seqlen_k, head_dim)),
+        rng.standard_normal((*batch, heads[1], seqlen_k, head_dim_v)),
+    ]

@@ -273,7 +273,7 @@ def test_pages_of_sequences_lie_scattered(monkeypatch):
         *itertools.product(FORMS, ["float32", "bfloat16"]),
         ("layer", "float32"),
         # The arrays of options are float32.
-        *itertools.product(OPTIONS[1:], ["float32"]),
+        *itertools.product([*OPTIONS][1:], ["float32"]),
     ],
 )
 def test_check_finds_a_wrong_result(form, dtype):

@@ -1,9 +1,12 @@
-"""explain of calls other than those of arrays, which tests/test_api.py has."""
+"""explain: what it says of calls of arrays, packed sequences, caches and pages."""
 
 import itertools
+from math import nan
 
+import ml_dtypes
 import numpy as np
 import pytest
+from operands import DV, HK, LK, LQ, OUT, B, D, H, operands, zeros
 
 import fastattn as fa
 from fastattn import _core
@@ -134,3 +137,96 @@ def test_what_is_wrong_is_said_by_name(rng):
     out = np.full((1, 4, 1, 8), np.nan, np.float32)
     assert cache.explain(q, out=out, return_lse=True).seqlen_k == 0
     assert np.isnan(out).all()
+
+
+def test_explain_describes_the_call(kernel_set):
+    q, k, v = operands()
+    plan = fa.explain(q, k, v, num_threads=1)
+    assert plan.isa == kernel_set
+    assert plan.dtype == "float32"
+    assert plan.batch_shape == (B,)
+    sizes = plan.num_heads, plan.num_kv_heads, plan.seqlen_q, plan.seqlen_k, plan.head_dim
+    assert sizes == (H, HK, LQ, LK, D)
+    assert plan.head_dim_v == DV
+    assert plan.num_threads == plan.num_threads_allowed == 1
+    assert plan.tile_q >= plan.mr > 0 and plan.block_k >= plan.nr >= plan.vl > 0 < plan.block_q
+    assert plan.num_tasks > 0 and plan.workspace_bytes > 0
+    assert plan.tiles_total == plan.tiles_computed > 0
+    assert plan.skipped_by == {}
+    assert "over the keys" in plan.softmax
+    assert "over the queries" in fa.explain(q, k, v, softmax_axis="queries").softmax
+    assert fa.explain(*operands(np.float64)).dtype == "float64"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "engine", "engine_of_amx"),
+    [
+        (np.float32, {}, "vector_f32", "amx_f32x3"),
+        (np.float32, {"softmax_axis": "queries"}, "vector_f32", "vector_f32"),
+        (np.float32, {"scale": 1e-200}, "vector_f64", "vector_f64"),
+        (np.float16, {}, "vector_f32", "vector_f32"),
+        (ml_dtypes.bfloat16, {}, "vector_f32", "amx_bf16"),
+        (np.float64, {}, "vector_f64", "vector_f64"),
+    ],
+)
+def test_explain_names_the_engine(kernel_set, dtype, options, engine, engine_of_amx):
+    plan = fa.explain(*operands(dtype), **options)
+    assert plan.engine == (engine_of_amx if kernel_set == "amx" else engine)
+    assert f"{kernel_set}, engine {plan.engine}, " in str(plan)
+
+
+def test_explain_counts_skipped_tiles():
+    seqlen = 4096
+    x = np.broadcast_to(np.float32(0), (1, 1, seqlen, 8))
+    full = fa.explain(x, x, x)
+    causal = fa.explain(x, x, x, causal=True)
+    assert causal.tiles_total == full.tiles_total == full.tiles_computed
+    assert causal.skipped_by == {"causal": causal.tiles_skipped}
+    assert 0.4 < causal.tiles_skipped / causal.tiles_total < 0.5
+    both = fa.explain(x, x, x, causal=True, window=(64, None), kv_lengths=seqlen)
+    assert list(both.skipped_by) == ["causal", "window", "kv_lengths"]
+    assert both.skipped_by["causal"] == causal.tiles_skipped
+    assert both.tiles_skipped > max(both.skipped_by.values())
+    assert both.skipped_by["kv_lengths"] == 0
+    half = fa.explain(x, x, x, kv_lengths=seqlen // 2)
+    assert half.skipped_by["kv_lengths"] == half.tiles_skipped == half.tiles_total // 2
+    ids = np.arange(seqlen) // (seqlen // 4)
+    segments = fa.explain(x, x, x, segment_ids=(ids, ids))
+    assert segments.skipped_by["segment_ids"] == segments.tiles_skipped > 0
+    nothing = fa.explain(x, x, x, mask=False)
+    assert nothing.tiles_computed == 0
+    assert nothing.skipped_by["mask"] == nothing.tiles_total
+    open_window = fa.explain(x, x, x, window=(None, None))
+    assert open_window.skipped_by == {} and open_window.tiles_skipped == 0
+
+
+@pytest.mark.any_kernel_set
+def test_explain_says_why_that_many_threads(monkeypatch):
+    x = zeros(1, 8, 256, 16)
+    assert "num_threads" in fa.explain(x, x, x, num_threads=1).num_threads_reason
+    monkeypatch.setenv("FASTATTN_NUM_THREADS", "1")
+    assert "FASTATTN_NUM_THREADS" in fa.explain(x, x, x).num_threads_reason
+    row = zeros(1, 1, 1, 16)
+    plan = fa.explain(row, row, row, num_threads=3)
+    assert plan.num_threads == 1 and plan.num_threads_allowed == 3
+    assert plan.num_threads_reason.startswith("3 allowed by num_threads, but ")
+
+
+@pytest.mark.any_kernel_set
+def test_explain_prints():
+    q, k, v = operands()
+    text = str(fa.explain(q, k, v, causal=True))
+    for part in ("kernel set", "softmax", "threads", "workspace", "score tiles", "causal"):
+        assert part in text
+    assert max(map(len, text.splitlines())) <= 150
+    assert "no option rules keys out" in str(fa.explain(q, k, v))
+    empty = str(fa.explain(zeros(0, 4), zeros(5, 4), zeros(5, 4)))
+    assert "score tiles" in empty
+
+
+@pytest.mark.any_kernel_set
+def test_explain_writes_nothing_to_out():
+    q, k, v = operands()
+    out = np.full(OUT, nan, np.float32)
+    fa.explain(q, k, v, out=out, return_lse=True)
+    assert np.all(np.isnan(out))

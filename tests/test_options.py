@@ -27,6 +27,7 @@ from fastattn._options import (
     WEIGHTS,
     of_call,
 )
+from fastattn._selftest import CASES
 
 pytestmark = pytest.mark.any_kernel_set
 
@@ -153,6 +154,12 @@ def test_torch_refuses_a_wrong_kind_by_name(name: str) -> None:
     for call in calls:
         with pytest.raises(TypeError, match=rf"`{name}(\[0\])?` must "):
             call(**given, **{name: object()})
+
+
+def test_the_self_test_has_every_option() -> None:
+    rng = np.random.default_rng(0)
+    given = {name for make in CASES.values() for name in make(rng, "float32").options}
+    assert given == set(NAMES) - {"num_threads"}  # which every case has
 
 
 def test_functions_behind_the_doors_refuse_unknown_options() -> None:

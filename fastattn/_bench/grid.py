@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fastattn._bench.workloads import Workload, decode, prefill
+from fastattn._bench.workloads import OPTIONS, Workload, decode, prefill
 
 SHORT_DTYPES = {"float16": "f16", "bfloat16": "bf16"}
 
@@ -72,7 +72,8 @@ _PREFILL = (
 _OPTIONS = (
     *(
         _PLAIN._replace(name=f"{option}-2k", kind="options", option=option, baseline=_PLAIN)
-        for option in ("mask", "bias", "alibi", "softcap", "sinks", "segments", "queries")
+        for option in OPTIONS
+        if option not in ("", "window")
     ),
     prefill(
         "window-8k", 1, 4, 8192, 64, kind="options", option="window",

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,12 +10,8 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
-#: What `Workload.option` may be.
-OPTIONS = ("", "mask", "bias", "alibi", "softcap", "sinks", "window", "segments", "queries")
-
 WINDOW = 256  # keys that a query sees
 SEGMENTS = 8  # documents packed into one sequence, all of one length
-SOFTCAP = 30.0
 # Products of the forward pass and both passes: q k^T and p v; q k^T again, and four for gradients.
 FORWARD_PRODUCTS, BOTH_PRODUCTS = 2, 7
 # int8 storage has one float32 scale per token and head, for keys and values each.
@@ -172,27 +169,8 @@ class Workload(NamedTuple):
 
     def options(self) -> dict[str, Any]:
         """The other arguments of `fastattn.attention`, the same on every call."""
-        rng = np.random.default_rng(1)
-        made: dict[str, Any] = {"causal": self.causal} if self.causal else {}
-        if self.option == "mask":
-            made["mask"] = rng.random((self.seqlen_q, self.seqlen_k)) < 0.9
-        elif self.option == "bias":
-            bias = rng.standard_normal((self.num_heads, self.seqlen_q, self.seqlen_k))
-            made["bias"] = bias.astype(self.dtype)
-        elif self.option == "alibi":
-            made["alibi_slopes"] = 2.0 ** -np.linspace(1, 8, self.num_heads)
-        elif self.option == "softcap":
-            made["softcap"] = SOFTCAP
-        elif self.option == "sinks":
-            made["sinks"] = rng.standard_normal(self.num_heads)
-        elif self.option == "window":
-            made["window"] = (WINDOW - 1, 0)
-        elif self.option == "segments":
-            ids = np.arange(self.seqlen_k) * SEGMENTS // self.seqlen_k
-            made["segment_ids"] = (ids[: self.seqlen_q], ids)
-        elif self.option == "queries":
-            made["softmax_axis"] = "queries"
-        return made
+        made = {"causal": self.causal} if self.causal else {}
+        return made | OPTIONS[self.option](self, np.random.default_rng(1))
 
     def shortened(self, length: int) -> "Workload":
         """The same call with sequences of at most `length`."""
@@ -206,6 +184,27 @@ class Workload(NamedTuple):
         """The same kind of call with sequences of at most `length`, no option: a first call that
         loads what a library loads lazily."""
         return self.shortened(length)._replace(option="", causal=False)
+
+
+def _segment_ids(workload: Workload) -> tuple[Array, Array]:
+    ids = np.arange(workload.seqlen_k) * SEGMENTS // workload.seqlen_k
+    return ids[: workload.seqlen_q], ids
+
+
+#: What `Workload.option` may be, and the arguments that it stands for.
+OPTIONS: dict[str, Callable[[Workload, np.random.Generator], dict[str, Any]]] = {
+    "": lambda w, rng: {},
+    "mask": lambda w, rng: {"mask": rng.random((w.seqlen_q, w.seqlen_k)) < 0.9},
+    "bias": lambda w, rng: {
+        "bias": rng.standard_normal((w.num_heads, w.seqlen_q, w.seqlen_k)).astype(w.dtype)
+    },
+    "alibi": lambda w, rng: {"alibi_slopes": 2.0 ** -np.linspace(1, 8, w.num_heads)},
+    "softcap": lambda w, rng: {"softcap": 30.0},
+    "sinks": lambda w, rng: {"sinks": rng.standard_normal(w.num_heads)},
+    "window": lambda w, rng: {"window": (WINDOW - 1, 0)},
+    "segments": lambda w, rng: {"segment_ids": _segment_ids(w)},
+    "queries": lambda w, rng: {"softmax_axis": "queries"},
+}
 
 
 # The last ones are kept: a contender needs them again, and 1 GiB of random numbers takes seconds.
