@@ -307,9 +307,13 @@ def test_gelu(minilm):
     x = np.linspace(-9, 9, 20001)
     expected = x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2
     # The formula's error in erf, 1.5e-7, times |x| / 2.
-    assert np.all(np.abs(minilm.gelu(x) - expected) <= 0.75e-7 * np.abs(x) + 1e-15)
+    assert np.all(np.abs(minilm.gelu(x.copy()) - expected) <= 0.75e-7 * np.abs(x) + 1e-15)
     x32 = x.astype(np.float32)
     assert np.all(np.abs(minilm.gelu(x32) - expected) <= 3e-7 * np.abs(x) + 1e-12)
+    # In blocks, and in place.
+    many = np.tile(x.astype(np.float32), (3, 5))
+    assert minilm.gelu(many) is many
+    np.testing.assert_array_equal(many, np.tile(x32, (3, 5)))
 
 
 @pytest.mark.any_kernel_set
