@@ -7,6 +7,7 @@ state dict or from Keras weights; neither library is imported.
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import accumulate, groupby
 from typing import Any, Literal, Self, Unpack, overload
 
 import numpy as np
@@ -18,6 +19,35 @@ from fastattn._results import check_out
 from fastattn._validate import as_array, count, float_array
 
 Array = NDArray[Any]
+
+
+class _InputWeight:
+    """A projection of an input as an attribute of the layer: a view of its columns in the array
+    that holds its neighbours too.  What is assigned is copied there."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, layer: None, owner: type) -> Self: ...
+    @overload
+    def __get__(self, layer: "MultiHeadAttention", owner: type) -> Array: ...
+    def __get__(self, layer: "MultiHeadAttention | None", owner: type) -> Self | Array:
+        if layer is None:
+            return self
+        array, columns = layer._places[self._name]
+        return array[:, columns]
+
+    def __set__(self, layer: "MultiHeadAttention", value: ArrayLike) -> None:
+        held = self.__get__(layer, type(layer))
+        weight = _weight(self._name, value, ndim=2)
+        if weight.dtype != held.dtype:
+            raise TypeError(
+                f"`{self._name}` must have dtype {held.dtype} like the layer, got {weight.dtype}"
+            )
+        if weight.shape != held.shape:
+            raise ValueError(f"`{self._name}` must have shape {held.shape}, got {weight.shape}")
+        held[...] = weight
 
 
 class MultiHeadAttention:
@@ -60,8 +90,11 @@ class MultiHeadAttention:
 
     Notes
     -----
-    The layer keeps the arrays that it is given, without copying or writing them.  It holds no other
-    state: calls from several threads are safe.
+    The layer copies `w_q`, `w_k` and `w_v` side by side into an array of its own, so that one
+    product computes the projections that share an input.  The attributes of these names are views
+    of that array: what is written into them, or assigned to them in the same shape, counts from the
+    next call on.  The layer keeps the other arrays that it is given, without copying or writing
+    them.  It holds no other state: calls from several threads are safe.
 
     With ``num_kv_heads < num_heads`` consecutive query heads share a key head (grouped-query
     attention); keys and values are not repeated.
@@ -91,6 +124,8 @@ class MultiHeadAttention:
     True
     """
 
+    w_q, w_k, w_v = _InputWeight(), _InputWeight(), _InputWeight()
+
     def __init__(
         self,
         w_q: ArrayLike,
@@ -107,10 +142,11 @@ class MultiHeadAttention:
         learned_k: ArrayLike | None = None,
         learned_v: ArrayLike | None = None,
     ) -> None:
-        self.w_q = _weight("w_q", w_q, ndim=2)
-        dtype = self.w_q.dtype
-        self.w_k = _weight("w_k", w_k, ndim=2, dtype=dtype)
-        self.w_v = _weight("w_v", w_v, ndim=2, dtype=dtype)
+        weights = {"w_q": _weight("w_q", w_q, ndim=2)}
+        dtype = weights["w_q"].dtype
+        weights["w_k"] = _weight("w_k", w_k, ndim=2, dtype=dtype)
+        weights["w_v"] = _weight("w_v", w_v, ndim=2, dtype=dtype)
+        self._places = _side_by_side(weights)
         self.w_o = None if w_o is None else _weight("w_o", w_o, ndim=2, dtype=dtype)
 
         self.num_heads = count("num_heads", num_heads)
@@ -452,9 +488,7 @@ class MultiHeadAttention:
         """
         if k is None and v is not None:
             raise ValueError("`v` must come with `k`, got `v` alone")
-        q = self._input("q", q, self.embed_dim)
-        k = q if k is None else self._input("k", k, self.w_k.shape[0])
-        v = self._input("v", k if v is None else v, self.w_v.shape[0])
+        q, k, v = self._inputs(q, k, v)
         if v.shape[-2] != k.shape[-2]:
             raise ValueError(f"`v` must have seqlen_k {k.shape[-2]} like `k`, got {v.shape[-2]}")
         try:
@@ -471,9 +505,8 @@ class MultiHeadAttention:
             out = check_out(out, shape, self.dtype, "w_q")
         added = self._residual(residual, q, shape)
 
-        q_heads = _split_heads(_project(q, self.w_q, self.w_q_bias), self.num_heads)
-        k_heads = _split_heads(_project(k, self.w_k, self.w_k_bias), self.num_kv_heads)
-        v_heads = _split_heads(_project(v, self.w_v, self.w_v_bias), self.num_kv_heads)
+        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        q_heads, k_heads, v_heads = map(_split_heads, self._project_inputs((q, k, v)), heads)
 
         fused = self.w_o is None and self.learned_k is None
         context = out if out is not None and fused else None
@@ -560,6 +593,24 @@ class MultiHeadAttention:
         out[...] = merged
         return lse
 
+    def _project_inputs(self, inputs: tuple[Array, Array, Array]) -> list[Array]:
+        """The projections of q, k and v, (..., seqlen, columns); neighbours whose input is the same
+        array by one product, of which they are views."""
+        projected = []
+        for _, run in groupby(zip(self._places, inputs, strict=True), lambda pair: id(pair[1])):
+            names, (x, *_) = zip(*run, strict=True)
+            array, first = self._places[names[0]]
+            last = self._places[names[-1]][1]
+            product = _project(x, array[:, first.start : last.stop])
+            for name in names:
+                columns = self._places[name][1]
+                part = product[..., columns.start - first.start : columns.stop - first.start]
+                bias = getattr(self, f"{name}_bias")
+                if bias is not None:
+                    part += bias
+                projected.append(part)
+        return projected
+
     def _finish(self, context: Array, added: Array | None, out: Array | None) -> Array:
         """Output projection, its bias and the residual."""
         # The projection may be written straight to `out` unless that destroys the residual first.
@@ -569,7 +620,9 @@ class MultiHeadAttention:
         if self.w_o is None:
             result = context
         else:
-            result = _project(context, self.w_o, self.w_o_bias, target)
+            result = _project(context, self.w_o, target)
+            if self.w_o_bias is not None:
+                result += self.w_o_bias
         if added is not None:
             result = np.add(result, added, out=result if out is None else out)
         elif out is not None and result is not out:
@@ -577,17 +630,26 @@ class MultiHeadAttention:
             result = out
         return result
 
-    def _input(self, name: str, value: ArrayLike, features: int) -> Array:
-        array = as_array(name, value)
-        if array.dtype != self.dtype:
-            raise TypeError(
-                f"`{name}` must have dtype {self.dtype} like the weights, got {array.dtype}"
-            )
-        if array.ndim < 2 or array.shape[-1] != features:
-            raise ValueError(
-                f"`{name}` must have shape (..., seqlen, {features}), got {array.shape}"
-            )
-        return array
+    def _inputs(
+        self, q: ArrayLike, k: ArrayLike | None, v: ArrayLike | None
+    ) -> tuple[Array, Array, Array]:
+        """The inputs as arrays; an input given twice is one array."""
+        given_k = q if k is None else k
+        given_v = given_k if v is None else v
+        q_array = as_array("q", q)
+        k_array = q_array if given_k is q else as_array("k", given_k)
+        v_array = k_array if given_v is given_k else as_array("v", given_v)
+        arrays = (q_array, k_array, v_array)
+        for name, array, (held, _) in zip("qkv", arrays, self._places.values(), strict=True):
+            if array.dtype != held.dtype:
+                raise TypeError(
+                    f"`{name}` must have dtype {held.dtype} like the weights, got {array.dtype}"
+                )
+            if array.ndim < 2 or array.shape[-1] != held.shape[0]:
+                raise ValueError(
+                    f"`{name}` must have shape (..., seqlen, {held.shape[0]}), got {array.shape}"
+                )
+        return arrays
 
     def _residual(
         self, residual: bool | ArrayLike | None, q: Array, shape: tuple[int, ...]
@@ -680,15 +742,31 @@ def _divide(name: str, columns: int, divisor_name: str, divisor: int) -> int:
     return columns // divisor
 
 
-def _project(x: Array, w: Array, b: Array | None, out: Array | None = None) -> Array:
-    """``x @ w + b`` as one matrix product over all rows, with the same bits wherever it goes; the
+def _side_by_side(weights: dict[str, Array]) -> dict[str, tuple[Array, slice]]:
+    """Copies, each as an array and the columns in it: neighbours of as many rows share an array.
+
+    The array is in C order, so that a product of a few rows reads it from beginning to end.
+    """
+    places: dict[str, tuple[Array, slice]] = {}
+    for rows, run in groupby(weights.items(), lambda item: item[1].shape[0]):
+        names, parts = zip(*run, strict=True)
+        ends = list(accumulate(part.shape[1] for part in parts))
+        array = np.empty((rows, ends[-1]), parts[0].dtype)
+        np.concatenate(parts, axis=1, out=array)
+        places |= {
+            name: (array, slice(end - part.shape[1], end))
+            for name, part, end in zip(names, parts, ends, strict=True)
+        }
+    return places
+
+
+def _project(x: Array, w: Array, out: Array | None = None) -> Array:
+    """``x @ w`` as one matrix product over all rows, with the same bits wherever it goes; the
     result is C-contiguous or `out`."""
     rows, shape = math.prod(x.shape[:-1]), (*x.shape[:-1], w.shape[1])
     in_place = out is not None and out.flags.c_contiguous
     place = out.reshape(rows, w.shape[1]) if out is not None and in_place else None
     product: Array = np.matmul(x.reshape(rows, x.shape[-1]), w, out=place)
-    if b is not None:
-        product += b
     if out is None:
         return product.reshape(shape)
     if not in_place:

