@@ -369,15 +369,57 @@ static void place_row(const struct fa_forward *forward, const struct fa_task *ta
     }
 }
 
+/* Whether the task has the lse of its rows to store. */
+static bool has_lse_of(const struct fa_forward *forward, const struct fa_task *task)
+{
+    return task->head.lse != NULL && task->first_col == 0 && forward->columns.col_max == NULL;
+}
+
+/* Store row r of the task, or give it back. */
+static void store_one(struct fa_forward *forward, const struct fa_task *task, int64_t r,
+                      const struct fa_state *state, struct fa_row_result *result)
+{
+    const bool has_lse = has_lse_of(forward, task);
+    struct fa_forward *first = forward->first;
+    const enum fa_stored before = first == NULL ? FA_STORED : given_back_of(first, task)[r];
+    if (first != NULL && before == FA_STORED) {
+        return;
+    }
+    place_row(forward, task, r, has_lse && before != FA_SUMS_LEFT, result);
+    if (before == FA_SUMS_LEFT) {
+        result->columns = columns_of(first, task, r);
+    }
+    const enum fa_stored stored = store_row(forward, state, result);
+    if (stored != FA_STORED) {
+        give_back(forward, task, r, stored);
+    }
+    if (stored == FA_SUMS_LEFT) {
+        result->columns = columns_of(forward, task, r);
+        result->choose = true;
+        if (result->columns != NULL) {
+            store_row(forward, state, result);
+        }
+    }
+}
+
+/* Whether the rows of a task lie at equal distances, and nothing about them is to be looked at
+ * one by one. */
+static bool stores_tiles(const struct fa_forward *forward, const struct fa_task *task,
+                         bool look_at_acc)
+{
+    const struct fa_geometry *g = forward->geometry;
+    const struct fa_head *head = &task->head;
+    return g->stacked == 1 && g->value_exponent == 0 && forward->first == NULL && !look_at_acc &&
+           forward->columns.col_max == NULL && head->exact == NULL && head->sinks == NULL &&
+           (head->weighing == NULL || forward->keeps_weighing);
+}
+
 /* look_at_acc: sums of values may have left the range of their type. */
 static void store_rows(struct fa_forward *forward, const struct fa_task *task,
                        const struct fa_state *state, bool look_at_acc)
 {
     const struct fa_geometry *g = forward->geometry;
     const struct fa_attention_params *p = g->params;
-    const bool has_lse =
-        task->head.lse != NULL && task->first_col == 0 && forward->columns.col_max == NULL;
-    struct fa_forward *first = forward->first;
     struct fa_row_result result = {
         .cols = (size_t)task->cols,
         .dtype = p->dtype,
@@ -394,24 +436,20 @@ static void store_rows(struct fa_forward *forward, const struct fa_task *task,
         .exact_stride = p->exact.col,
         .weighing_stride = p->weighing.col,
     };
-    for (int64_t r = 0; r < task->rows; r++) {
-        const enum fa_stored before = first == NULL ? FA_STORED : given_back_of(first, task)[r];
-        if (first != NULL && before == FA_STORED) {
-            continue;
+    const struct fa_row_steps step = {p->out.row, p->residual.row, p->lse.row, p->weighing.row};
+    const bool in_tiles = stores_tiles(forward, task, look_at_acc);
+    const int64_t many = in_tiles ? g->tile_q : 1;
+    for (int64_t r = 0; r < task->rows; r += many) {
+        const int64_t rows = fa_min(many, task->rows - r);
+        uint32_t left = 1;
+        if (in_tiles) {
+            place_row(forward, task, r, has_lse_of(forward, task), &result);
+            left = g->ops->softmax_store_rows(state, (size_t)g->block_dv, (size_t)rows, &result,
+                                              &step);
         }
-        place_row(forward, task, r, has_lse && before != FA_SUMS_LEFT, &result);
-        if (before == FA_SUMS_LEFT) {
-            result.columns = columns_of(first, task, r);
-        }
-        const enum fa_stored stored = store_row(forward, state, &result);
-        if (stored != FA_STORED) {
-            give_back(forward, task, r, stored);
-        }
-        if (stored == FA_SUMS_LEFT) {
-            result.columns = columns_of(forward, task, r);
-            result.choose = true;
-            if (result.columns != NULL) {
-                store_row(forward, state, &result);
+        for (int64_t i = 0; left != 0; left >>= 1, i++) {
+            if (left & 1) {
+                store_one(forward, task, r + i, state, &result);
             }
         }
     }
@@ -675,6 +713,7 @@ static enum fa_status attend(const struct fa_attention_params *params,
     if (status != FA_OK) {
         return status;
     }
+    fa_geometry_fit_tiles(&geometry);
     geometry.scales_scores = fa_scales_scores(params, false);
     struct fa_forward forward = {
         .geometry = &geometry,

@@ -92,6 +92,10 @@ enum fa_status fa_geometry_init(struct fa_geometry *geometry,
 void fa_geometry_choose(struct fa_geometry *geometry, const int64_t *heads, int64_t num_heads,
                         const int64_t *rows, int64_t num_rows);
 
+/* Share out the rows of a short head evenly over as few tiles as hold them: for passes over tiles
+ * whose size is in no bit of their results. */
+void fa_geometry_fit_tiles(struct fa_geometry *geometry);
+
 /* One (batch entry, head) of the call: where its arrays start. */
 struct fa_head {
     const struct fa_geometry *geometry;

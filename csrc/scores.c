@@ -318,7 +318,7 @@ void fa_want_bias(struct fa_workspace *ws, const struct fa_head_rows *rows, int6
     const struct fa_geometry *g = head->geometry;
     const struct fa_array *bias = &g->params->bias;
     const int64_t size = fa_dtype_size(g->params->bias_dtype);
-    ws->wanted = (struct fa_wanted){0};
+    ws->wanted.rows = ws->wanted.bytes = ws->wanted.next_row = ws->wanted.next_byte = 0;
     if (head->bias == NULL || bias->row == 0 || bias->col != size || rows->count <= 0) {
         return;
     }

@@ -117,6 +117,11 @@ struct fa_row_result {
     bool choose;
 };
 
+/* Bytes from one row to the next in the arrays of a result. */
+struct fa_row_steps {
+    int64_t out, residual, lse, weighing;
+};
+
 /* The finished columns of a key block, whose softmax is over the queries. */
 struct fa_column_result {
     /* Columns that are keys, and columns that the statistics have. */
@@ -207,6 +212,12 @@ struct fa_tile_ops {
      * its sink as lse.  Stores nothing that it gives back. */
     enum fa_stored (*softmax_store)(const struct fa_state *state, size_t ldacc,
                                     const struct fa_row_result *result);
+    /* The same for `rows` rows from that of the result on, 32 at most.  The result has no sink,
+     * exact, exponent, columns or look_at_acc.  Returns a bit for each row that softmax_store would
+     * give back. */
+    uint32_t (*softmax_store_rows)(const struct fa_state *state, size_t ldacc, size_t rows,
+                                   const struct fa_row_result *first,
+                                   const struct fa_row_steps *step);
 
     /* Dropout: n factors for the keys from `key` on, each of them 0 or `kept`; and n weights
      * times their factors.  n is a multiple of vl. */

@@ -87,11 +87,16 @@ FA_NOINLINE void FN(matmul_tile_transposed)(const struct fa_product *p, const RE
     FN(matmul_tile)(MR, true, p, a, b, c);
 }
 
-/* What is left of the rows: 4, 2 and 1 at a time, whose accumulators cover less of the latency.
+/* What is left of the rows: 8, 4, 2 and 1 at a time, whose accumulators cover less of the latency.
  * Returns how many. */
 FA_NOINLINE size_t FN(matmul_tile_rest)(size_t rows, bool transposed, const struct fa_product *p,
                                         const REAL *a, const REAL *b, REAL *c)
 {
+    const size_t eight = MR > 8 ? 8 : MR; /* where MR is less, the compiler drops it */
+    if (MR > 8 && rows >= eight) {
+        FN(matmul_tile)(eight, transposed, p, a, b, c);
+        return eight;
+    }
     if (rows >= 4) {
         FN(matmul_tile)(4, transposed, p, a, b, c);
         return 4;
@@ -104,6 +109,10 @@ FA_NOINLINE size_t FN(matmul_tile_rest)(size_t rows, bool transposed, const stru
     return 1;
 }
 
+/* Whether the next rows are a whole register tile.  2 more than that are two tiles of 4: these take
+ * 8 cycles a step with vectors of 8 floats, and 6 and 2 rows take 10. */
+static inline bool FN(are_full)(size_t rows) { return rows >= MR && !(MR == 6 && rows == MR + 2); }
+
 /* Panel outer, row group inner: one panel (depth x NR) stays in L1 for all FA_MIN_TILE_Q rows, so B
  * crosses from L2 once per tile: NR elements per FA_MIN_TILE_Q * NR multiply-adds. */
 static void FN(matmul)(const struct fa_product *p, struct fa_wanted *wanted)
@@ -115,7 +124,7 @@ static void FN(matmul)(const struct fa_product *p, struct fa_wanted *wanted)
         while (r < p->rows) {
             const REAL *a = (const REAL *)p->a + r * p->a_stride;
             fetch_some(wanted);
-            if (r + MR <= p->rows) {
+            if (FN(are_full)(p->rows - r)) {
                 FN(matmul_tile_full)(p, a, b, c + r * p->c_row);
                 r += MR;
             } else {
@@ -133,7 +142,7 @@ static void FN(matmul_transposed)(const struct fa_product *p)
         size_t r = 0;
         while (r < p->rows) {
             const REAL *a = (const REAL *)p->a + r;
-            if (r + MR <= p->rows) {
+            if (FN(are_full)(p->rows - r)) {
                 FN(matmul_tile_transposed)(p, a, b, c + r * p->c_row);
                 r += MR;
             } else {

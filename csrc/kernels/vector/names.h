@@ -57,6 +57,11 @@ _Static_assert(64 + FA_VALUE_EXPONENT_F64 == 1024, "VALUE_PROBE_f64");
 #define BIAS_LIMIT_f64 FA_BIAS_LIMIT_F64
 #define BIAS_LIMIT FN(BIAS_LIMIT)
 
+/* The type of caller memory that is the element type itself. */
+#define COMPUTED_f32 FA_F32
+#define COMPUTED_f64 FA_F64
+#define COMPUTED FN(COMPUTED)
+
 /* Whether narrower types are computed in the element type. */
 #define WIDENS_f32 1
 #define WIDENS_f64 0

@@ -48,6 +48,7 @@ static const struct fa_tile_ops FN(ops) = {
     .softmax_update = FN(softmax_update),
     .softmax_fold = FN(softmax_fold),
     .softmax_store = FN(softmax_store),
+    .softmax_store_rows = FN(softmax_store_rows),
     .dropout_factors = FN(dropout_factors),
     .apply_dropout = FN(apply_dropout),
     .row_delta = FN(row_delta),

@@ -17,34 +17,51 @@ static inline bool FN(is_finite)(VEC probe)
     return sum - sum == 0;
 }
 
-static bool FN(load_rows)(void *dst, size_t rows, size_t cols, const struct fa_rows *from,
-                          double factor)
+/* One row of q, or of a gradient, times a factor.  Returns the sum of the probes of its elements. */
+FA_INLINE VEC FN(load_row)(REAL *row, const char *src, size_t cols, int64_t col_stride, REAL factor,
+                           enum fa_dtype dtype)
 {
-    const char *const *src = from->row;
-    const int64_t col_stride = from->col_stride;
-    const enum fa_dtype dtype = from->dtype;
-    const REAL f = (REAL)factor;
     const int64_t size = fa_dtype_size(dtype);
     const size_t whole = col_stride == size && FN(knows)(dtype) ? cols - cols % VL : 0;
     const VEC ordinary = V(set)(ORDINARY_PROBE);
-    VEC probe = V(zero)();
+    VEC found = V(zero)(); /* of the row: one sum of all would wait for its own latency */
     REAL rest = 0;
-    for (size_t r = 0; r < rows; r++) {
-        REAL *row = (REAL *)dst + r * cols;
-        VEC found = V(zero)(); /* of the row: one sum of all would wait for its own latency */
-        size_t c = 0;
-        for (; c < whole; c += VL) {
-            const VEC x = V(mul)(FN(widen)(src[r] + (int64_t)c * size, dtype), V(set)(f));
-            V(store)(row + c, x);
-            found = V(fma)(x, ordinary, found);
-        }
-        probe = V(add)(probe, found);
-        for (; c < cols; c++) {
-            row[c] = FN(read_as)(src[r] + (int64_t)c * col_stride, dtype) * f;
-            rest += row[c] * ORDINARY_PROBE;
-        }
+    size_t c = 0;
+    for (; c < whole; c += VL) {
+        const VEC x = V(mul)(FN(widen)(src + (int64_t)c * size, dtype), V(set)(factor));
+        V(store)(row + c, x);
+        found = V(fma)(x, ordinary, found);
     }
-    return FN(is_finite)(probe) && rest - rest == 0;
+    for (; c < cols; c++) {
+        row[c] = FN(read_as)(src + (int64_t)c * col_stride, dtype) * factor;
+        rest += row[c] * ORDINARY_PROBE;
+    }
+    return V(add)(found, V(set)(rest));
+}
+
+FA_INLINE bool FN(load_rows_of)(REAL *dst, size_t rows, size_t cols, const struct fa_rows *from,
+                                REAL factor, enum fa_dtype dtype)
+{
+    VEC probe = V(zero)();
+    for (size_t r = 0; r < rows; r++) {
+        probe = V(add)(probe, FN(load_row)(dst + r * cols, from->row[r], cols, from->col_stride,
+                                           factor, dtype));
+    }
+    return FN(is_finite)(probe);
+}
+
+static bool FN(load_rows)(void *dst, size_t rows, size_t cols, const struct fa_rows *from,
+                          double factor)
+{
+    switch (from->dtype) {
+#define CASE(dtype)                                                                                \
+    case dtype:                                                                                    \
+        return FN(load_rows_of)(dst, rows, cols, from, (REAL)factor, dtype);
+        STORAGE_TYPES(CASE)
+#undef CASE
+    default:
+        return FN(load_rows_of)(dst, rows, cols, from, (REAL)factor, from->dtype);
+    }
 }
 
 /* VL keys from `key` on into one column of vectors of a panel, zero for those that are not there.
@@ -58,7 +75,7 @@ FA_INLINE VEC FN(pack_key_vector)(REAL *panel, const struct key_block *block, si
     const int64_t size = fa_dtype_size(dtype);
     const size_t share = FN(lane_elements)(dtype), step = VL * share;
     const char *const *row = from->row + key;
-    const bool whole = from->col_stride == size && keys >= VL && FN(knows)(dtype);
+    const bool whole = from->col_stride == size && FN(knows)(dtype);
     const size_t ahead = FN(keys_ahead)(dtype);
     const bool more = key + ahead + VL <= from->located;
     const VEC ordinary = V(set)(ORDINARY_PROBE);
@@ -68,7 +85,11 @@ FA_INLINE VEC FN(pack_key_vector)(REAL *panel, const struct key_block *block, si
         if (more) {
             FN(fetch_square)(row + ahead, (int64_t)c * size);
         }
-        FN(load_square)(square, row, (int64_t)c * size);
+        if (keys >= VL) {
+            FN(load_square)(square, row, (int64_t)c * size);
+        } else {
+            FN(load_part)(square, row, keys, (int64_t)c * size);
+        }
         FA_UNROLL
         for (size_t u = 0; u < VL; u++) {
             for (size_t i = 0; i < share; i++) {
@@ -115,52 +136,73 @@ static bool FN(pack_keys)(void *dst, size_t keys, size_t cols, const struct fa_r
     }
 }
 
-/* NR columns of one key, of which the first `cols` are there.  Returns their probes summed: not
- * finite where a value is too large. */
-static inline VEC FN(pack_value_row)(REAL *dst, size_t cols, const char *src, int64_t col_stride,
-                                     enum fa_dtype dtype)
+/* NR columns of one key, element by element: the first `cols` are there.  Returns their probes
+ * summed. */
+static VEC FN(pack_value_edge)(REAL *dst, size_t cols, const char *src, int64_t col_stride,
+                               enum fa_dtype dtype)
 {
-    const int64_t size = fa_dtype_size(dtype);
-    const VEC large = V(set)(VALUE_PROBE);
     VEC probe = V(zero)();
-    if (cols >= NR && col_stride == size && FN(knows)(dtype)) {
-        for (size_t j = 0; j < NR; j += VL) {
-            VEC x = FN(widen)(src + (int64_t)j * size, dtype);
-            probe = V(fma)(x, large, probe);
-            V(store)(dst + j, x);
-        }
-        return probe;
-    }
     for (size_t c = 0; c < NR; c++) {
         dst[c] = c < cols ? FN(read_as)(src + (int64_t)c * col_stride, dtype) : 0;
     }
     for (size_t j = 0; j < NR; j += VL) {
-        probe = V(fma)(V(load)(dst + j), large, probe);
+        probe = V(fma)(V(load)(dst + j), V(set)(VALUE_PROBE), probe);
     }
     return probe;
+}
+
+/* One key.  Returns the probes of its values summed: not finite where a value is too large. */
+FA_INLINE VEC FN(pack_value_row)(REAL *panel, size_t panel_stride, size_t cols, const char *row,
+                                 int64_t col_stride, enum fa_dtype dtype)
+{
+    const int64_t size = fa_dtype_size(dtype);
+    const size_t whole = col_stride == size && FN(knows)(dtype) ? cols - cols % NR : 0;
+    VEC probe = V(zero)();
+    size_t c = 0;
+    for (; c < whole; c += NR, panel += panel_stride) {
+        for (size_t j = 0; j < NR; j += VL) {
+            const VEC x = FN(widen)(row + (int64_t)(c + j) * size, dtype);
+            probe = V(fma)(x, V(set)(VALUE_PROBE), probe);
+            V(store)(panel + j, x);
+        }
+    }
+    for (; c < cols; c += NR, panel += panel_stride) {
+        const char *src = row + (int64_t)c * col_stride;
+        probe = V(add)(probe, FN(pack_value_edge)(panel, cols - c, src, col_stride, dtype));
+    }
+    return probe;
+}
+
+FA_INLINE bool FN(pack_values_of)(REAL *dst, size_t panel_stride, const struct key_block *block,
+                                  enum fa_dtype dtype)
+{
+    const struct fa_rows *from = block->from;
+    const size_t ahead = FN(keys_ahead)(dtype), cols = block->cols;
+    const int64_t bytes = (int64_t)cols * fa_dtype_size(dtype);
+    VEC probe = V(zero)();
+    for (size_t key = 0; key < block->keys; key++) {
+        if (key + ahead < from->located) {
+            FN(fetch_key)(from->row[key + ahead], bytes, false);
+        }
+        probe = V(add)(probe, FN(pack_value_row)(dst + key * NR, panel_stride, cols,
+                                                 from->row[key], from->col_stride, dtype));
+    }
+    return FN(is_finite)(probe);
 }
 
 static bool FN(pack_values)(void *dst, size_t panel_stride, size_t keys, size_t cols,
                             const struct fa_rows *from)
 {
-    const int64_t panel_bytes = (int64_t)NR * from->col_stride;
-    VEC probe = V(zero)();
-    for (size_t key = 0; key < keys; key++) {
-        const char *row = from->row[key];
-        const size_t later = key + FN(keys_ahead)(from->dtype);
-        const int64_t ahead = later < from->located ? from->row[later] - row : 0;
-        REAL *panel = (REAL *)dst + key * NR;
-        for (size_t c = 0; c < cols; c += NR) {
-            for (int64_t at = 0; at < panel_bytes; at += FA_LINE) {
-                __builtin_prefetch(row + ahead + at);
-            }
-            VEC found = FN(pack_value_row)(panel, cols - c, row, from->col_stride, from->dtype);
-            probe = V(add)(probe, found);
-            panel += panel_stride;
-            row += panel_bytes;
-        }
+    const struct key_block block = {from, keys, cols};
+    switch (from->dtype) {
+#define CASE(dtype)                                                                                \
+    case dtype:                                                                                    \
+        return FN(pack_values_of)(dst, panel_stride, &block, dtype);
+        STORAGE_TYPES(CASE)
+#undef CASE
+    default:
+        return FN(pack_values_of)(dst, panel_stride, &block, from->dtype);
     }
-    return FN(is_finite)(probe);
 }
 
 /* 0, or NaN where one of the sums of a row is not finite. */
@@ -209,14 +251,10 @@ static inline REAL FN(clamp)(REAL x)
  * may leave into +0, so that skipping a masked block and multiplying by its zeros agree in every
  * bit.  Reads each residual element before it writes the same element of out: they may be one
  * array. */
-static void FN(store_row)(const REAL *acc, REAL factor, const struct fa_row_result *result)
+FA_INLINE size_t FN(store_vectors)(const REAL *acc, REAL factor, const struct fa_row_result *result,
+                                   size_t whole, enum fa_dtype dtype)
 {
-    const enum fa_dtype dtype = result->dtype;
     const int64_t size = fa_dtype_size(dtype);
-    const bool contiguous = result->out_stride == size &&
-                            (result->residual == NULL || result->residual_stride == size) &&
-                            FN(knows)(dtype) && result->exponent == 0 && result->columns == NULL;
-    const size_t whole = contiguous ? result->cols - result->cols % VL : 0;
     char *out = result->out;
     const char *residual = result->residual;
     size_t c = 0;
@@ -227,6 +265,26 @@ static void FN(store_row)(const REAL *acc, REAL factor, const struct fa_row_resu
         }
         FN(narrow)(out + (int64_t)c * size, x, dtype);
     }
+    return c;
+}
+
+/* Elements of a row that are stored by vectors. */
+static size_t FN(whole_vectors)(const struct fa_row_result *result)
+{
+    const int64_t size = fa_dtype_size(result->dtype);
+    const bool contiguous =
+        result->out_stride == size &&
+        (result->residual == NULL || result->residual_stride == size) &&
+        FN(knows)(result->dtype) && result->exponent == 0 && result->columns == NULL;
+    return contiguous ? result->cols - result->cols % VL : 0;
+}
+
+static void FN(store_elements)(const REAL *acc, REAL factor, const struct fa_row_result *result,
+                               size_t c)
+{
+    const enum fa_dtype dtype = result->dtype;
+    char *out = result->out;
+    const char *residual = result->residual;
     for (; c < result->cols; c++) {
         REAL x = acc[c] * factor + (REAL)0;
         if (result->columns != NULL && !FN(is_wanted)(result, c, acc[c])) {
@@ -247,4 +305,11 @@ static void FN(store_row)(const REAL *acc, REAL factor, const struct fa_row_resu
         }
         FN(write_as)(out + (int64_t)c * result->out_stride, x, dtype);
     }
+}
+
+static void FN(store_row)(const REAL *acc, REAL factor, const struct fa_row_result *result)
+{
+    const size_t whole = FN(whole_vectors)(result);
+    FN(store_elements)(acc, factor, result,
+                       FN(store_vectors)(acc, factor, result, whole, result->dtype));
 }

@@ -197,6 +197,14 @@ static void FN(store_kept)(const REAL *acc, REAL shift, REAL factor,
     }
 }
 
+static void FN(store_lse)(const struct fa_row_result *result, double top, double total)
+{
+    if (result->lse != NULL) {
+        const double lse = fa_natural(top, log2(total), result->biased, sizeof(REAL));
+        FN(write_as)(result->lse, (REAL)lse, result->lse_dtype);
+    }
+}
+
 /* Once per row: in double, so that the divisor adds no error of its own. */
 static enum fa_stored FN(softmax_store)(const struct fa_state *state, size_t ldacc,
                                         const struct fa_row_result *result)
@@ -225,9 +233,76 @@ static enum fa_stored FN(softmax_store)(const struct fa_state *state, size_t lda
     const REAL factor = (REAL)(weight / total);
     FN(store_row)(acc, factor, result);
     FN(store_kept)(acc, empty ? 0 : ((const REAL *)state->row_max)[row], factor, result);
-    if (result->lse != NULL) {
-        const double lse = fa_natural(top, log2(total), result->biased, sizeof(REAL));
-        FN(write_as)(result->lse, (REAL)lse, result->lse_dtype);
-    }
+    FN(store_lse)(result, top, total);
     return FA_STORED;
+}
+
+static void FN(step_to_next)(struct fa_row_result *result, const struct fa_row_steps *step)
+{
+    result->row++;
+    result->out = (char *)result->out + step->out;
+    result->residual =
+        result->residual == NULL ? NULL : (const char *)result->residual + step->residual;
+    result->lse = result->lse == NULL ? NULL : (char *)result->lse + step->lse;
+    result->weighing =
+        result->weighing == NULL ? NULL : (char *)result->weighing + step->weighing;
+}
+
+/* What acc of each row is multiplied by.  Returns a bit for each row that is to be given back. */
+static uint32_t FN(find_factors)(size_t rows, const REAL *row_max, const double *total,
+                                 const struct fa_row_result *result, REAL *factor)
+{
+    uint32_t left = 0;
+    for (size_t r = 0; r < rows; r++) {
+        factor[r] = (REAL)(1 / total[r]);
+    }
+    for (size_t r = 0; r < rows; r++) {
+        const bool empty = total[r] == 0, leaves = !(total[r] <= REAL_MAX);
+        left |= (uint32_t)(leaves | fa_is_doubtful(result->doubt, (double)row_max[r], empty)) << r;
+        factor[r] = empty ? 0 : factor[r];
+    }
+    return result->final ? 0 : left;
+}
+
+/* Sums and quotients of all rows come before the first is stored: those of one row wait for each
+ * other, some 40 cycles, and those of different rows do not. */
+static uint32_t FN(softmax_store_rows)(const struct fa_state *state, size_t ldacc, size_t rows,
+                                       const struct fa_row_result *first,
+                                       const struct fa_row_steps *step)
+{
+    const REAL *row_max = (const REAL *)state->row_max + first->row;
+    const REAL *row_sum = (const REAL *)state->row_sum + first->row * VL;
+    const REAL *acc = (const REAL *)state->acc + first->row * ldacc;
+    const size_t whole = FN(whole_vectors)(first);
+    const bool kept = first->weighing != NULL, has_lse = first->lse != NULL;
+    struct fa_row_result result = *first;
+    double total[FA_MAX_TILE_Q];
+    REAL factor[FA_MAX_TILE_Q];
+    FA_ASSERT(rows <= FA_MAX_TILE_Q && result.sink == -INFINITY && result.exponent == 0);
+    FA_ASSERT(result.exact == NULL && result.columns == NULL && !result.look_at_acc);
+    for (size_t r = 0; r < rows; r++) {
+        total[r] = FN(sum_lanes)(row_sum + r * VL);
+    }
+    const uint32_t left = FN(find_factors)(rows, row_max, total, &result, factor);
+    for (size_t r = 0; r < rows; r++, acc += ldacc, FN(step_to_next)(&result, step)) {
+        const bool empty = total[r] == 0;
+        if (left >> r & 1) {
+            continue;
+        }
+        if (result.dtype == COMPUTED) {
+            FN(store_vectors)(acc, factor[r], &result, whole, COMPUTED);
+        } else {
+            FN(store_vectors)(acc, factor[r], &result, whole, result.dtype);
+        }
+        if (whole < result.cols) {
+            FN(store_elements)(acc, factor[r], &result, whole);
+        }
+        if (kept) {
+            FN(store_kept)(acc, empty ? 0 : row_max[r], factor[r], &result);
+        }
+        if (has_lse) {
+            FN(store_lse)(&result, empty ? result.sink : (double)row_max[r], empty ? 1 : total[r]);
+        }
+    }
+    return left;
 }

@@ -148,6 +148,15 @@ FA_INLINE void FN(load_square)(VEC square[VL], const char *const *row, int64_t a
     V(transpose)(square);
 }
 
+/* The same of fewer than VL keys, zero for those that are not there. */
+static void FN(load_part)(VEC square[VL], const char *const *row, size_t keys, int64_t at)
+{
+    for (size_t i = 0; i < VL; i++) {
+        square[i] = i < keys ? V(load)(row[i] + at) : V(zero)();
+    }
+    V(transpose)(square);
+}
+
 /* Ask for the bytes that a square of later keys holds there. */
 FA_INLINE void FN(fetch_square)(const char *const *row, int64_t at)
 {
