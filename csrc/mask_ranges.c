@@ -21,7 +21,7 @@
 /* Words that are compared together. */
 #define WORDS 8
 
-/* Elements that have these bits, if `ignored` is left out.  A word is full of them. */
+/* Elements that have these bits once the bits of `ignored` are set.  Both fill a word. */
 struct kind {
     uint64_t ignored, bits;
 };
@@ -46,6 +46,8 @@ struct search {
     int64_t sources;
     /* Batch entries and queries that masks or positions tell apart: the others share theirs. */
     int64_t entries, queries;
+    /* [entries], each of enum fa_masked_by. */
+    uint8_t *replaced;
 };
 
 /* A word full of elements of some bytes. */
@@ -250,35 +252,30 @@ static void init_search(struct search *search, const struct fa_geometry *g)
     search->queries = tells_queries_apart(p) ? p->seqlen_q : 1;
 }
 
-/* The memory of a search.  Ranges are kept in the array of the first source. */
-static void take_buffers(struct fa_memory *memory, struct search *search, uint8_t **replaced)
+/* The memory of a search.  The array of the first source is to hold the ranges in the end. */
+static void take_buffers(struct fa_memory *memory, struct search *search)
 {
-    const int64_t entries = search->entries;
+    const int64_t entries = search->entries, size = (int64_t)sizeof(struct fa_key_range);
     for (int64_t i = 0; i < search->sources; i++) {
         struct source *source = &search->source[i];
-        source->keys =
-            fa_take(memory, entries, search->queries, (int64_t)sizeof(struct fa_key_range));
+        source->keys = fa_take(memory, entries, search->queries, size);
         source->failed = fa_take(memory, entries, 1, (int64_t)sizeof(atomic_bool));
     }
-    *replaced = fa_take(memory, entries, 1, 1);
+    search->replaced = fa_take(memory, search->sources > 0 ? entries : 0, 1, 1);
 }
 
 bool fa_ranges_bytes(const struct fa_geometry *geometry, int64_t *bytes)
 {
     struct fa_memory memory = {.ok = true};
     struct search search;
-    uint8_t *unused;
     init_search(&search, geometry);
-    *bytes = 0;
-    if (search.sources > 0) {
-        take_buffers(&memory, &search, &unused);
-        *bytes = memory.bytes;
-    }
+    take_buffers(&memory, &search);
+    *bytes = memory.bytes;
     return memory.ok;
 }
 
 /* Where the ranges of each batch entry lie, and what they stand for. */
-static void place_ranges(struct search *search, uint8_t *replaced)
+static void place_ranges(struct search *search)
 {
     const struct fa_attention_params *p = search->geometry->params;
     struct fa_ranges *ranges = search->ranges;
@@ -286,7 +283,7 @@ static void place_ranges(struct search *search, uint8_t *replaced)
     int64_t apart = 1;
     ranges->keys.data = search->source[0].keys;
     ranges->keys.row = search->queries > 1 ? size : 0;
-    ranges->replaced.data = replaced;
+    ranges->replaced.data = search->replaced;
     for (int64_t i = p->batch_ndim - 1; i >= 0; i--) {
         const bool differs = tells_entries_apart(p, i);
         ranges->keys.batch[i] = differs ? apart * search->queries * size : 0;
@@ -346,32 +343,32 @@ static uint8_t meet_ranges(struct search *search, int64_t entry)
 
 enum fa_status fa_ranges_find(struct fa_ranges *ranges, struct fa_geometry *geometry)
 {
+    struct fa_memory memory = {.ok = true};
     struct search search;
-    uint8_t *replaced, any = 0;
-    int64_t bytes;
+    uint8_t any = 0;
     ranges->memory = NULL;
     init_search(&search, geometry);
     if (search.sources == 0) {
         return FA_OK;
     }
-    if (!fa_ranges_bytes(geometry, &bytes)) {
+    take_buffers(&memory, &search);
+    if (!memory.ok) {
         return FA_OVERFLOW;
     }
-    search.ranges = ranges;
-    ranges->memory = fa_allocate(bytes);
+    ranges->memory = fa_allocate(memory.bytes);
     if (ranges->memory == NULL) {
         return FA_NO_MEMORY;
     }
-    take_buffers(&(struct fa_memory){.base = ranges->memory}, &search, &replaced);
-    place_ranges(&search, replaced);
+    memory = (struct fa_memory){.base = ranges->memory};
+    take_buffers(&memory, &search);
+    search.ranges = ranges;
+    place_ranges(&search);
     const enum fa_status status = search_all(&search);
     for (int64_t i = 0; status == FA_OK && i < search.entries; i++) {
-        replaced[i] = meet_ranges(&search, i);
-        any |= replaced[i];
+        search.replaced[i] = meet_ranges(&search, i);
+        any |= search.replaced[i];
     }
-    if (any != 0) {
-        geometry->ranges = ranges;
-    }
+    geometry->ranges = any != 0 ? ranges : NULL;
     return status;
 }
 

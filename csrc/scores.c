@@ -223,20 +223,20 @@ bool fa_scales_scores(const struct fa_attention_params *params, bool again)
 struct fa_doubt fa_head_doubt(const struct fa_head *head, int64_t member)
 {
     const struct fa_attention_params *p = head->geometry->params;
+    const bool biased = fa_is_biased(head->geometry);
     double slope = 0;
     if (head->alibi_slopes != NULL) {
         slope = fa_read_number(head->alibi_slopes + member * p->alibi_slopes.head, sizeof(double));
     }
-    if (head->geometry->ops->size == sizeof(double) ||
-        (!fa_is_biased(head->geometry) && slope == 0)) {
+    if (head->geometry->ops->size == sizeof(double) || (!biased && slope == 0)) {
         return (struct fa_doubt){.from = INFINITY, .to = INFINITY};
     }
     if (!is_narrow(slope)) {
         return (struct fa_doubt){.from = -1, .to = INFINITY};
     }
     /* A large scale may make scores that do show beside such a bias. */
-    const bool wide = (fa_is_biased(head->geometry) && p->bias_dtype == FA_F64) ||
-                      fabs(score_factor(p)) > FA_ORDINARY_FACTOR;
+    const bool wide =
+        (biased && p->bias_dtype == FA_F64) || fabs(score_factor(p)) > FA_ORDINARY_FACTOR;
     return (struct fa_doubt){.from = DOUBTFUL_FROM, .to = wide ? INFINITY : DOUBTFUL_TO};
 }
 
@@ -244,8 +244,8 @@ float fa_softmax_factor(const struct fa_head *head)
 {
     const struct fa_attention_params *p = head->geometry->params;
     const float factor = (float)score_factor(p);
-    const bool edited =
-        p->softcap > 0 || fa_is_biased(head->geometry) || head->alibi_slopes != NULL;
+    const bool biased = fa_is_biased(head->geometry);
+    const bool edited = p->softcap > 0 || biased || head->alibi_slopes != NULL;
     return head->geometry->engine->scale_at == FA_SCALE_LATE && !edited && factor > 0 &&
                    factor <= FLT_MAX && p->softmax_axis == FA_SOFTMAX_KEYS
                ? factor
