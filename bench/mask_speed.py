@@ -37,14 +37,8 @@ def cases() -> dict[str, tuple[tuple[int, ...], np.ndarray]]:
     }
 
 
-def best_times(calls: list[Callable[[], object]]) -> list[float]:
-    best = [float("inf")] * len(calls)
-    for _ in range(TURNS):
-        for i, call in enumerate(calls):
-            start = time.process_time()
-            call()
-            best[i] = min(best[i], time.process_time() - start)
-    return best
+def forward(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray | None) -> None:
+    fa.attention(q, k, v, mask=mask, num_threads=1)
 
 
 def both_passes(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray | None) -> None:
@@ -52,19 +46,28 @@ def both_passes(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray | 
     fa.attention_backward(q, q, k, v, out, lse, mask=mask, num_threads=1)
 
 
+def best_times(
+    run: Callable[..., None], arrays: np.ndarray, masks: list[np.ndarray | None]
+) -> list[float]:
+    """Milliseconds with each mask."""
+    best = [float("inf")] * len(masks)
+    for _ in range(TURNS):
+        for i, mask in enumerate(masks):
+            start = time.process_time()
+            run(*arrays, mask)
+            best[i] = min(best[i], 1e3 * (time.process_time() - start))
+    return best
+
+
 def main() -> None:
     for name, (shape, mask) in cases().items():
-        q, k, v = np.random.default_rng(0).standard_normal((3, *shape), dtype=np.float32)
+        arrays = np.random.default_rng(0).standard_normal((3, *shape), dtype=np.float32)
         masks = [None, (2 * mask.astype(np.uint8)).view(bool), mask]
-        for kind, run in {
-            "forward": lambda q, k, v, x: fa.attention(q, k, v, mask=x, num_threads=1),
-            "forward and backward": both_passes,
-        }.items():
-            calls = [lambda x=x, run=run: run(q, k, v, x) for x in masks]
-            plain, read, ranges = (1e3 * x for x in best_times(calls))
+        for run in (forward, both_passes):
+            plain, read, ranges = best_times(run, arrays, masks)
             print(
-                f"{shape!s:17}{name:31}{kind:21}no mask {plain:8.2f} ms, read {read:8.2f} ms, "
-                f"key ranges {ranges:8.2f} ms, ratio {ranges / read:.2f}",
+                f"{shape!s:17}{name:31}{run.__name__:12}no mask {plain:8.2f} ms, "
+                f"read {read:8.2f} ms, key ranges {ranges:8.2f} ms, ratio {ranges / read:.2f}",
                 flush=True,
             )
 

@@ -175,7 +175,8 @@ def explained(
     ruling_out = {
         option.name: given.pop(option.name)
         for option in OPTIONS
-        if (option.rules_out or option.name in plan["key_ranges"]) and option.differs(problem, plain)
+        if (option.rules_out or option.name in plan["key_ranges"])
+        and option.differs(problem, plain)
     }
     if "kv_lengths" in ruling_out and problem.q_offset is None and plan["num_tasks"] > 0:
         assert problem.kv_lengths is not None
