@@ -28,6 +28,7 @@
 #include "backward_sums.h"
 #include "backward_tile.h"
 #include "float_mode.h"
+#include "mask_ranges.h"
 
 /* The purpose of a visit of rows to a key block. */
 enum purpose { EVERYTHING, GRAD_V, THE_REST };
@@ -593,11 +594,18 @@ static enum fa_status run(struct fa_backward *b, const struct fa_kernels *kernel
     g->score_stride += FA_LINE / (int64_t)ops->size;
     b->padded_k = fa_round_up(p->head_dim, (int64_t)g->engine->nr);
     b->padded_v = fa_round_up(p->head_dim_v, (int64_t)g->engine->nr);
+    if (again) {
+        g->ranges = b->first->geometry.ranges;
+    } else {
+        status = fa_ranges_find(&b->ranges, g);
+    }
     b->groups = 1;
     for (int64_t i = 0; i < g->batch && g->heads > 0; i++) {
         b->groups = fa_max(b->groups, fa_backward_groups(g, i * g->heads));
     }
-    status = allocate(b);
+    if (status == FA_OK) {
+        status = allocate(b);
+    }
     return status == FA_OK ? run_passes(b) : status;
 }
 
@@ -612,6 +620,7 @@ static void release(struct fa_backward *b)
     fa_release(b->bias_sums);
     fa_release(b->unit_left);
     fa_sums_release(b->sums);
+    fa_ranges_release(&b->ranges);
 }
 
 /* Float64 computes where the options leave no choice, and in a second run for heads whose softmax

@@ -72,6 +72,8 @@ struct fa_backward {
     const struct fa_backward_params *params;
     /* Its engine computes the scores again. */
     struct fa_geometry geometry;
+    /* Of a first run. */
+    struct fa_ranges ranges;
     /* The engine of the products that follow, with panels as wide. */
     const struct fa_gradient_engine *engine;
     /* head_dim and head_dim_v in whole panels. */

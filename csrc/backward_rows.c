@@ -137,7 +137,8 @@ static bool row_wants_statistics(const struct fa_backward *b, const struct fa_he
                                  int64_t row)
 {
     const struct fa_geometry *g = &b->geometry;
-    const struct fa_key_range keys = fa_token_keys(head, fa_row_token(g, row));
+    /* Masks do not count, so that no bit depends on whether they are ranges. */
+    const struct fa_key_range keys = fa_position_keys(head, fa_row_token(g, row));
     const double lse = row_lse(b, head, row);
     struct fa_weighing kept;
     if (is_row_kept(b, head, row, &kept)) {

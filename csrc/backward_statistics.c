@@ -73,11 +73,9 @@ static double tolerance(enum fa_dtype dtype)
     }
 }
 
-static bool is_biased(const struct fa_geometry *g) { return g->params->bias.data != NULL; }
-
 static double lse_again(const struct fa_geometry *g, const struct fa_statistics *of)
 {
-    return fa_natural(of->top, log2(of->total), is_biased(g), g->ops->size);
+    return fa_natural(of->top, log2(of->total), fa_is_biased(g), g->ops->size);
 }
 
 /* Whether lse is of these scores alone.  The lse of more keys is larger: where it is less,
@@ -130,7 +128,7 @@ static struct fa_weighing weighing_by_lse(const struct fa_geometry *g, double ls
     if (lse == -INFINITY) {
         return (struct fa_weighing){0};
     }
-    if (is_biased(g) && isfinite(lse) && fa_is_bias(lse, g->ops->size)) {
+    if (fa_is_biased(g) && isfinite(lse) && fa_is_bias(lse, g->ops->size)) {
         const double moved = fa_round_real(g, lse + fa_bias_move(lse, g->ops->size));
         return (struct fa_weighing){.shift = moved, .factor = 1};
     }

@@ -96,7 +96,7 @@ static void store_lse_again(const struct fa_columns *columns, const struct fa_he
         if (isnan(fa_read_real(before, given + j * (int64_t)before->ops->size))) {
             const double max = fa_read_real(g, columns->col_max + at);
             const double inverse = fa_read_real(g, columns->col_inverse + at);
-            const double lse = fa_natural(max, -log2(inverse), head->bias != NULL, g->ops->size);
+            const double lse = fa_natural(max, -log2(inverse), fa_is_biased(g), g->ops->size);
             fa_write_lse(g, head->lse + (block_key + j) * g->params->lse.row,
                          inverse == 0 ? -INFINITY : lse); /* no query joined it */
         }
@@ -177,7 +177,7 @@ static void run_column_task(struct fa_job *job, int64_t index, int thread)
         .lse = stores ? head.lse + block_key * lse->row : NULL,
         .lse_stride = lse->row,
         .lse_dtype = fa_lse_dtype(g->params),
-        .biased = g->params->bias.data != NULL,
+        .biased = fa_is_biased(g),
     };
     ops->column_finish(col_max, col_sum, &result);
     if (columns->gives_back) {

@@ -2,6 +2,7 @@
  * tiles, without results. */
 #include "float_mode.h"
 #include "forward.h"
+#include "mask_ranges.h"
 #include "scores.h"
 
 /* Heads that a mask, lengths, offsets and segment ids cannot tell apart are counted once. */
@@ -19,8 +20,8 @@ struct count {
 /* Whether batch entries differ in the keys that are ruled out. */
 static bool entries_differ(const struct fa_attention_params *p)
 {
-    const struct fa_array *ruling_out[] = {&p->mask, &p->kv_lengths, &p->q_offset,
-                                           &p->q_segment_ids, &p->k_segment_ids};
+    const struct fa_array *ruling_out[] = {&p->mask,          &p->kv_lengths,    &p->q_offset,
+                                           &p->q_segment_ids, &p->k_segment_ids, &p->bias};
     bool differ = p->q_starts != NULL || p->k_starts != NULL;
     for (size_t i = 0; i < sizeof ruling_out / sizeof *ruling_out; i++) {
         for (int64_t axis = 0; axis < p->batch_ndim; axis++) {
@@ -49,7 +50,7 @@ static int64_t count_tiles(struct fa_job *job, int thread, struct fa_workspace *
     if (keys.lo >= keys.hi) {
         return 0;
     }
-    if (head->mask == NULL && head->k_segment_ids == NULL) {
+    if (head->mask == NULL && head->key_ranges == NULL && head->k_segment_ids == NULL) {
         return last - first;
     }
     int64_t count = 0;
@@ -162,42 +163,57 @@ static enum fa_status describe_nothing(const struct fa_attention_params *params,
     return status;
 }
 
-static enum fa_status describe(const struct fa_attention_params *params,
-                               const struct fa_kernels *kernels, struct fa_attention_plan *plan)
+static enum fa_status describe_tasks(const struct fa_geometry *g, struct fa_attention_plan *plan)
 {
-    struct fa_geometry g;
     struct fa_plan tasks;
     struct fa_forward_bytes bytes;
-    int64_t per_thread, total, columns = 0;
-    const struct fa_engine *engine = fa_attention_engine(params, kernels);
-    if (!fa_has_results(params)) {
-        return describe_nothing(params, kernels, plan);
-    }
-    enum fa_status status = fa_geometry_init(&g, params, engine);
-    if (status == FA_OK) {
-        status = fa_plan_init(&tasks, &g);
-    }
+    int64_t per_thread, total, ranges, columns = 0;
+    const enum fa_status status = fa_plan_init(&tasks, g);
     if (status != FA_OK) {
         return status;
     }
     const int64_t num_tasks = tasks.num_tasks;
-    const bool counted = fa_forward_count(&g, &tasks, false, &bytes) &&
-                         fa_workspace_bytes(&g, &per_thread) && fa_plan_bytes(&g, &total);
+    const bool counted = fa_forward_count(g, &tasks, false, &bytes) &&
+                         fa_workspace_bytes(g, &per_thread) && fa_plan_bytes(g, &total) &&
+                         fa_ranges_bytes(g, &ranges);
     fa_plan_release(&tasks);
     if (!counted ||
-        (params->softmax_axis == FA_SOFTMAX_QUERIES && !fa_columns_bytes(&g, &columns))) {
+        (g->params->softmax_axis == FA_SOFTMAX_QUERIES && !fa_columns_bytes(g, &columns))) {
         return FA_OVERFLOW;
     }
-    const int64_t more[] = {bytes.workspaces, bytes.given_back, bytes.states, bytes.arrived,
-                            columns};
+    const int64_t more[] = {bytes.workspaces, bytes.given_back, bytes.states,
+                            bytes.arrived,    ranges,           columns};
     for (size_t i = 0; i < sizeof more / sizeof *more; i++) {
         if (!fa_add_bytes(&total, more[i], 1)) {
             return FA_OVERFLOW;
         }
     }
-    *plan = plan_of(&g, num_tasks);
+    *plan = plan_of(g, num_tasks);
     plan->workspace_bytes = total;
-    return count_all(&g, per_thread, plan);
+    plan->mask_is_ranges = fa_ranges_replace(g, FA_BY_MASK);
+    plan->bias_is_ranges = fa_ranges_replace(g, FA_BY_BIAS);
+    return count_all(g, per_thread, plan);
+}
+
+static enum fa_status describe(const struct fa_attention_params *params,
+                               const struct fa_kernels *kernels, struct fa_attention_plan *plan)
+{
+    struct fa_geometry g;
+    struct fa_ranges ranges;
+    const struct fa_engine *engine = fa_attention_engine(params, kernels);
+    if (!fa_has_results(params)) {
+        return describe_nothing(params, kernels, plan);
+    }
+    enum fa_status status = fa_geometry_init(&g, params, engine);
+    if (status != FA_OK) {
+        return status;
+    }
+    status = fa_ranges_find(&ranges, &g);
+    if (status == FA_OK) {
+        status = describe_tasks(&g, plan);
+    }
+    fa_ranges_release(&ranges);
+    return status;
 }
 
 enum fa_status fa_attention_describe(const struct fa_attention_params *params,

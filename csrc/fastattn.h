@@ -268,6 +268,8 @@ struct fa_attention_plan {
     int64_t tiles_total;
     /* The score tiles among these that no mask rules out. */
     int64_t tiles_computed;
+    /* The mask, or a bias of 0 and -inf, leaves every query one range of keys, and is read once. */
+    bool mask_is_ranges, bias_is_ranges;
 };
 
 struct fa_kernels; /* engine.h */
@@ -299,7 +301,7 @@ enum fa_status fa_attention_backward(const struct fa_backward_params *params,
 enum fa_status fa_attention_weights(const struct fa_weights_params *params,
                                     const struct fa_kernels *kernels);
 
-/* Say what fa_attention would do.  Reads mask and segment ids (to count tiles, on num_threads
+/* Say what fa_attention would do.  Reads mask, bias and segment ids (to count tiles, on num_threads
  * threads), nothing else; data pointers of q, k, v and out may be NULL.  Polls as fa_attention
  * does. */
 enum fa_status fa_attention_describe(const struct fa_attention_params *params,

@@ -30,6 +30,7 @@
 
 #include "float_mode.h"
 #include "keys.h"
+#include "mask_ranges.h"
 #include "scores.h"
 
 /* A block of keys, as the tiles of a task find it. */
@@ -51,7 +52,7 @@ static void add_weighted_values(const struct fa_tile *tile, struct fa_workspace 
     const struct fa_geometry *g = tile->head->geometry;
     const struct fa_engine *engine = g->engine;
     const int64_t size = (int64_t)g->ops->size, nr = (int64_t)engine->nr;
-    const int64_t group = fa_tile_group(tile);
+    const int64_t group = tile->group;
     const char *weights = fa_tile_score_data(tile, ws);
 
     for (int64_t r = 0; r < tile->rows; r += group) {
@@ -104,7 +105,7 @@ static void weigh_tile(const struct fa_forward *forward, const struct fa_tile *t
     }
     /* In a cut tile only the keys that some row of the group may see have been computed; the rest
      * weighs 0. */
-    const int64_t group = fa_tile_group(tile);
+    const int64_t group = tile->group;
     const float factor = fa_softmax_factor(tile->head);
     FA_ASSERT(beside == NULL || group >= tile->rows); /* once, not once per group */
     for (int64_t r = 0; r < tile->rows; r += group) {
@@ -424,7 +425,7 @@ static void store_rows(struct fa_forward *forward, const struct fa_task *task,
         .cols = (size_t)task->cols,
         .dtype = p->dtype,
         .lse_dtype = fa_lse_dtype(p),
-        .biased = p->bias.data != NULL,
+        .biased = fa_is_biased(g),
         .sink = -INFINITY,
         .exponent = g->value_exponent,
         .final = forward->given_back == NULL,
@@ -685,6 +686,7 @@ static enum fa_status run_again(struct fa_forward *first, const struct fa_kernel
     }
     geometry.block_q = g->block_q;
     geometry.num_threads = g->num_threads;
+    geometry.ranges = g->ranges;
     geometry.scales_scores = fa_scales_scores(g->params, true);
     geometry.value_exponent = g->params->dtype == FA_F64 ? FA_AGAIN_EXPONENT : 0;
     FA_ASSERT(geometry.dv_blocks == g->dv_blocks && geometry.split_k == g->split_k);
@@ -705,6 +707,7 @@ static enum fa_status attend(const struct fa_attention_params *params,
                              const struct fa_kernels *kernels)
 {
     struct fa_geometry geometry;
+    struct fa_ranges ranges;
     const struct fa_engine *engine = fa_attention_engine(params, kernels);
     if (!fa_has_results(params)) {
         return FA_OK;
@@ -720,7 +723,10 @@ static enum fa_status attend(const struct fa_attention_params *params,
         .keeps_weighing = engine->ops->size == (size_t)fa_dtype_size(fa_lse_dtype(params)) &&
                           engine == fa_engine_for(kernels, engine->ops, params, FA_AGAIN),
     };
-    status = fa_plan_init(&forward.plan, &geometry);
+    status = fa_ranges_find(&ranges, &geometry);
+    if (status == FA_OK) {
+        status = fa_plan_init(&forward.plan, &geometry);
+    }
     if (status == FA_OK) {
         status = run(&forward);
     }
@@ -729,6 +735,7 @@ static enum fa_status attend(const struct fa_attention_params *params,
         status = run_again(&forward, kernels);
     }
     fa_plan_release(&forward.plan);
+    fa_ranges_release(&ranges);
     release(&forward);
     return status;
 }

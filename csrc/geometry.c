@@ -247,6 +247,22 @@ char *fa_row_of(const struct fa_geometry *geometry, const struct fa_array *array
     return data == NULL ? NULL : data + fa_row_offset(geometry, array, row);
 }
 
+/* Point a head at the ranges of its batch entry, whose coordinates are in `at`. */
+static void find_ranges(struct fa_head *head, const int64_t *at)
+{
+    const struct fa_ranges *ranges = head->geometry->ranges;
+    const int64_t n = head->geometry->params->batch_ndim;
+    const uint8_t replaced = (uint8_t)*locate(&ranges->replaced, at, n, 0, 0);
+    if (replaced == 0) {
+        return;
+    }
+    head->key_ranges =
+        (const struct fa_key_range *)(const void *)locate(&ranges->keys, at, n, 0, 0);
+    head->range_step = ranges->keys.row / (int64_t)sizeof *head->key_ranges;
+    head->mask = (replaced & FA_BY_MASK) != 0 ? NULL : head->mask;
+    head->bias = (replaced & FA_BY_BIAS) != 0 ? NULL : head->bias;
+}
+
 void fa_head_init(struct fa_head *head, const struct fa_geometry *geometry, int64_t index)
 {
     const struct fa_attention_params *p = geometry->params;
@@ -296,9 +312,12 @@ void fa_head_init(struct fa_head *head, const struct fa_geometry *geometry, int6
         length == NULL ? length_of(p->k_starts, entry, p->seqlen_k) : fa_read_int64(length);
     head->q_offset = offset == NULL ? head->kv_length - seqlen_q : fa_read_int64(offset);
     FA_ASSERT(head->kv_length >= 0 && head->kv_length <= p->seqlen_k);
+    if (geometry->ranges != NULL) {
+        find_ranges(head, at);
+    }
 }
 
-struct fa_key_range fa_token_keys(const struct fa_head *head, int64_t token)
+struct fa_key_range fa_position_keys(const struct fa_head *head, int64_t token)
 {
     const struct fa_attention_params *p = head->geometry->params;
     const int64_t position = token + head->q_offset;
@@ -317,12 +336,49 @@ struct fa_key_range fa_token_keys(const struct fa_head *head, int64_t token)
     return keys;
 }
 
+struct fa_key_range fa_token_keys(const struct fa_head *head, int64_t token)
+{
+    return head->key_ranges == NULL ? fa_position_keys(head, token)
+                                    : head->key_ranges[token * head->range_step];
+}
+
+static struct fa_key_range intersect(struct fa_key_range a, struct fa_key_range b)
+{
+    return (struct fa_key_range){.lo = fa_max(a.lo, b.lo), .hi = fa_min(a.hi, b.hi)};
+}
+
+struct fa_rows_keys fa_rows_keys_of(const struct fa_head_rows *rows, struct fa_key_range keys)
+{
+    const struct fa_head *head = rows->head;
+    const struct fa_geometry *g = head->geometry;
+    const int64_t first = fa_row_token(g, rows->first);
+    const int64_t last = fa_row_token(g, rows->first + rows->count - 1);
+    if (head->range_step == 0) { /* the last row has the greatest lo, the first the least hi */
+        const struct fa_key_range low = fa_token_keys(head, first);
+        const struct fa_key_range high = fa_token_keys(head, last);
+        return (struct fa_rows_keys){
+            .any = intersect((struct fa_key_range){low.lo, high.hi}, keys),
+            .all = intersect((struct fa_key_range){high.lo, low.hi}, keys),
+        };
+    }
+    const int64_t *chosen = g->chosen_rows == NULL ? NULL : g->chosen_rows + rows->first;
+    const int64_t tokens = chosen == NULL ? last - first + 1 : rows->count;
+    struct fa_rows_keys of = {.any = {.lo = keys.hi, .hi = keys.lo}, .all = keys};
+    for (int64_t i = 0; i < tokens; i++) {
+        const int64_t token = chosen == NULL ? first + i : chosen[i];
+        const struct fa_key_range seen = intersect(head->key_ranges[token], keys);
+        of.all = intersect(of.all, seen);
+        if (seen.lo < seen.hi) {
+            of.any.lo = fa_min(of.any.lo, seen.lo);
+            of.any.hi = fa_max(of.any.hi, seen.hi);
+        }
+    }
+    return of;
+}
+
 struct fa_key_range fa_rows_keys(const struct fa_head_rows *rows)
 {
-    const struct fa_geometry *g = rows->head->geometry;
-    const int64_t last = rows->first + rows->count - 1;
-    return (struct fa_key_range){
-        .lo = fa_token_keys(rows->head, fa_row_token(g, rows->first)).lo,
-        .hi = fa_token_keys(rows->head, fa_row_token(g, last)).hi,
-    };
+    const struct fa_key_range all = {.lo = 0, .hi = rows->head->kv_length};
+    const struct fa_key_range keys = fa_rows_keys_of(rows, all).any;
+    return (struct fa_key_range){.lo = fa_min(keys.lo, keys.hi), .hi = keys.hi};
 }

@@ -71,6 +71,24 @@ struct fa_geometry {
     /* Not 0 in a second run for float64: every value, or every gradient of the result, is divided
      * by 2^value_exponent. */
     int value_exponent;
+    /* Nullable: masks that are ranges. */
+    const struct fa_ranges *ranges;
+};
+
+/* The arrays that ranges may stand for. */
+enum fa_masked_by { FA_BY_MASK = 1, FA_BY_BIAS = 2 };
+
+/* Masks that leave each query one range of keys (mask_ranges.c). */
+struct fa_ranges {
+    /* struct fa_key_range (batch..., seqlen_q), one for each `row`: the keys that take part. */
+    struct fa_array keys;
+    /* uint8_t (batch...), each of enum fa_masked_by: the arrays that `keys` stands for in a batch
+     * entry.  Where there is none, `keys` is not to be used. */
+    struct fa_array replaced;
+    /* The numbers of `replaced` in memory. */
+    int64_t entries;
+    /* Of both arrays. */
+    void *memory;
 };
 
 /* That exponent: 2^64 values of weight 1 have a finite sum then.  Only values below 2^-958 lose
@@ -96,6 +114,11 @@ void fa_geometry_choose(struct fa_geometry *geometry, const int64_t *heads, int6
  * whose size is in no bit of their results. */
 void fa_geometry_fit_tiles(struct fa_geometry *geometry);
 
+/* Keys [lo, hi); none, if lo is not below hi. */
+struct fa_key_range {
+    int64_t lo, hi;
+};
+
 /* One (batch entry, head) of the call: where its arrays start. */
 struct fa_head {
     const struct fa_geometry *geometry;
@@ -103,7 +126,9 @@ struct fa_head {
     int64_t index;
     /* The batch entry, and the first of the stacked query heads. */
     int64_t entry, first_head;
-    const char *q, *k, *v, *bias, *mask, *residual, *alibi_slopes, *sinks;
+    const char *q, *k, *v, *residual, *alibi_slopes, *sinks;
+    /* NULL, too, where key_ranges stands for them. */
+    const char *bias, *mask;
     const char *q_segment_ids, *k_segment_ids, *k_scale, *v_scale, *page_table;
     char *out, *lse, *weighing, *exact;
     /* Queries times stacked heads. */
@@ -112,6 +137,9 @@ struct fa_head {
     int64_t kv_length;
     /* The position of token 0 on the key axis. */
     int64_t q_offset;
+    /* Nullable: the keys of each token, range_step apart. */
+    const struct fa_key_range *key_ranges;
+    int64_t range_step;
 };
 
 /* Set up the head of an index: 0 <= index < batch * heads. */
@@ -211,12 +239,17 @@ static inline void fa_write_lse(const struct fa_geometry *g, char *p, double x)
     fa_write_number(p, x, (size_t)fa_dtype_size(fa_lse_dtype(g->params)));
 }
 
-/* Keys [lo, hi) that causal, window and kv_lengths leave to a token; lo == hi if they leave
- * none.  Both ends grow with the token, so the ends of a run of tokens bound all of it. */
-struct fa_key_range {
-    int64_t lo, hi;
-};
+/* Whether the call has a bias, also one that ranges stand for. */
+static inline bool fa_is_biased(const struct fa_geometry *g)
+{
+    return g->params->bias.data != NULL;
+}
 
+/* Keys that causal, window and kv_lengths leave to a token.  Both ends grow with the token, so the
+ * ends of a run of tokens bound all of it. */
+struct fa_key_range fa_position_keys(const struct fa_head *head, int64_t token);
+
+/* Keys that these leave and masks that are ranges, whose ends may be anywhere. */
 struct fa_key_range fa_token_keys(const struct fa_head *head, int64_t token);
 
 /* Rows [first, first + count) of a head. */
@@ -236,7 +269,16 @@ static inline struct fa_head_rows fa_tile_rows(const struct fa_head_rows *rows, 
     };
 }
 
-/* Keys that any of the rows may see.  There is at least one row. */
+/* Of some keys, those from the first to the last that any of the rows may see, and those that all
+ * of them see. */
+struct fa_rows_keys {
+    struct fa_key_range any, all;
+};
+
+/* There is at least one row. */
+struct fa_rows_keys fa_rows_keys_of(const struct fa_head_rows *rows, struct fa_key_range keys);
+
+/* Keys that any of the rows may see, of all. */
 struct fa_key_range fa_rows_keys(const struct fa_head_rows *rows);
 
 #endif

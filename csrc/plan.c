@@ -9,14 +9,24 @@ static int64_t row_blocks_of(const struct fa_geometry *g, const struct fa_head *
     return g->block_q == 0 ? 0 : fa_ceil_div(head->rows, g->block_q);
 }
 
+/* Keys that some row of the head may see. */
+static struct fa_key_range head_keys(const struct fa_head *head)
+{
+    const struct fa_head_rows rows = {.head = head, .count = head->rows};
+    return head->rows == 0 ? (struct fa_key_range){0, 0} : fa_rows_keys(&rows);
+}
+
+/* What the work of a row grows with: keys that the head has, or that its masks leave. */
+static int64_t count_keys(const struct fa_head *head)
+{
+    const struct fa_key_range keys = head_keys(head);
+    return head->key_ranges == NULL ? head->kv_length : keys.hi - keys.lo;
+}
+
 struct fa_key_range fa_head_splits(const struct fa_head *head)
 {
     const int64_t split_k = head->geometry->split_k;
-    if (head->rows == 0) {
-        return (struct fa_key_range){0, 0};
-    }
-    const struct fa_head_rows rows = {.head = head, .count = head->rows};
-    const struct fa_key_range keys = fa_rows_keys(&rows);
+    const struct fa_key_range keys = head_keys(head);
     return (struct fa_key_range){.lo = keys.lo / split_k, .hi = fa_ceil_div(keys.hi, split_k)};
 }
 
@@ -57,7 +67,8 @@ static enum fa_status order_entries(struct fa_plan *plan)
 {
     const struct fa_geometry *g = plan->geometry;
     const struct fa_attention_params *p = g->params;
-    const bool unequal = p->q_starts != NULL || p->k_starts != NULL || p->kv_lengths.data != NULL;
+    const bool unequal = p->q_starts != NULL || p->k_starts != NULL || p->kv_lengths.data != NULL ||
+                         g->ranges != NULL;
     for (int64_t i = 0; i < g->batch; i++) {
         plan->entry[i] = i;
     }
@@ -71,7 +82,7 @@ static enum fa_status order_entries(struct fa_plan *plan)
     for (int64_t i = 0; i < g->batch; i++) {
         struct fa_head head;
         fa_head_init(&head, g, i * g->heads);
-        ranks[i].cost = (double)head.rows * (double)head.kv_length;
+        ranks[i].cost = (double)head.rows * (double)count_keys(&head);
         ranks[i].entry = i;
     }
     qsort(ranks, (size_t)g->batch, sizeof *ranks, compare_ranks);

@@ -116,16 +116,19 @@ bool fa_tile_init(struct fa_tile *tile, struct fa_workspace *ws, const struct fa
 {
     const struct fa_head *head = rows->head;
     const struct fa_geometry *g = head->geometry;
-    const struct fa_key_range keys = fa_rows_keys(rows);
-    const int64_t lo = fa_max(keys.lo, block_key), hi = fa_min(keys.hi, block_key + g->block_k);
+    const struct fa_key_range block = {.lo = block_key, .hi = block_key + g->block_k};
+    const struct fa_rows_keys keys = fa_rows_keys_of(rows, block);
     const int64_t panel = (int64_t)g->engine->nr;
 
     FA_ASSERT(rows->count >= 1 && rows->count <= g->tile_q);
-    if (lo >= hi) {
+    if (keys.any.lo >= keys.any.hi) {
         return false;
     }
-    const int64_t begin = (lo - block_key) / panel * panel;
-    const int64_t live = hi - block_key - begin;
+    const int64_t begin = (keys.any.lo - block_key) / panel * panel;
+    const int64_t live = keys.any.hi - block_key - begin, columns = fa_round_up(live, panel);
+    const bool alike = keys.any.lo == keys.all.lo && keys.any.hi == keys.all.hi;
+    const int64_t first = block_key + begin;
+    const bool cut = keys.all.lo > first || keys.all.hi < first + columns;
     *tile = (struct fa_tile){
         .head = head,
         .first_row = rows->first,
@@ -134,14 +137,10 @@ bool fa_tile_init(struct fa_tile *tile, struct fa_workspace *ws, const struct fa
         .block_key = block_key,
         .begin = begin,
         .keys = live,
-        .columns = fa_round_up(live, panel),
+        .columns = columns,
+        .group = alike ? rows->count : (int64_t)g->engine->mr,
+        .use_range = cut,
     };
-    /* Both ends of the range grow with the row: the last row has the highest lo, the first the
-     * lowest hi. */
-    const int64_t last_row = rows->first + rows->count - 1;
-    const int64_t lo_max = fa_token_keys(head, fa_row_token(g, last_row)).lo;
-    const int64_t hi_min = fa_token_keys(head, fa_row_token(g, rows->first)).hi;
-    tile->use_range = lo_max > block_key + begin || hi_min < block_key + begin + tile->columns;
     const enum overlap segments = compare_segments(tile, ws);
     if (segments == NONE || (segments == ALL && head->mask == NULL)) {
         return segments == ALL;
@@ -149,24 +148,20 @@ bool fa_tile_init(struct fa_tile *tile, struct fa_workspace *ws, const struct fa
     return gather_mask(tile, ws, segments == SOME);
 }
 
-int64_t fa_tile_group(const struct fa_tile *tile)
-{
-    return tile->use_range ? (int64_t)tile->head->geometry->engine->mr : tile->rows;
-}
-
 struct fa_key_range fa_group_keys(const struct fa_tile *tile, int64_t r)
 {
     const struct fa_geometry *g = tile->head->geometry;
     const int64_t panel = (int64_t)g->engine->nr, first_key = tile->block_key + tile->begin;
-    if (!tile->use_range) {
+    if (tile->group >= tile->rows) {
         return (struct fa_key_range){.lo = 0, .hi = tile->keys};
     }
     const struct fa_head_rows rows = {
         .head = tile->head,
         .first = tile->first_row + r,
-        .count = fa_min(fa_tile_group(tile), tile->rows - r),
+        .count = fa_min(tile->group, tile->rows - r),
     };
-    struct fa_key_range keys = fa_rows_keys(&rows);
+    const struct fa_key_range of = {.lo = first_key, .hi = first_key + tile->keys};
+    struct fa_key_range keys = fa_rows_keys_of(&rows, of).any;
     keys.hi = fa_min(fa_max(keys.hi - first_key, 0), tile->keys);
     keys.lo = fa_min(fa_max(keys.lo - first_key, 0), keys.hi) / panel * panel;
     return keys;
@@ -228,19 +223,20 @@ bool fa_scales_scores(const struct fa_attention_params *params, bool again)
 struct fa_doubt fa_head_doubt(const struct fa_head *head, int64_t member)
 {
     const struct fa_attention_params *p = head->geometry->params;
+    const bool biased = fa_is_biased(head->geometry);
     double slope = 0;
     if (head->alibi_slopes != NULL) {
         slope = fa_read_number(head->alibi_slopes + member * p->alibi_slopes.head, sizeof(double));
     }
-    if (head->geometry->ops->size == sizeof(double) || (head->bias == NULL && slope == 0)) {
+    if (head->geometry->ops->size == sizeof(double) || (!biased && slope == 0)) {
         return (struct fa_doubt){.from = INFINITY, .to = INFINITY};
     }
     if (!is_narrow(slope)) {
         return (struct fa_doubt){.from = -1, .to = INFINITY};
     }
     /* A large scale may make scores that do show beside such a bias. */
-    const bool wide = (head->bias != NULL && p->bias_dtype == FA_F64) ||
-                      fabs(score_factor(p)) > FA_ORDINARY_FACTOR;
+    const bool wide =
+        (biased && p->bias_dtype == FA_F64) || fabs(score_factor(p)) > FA_ORDINARY_FACTOR;
     return (struct fa_doubt){.from = DOUBTFUL_FROM, .to = wide ? INFINITY : DOUBTFUL_TO};
 }
 
@@ -248,7 +244,8 @@ float fa_softmax_factor(const struct fa_head *head)
 {
     const struct fa_attention_params *p = head->geometry->params;
     const float factor = (float)score_factor(p);
-    const bool edited = p->softcap > 0 || head->bias != NULL || head->alibi_slopes != NULL;
+    const bool biased = fa_is_biased(head->geometry);
+    const bool edited = p->softcap > 0 || biased || head->alibi_slopes != NULL;
     return head->geometry->engine->scale_at == FA_SCALE_LATE && !edited && factor > 0 &&
                    factor <= FLT_MAX && p->softmax_axis == FA_SOFTMAX_KEYS
                ? factor
@@ -361,7 +358,7 @@ static struct fa_product group_product(const struct fa_tile *tile, const struct 
 
 struct fa_product fa_tile_product_ahead(const struct fa_tile *tile, const struct fa_workspace *ws)
 {
-    FA_ASSERT(ws->keys_packed && fa_tile_group(tile) >= tile->rows);
+    FA_ASSERT(ws->keys_packed && tile->group >= tile->rows);
     return group_product(tile, ws, fa_tile_scores_in(tile, ws->scores_ahead), 0, tile->rows);
 }
 
@@ -433,7 +430,7 @@ static void group_scores(const struct fa_tile *tile, struct fa_workspace *ws, in
 
 void fa_tile_scores(const struct fa_tile *tile, struct fa_workspace *ws, bool ready)
 {
-    const int64_t group = fa_tile_group(tile);
+    const int64_t group = tile->group;
     for (int64_t r = 0; r < tile->rows; r += group) {
         group_scores(tile, ws, r, fa_min(group, tile->rows - r), ready);
     }

@@ -21,6 +21,9 @@ struct fa_tile {
     int64_t keys;
     /* These keys in whole panels: the columns that are computed. */
     int64_t columns;
+    /* Rows that are multiplied together: all of them, or mr where they see different keys, so that
+     * a diagonal costs little more than its useful half. */
+    int64_t group;
     /* Some row sees less than all of [0, columns). */
     bool use_range;
     /* The workspace's mask rules out some key. */
@@ -32,10 +35,6 @@ struct fa_tile {
  * takes part in any of the rows. */
 bool fa_tile_init(struct fa_tile *tile, struct fa_workspace *ws, const struct fa_head_rows *rows,
                   int64_t row_offset, int64_t block_key);
-
-/* The products are computed for groups of rows: all of the tile, or mr rows where the rows see
- * different keys, so that a diagonal costs little more than its useful half. */
-int64_t fa_tile_group(const struct fa_tile *tile);
 
 /* Keys that rows [r, r + group) of the tile may see, counted from the tile's first; lo begins a
  * panel. */

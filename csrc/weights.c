@@ -29,6 +29,7 @@
 #include "float_mode.h"
 #include "column_softmax.h"
 #include "keys.h"
+#include "mask_ranges.h"
 #include "scores.h"
 
 /* Queries of a task: q stays in the cache while both passes read it, and a block of keys is
@@ -62,6 +63,8 @@ struct weights {
     /* Softmax over the queries: the statistics of all queries. */
     struct fa_columns columns;
     struct fa_geometry column_geometry;
+    /* Of a first run. */
+    struct fa_ranges ranges;
     /* NULL, or the first run.  A second run computes the rows and columns that the first gave
      * back. */
     struct weights *first;
@@ -143,7 +146,7 @@ static void fold_rows(const struct fa_geometry *g, struct buffers *to)
 static void weigh_rows(const struct fa_tile *tile, struct fa_workspace *ws)
 {
     const struct fa_geometry *g = tile->head->geometry;
-    const int64_t group = fa_tile_group(tile), size = (int64_t)g->ops->size;
+    const int64_t group = tile->group, size = (int64_t)g->ops->size;
     char *scores = fa_tile_score_data(tile, ws);
     for (int64_t r = 0; r < tile->rows; r += group) {
         const struct fa_key_range keys = fa_group_keys(tile, r);
@@ -292,7 +295,8 @@ static void use_tile(const struct weights *w, const struct task *task, const str
                      struct buffers *of)
 {
     const struct fa_geometry *g = &w->geometry;
-    const int64_t group = fa_tile_group(tile);
+    /* Rows whose weights are added up in the workspace's type: positions alone say how many. */
+    const int64_t group = tile->use_range ? (int64_t)g->engine->mr : tile->rows;
     if (over_queries(w)) {
         const struct fa_columns *columns = &w->columns;
         const int64_t at = fa_column_offset(g, task->head.index, tile->block_key / g->block_k) +
@@ -661,6 +665,7 @@ static void release(struct weights *w)
     fa_release(w->workspaces);
     fa_release(w->given_back);
     fa_columns_release(&w->columns);
+    fa_ranges_release(&w->ranges);
 }
 
 static enum fa_status init_geometry(struct weights *w, const struct fa_engine *engine)
@@ -668,6 +673,12 @@ static enum fa_status init_geometry(struct weights *w, const struct fa_engine *e
     const struct fa_weights_params *p = w->params;
     struct fa_geometry *g = &w->geometry;
     enum fa_status status = fa_geometry_init(g, &p->attention, engine);
+    if (status == FA_OK && w->first != NULL) {
+        g->ranges = w->first->geometry.ranges;
+    } else if (status == FA_OK && p->rows == NULL && !sums(w)) {
+        /* Chosen queries may be few of many; and ranges would decide which rows are added up. */
+        status = fa_ranges_find(&w->ranges, g);
+    }
     if (status == FA_OK) {
         const int num_threads = g->num_threads;
         fa_geometry_choose(g, p->heads, p->num_heads, p->rows, p->num_rows);

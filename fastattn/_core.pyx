@@ -605,6 +605,7 @@ def describe(Problem problem):
         "workspace_bytes": plan.workspace_bytes,
         "tiles_total": plan.tiles_total,
         "tiles_computed": plan.tiles_computed,
+        "key_ranges": ("mask",) * plan.mask_is_ranges + ("bias",) * plan.bias_is_ranges,
     }
 
 

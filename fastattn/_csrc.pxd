@@ -93,6 +93,7 @@ cdef extern from "fastattn.h" nogil:
         int64_t num_tasks, num_threads
         int64_t workspace_bytes
         int64_t tiles_total, tiles_computed
+        bint mask_is_ranges, bias_is_ranges
 
     struct fa_kernels:
         pass

@@ -55,6 +55,7 @@ class Explanation:
     workspace_bytes: int  #: beyond inputs and outputs, all threads together
     tiles_total: int  #: score tiles (tile_q rows, block_k keys) of the problem
     tiles_computed: int  #: of these, the ones that are computed
+    key_ranges: tuple[str, ...]  #: of mask and bias, those that leave each query one key range
     skipped_by: dict[str, int]  #: score tiles that each option alone rules out
 
     @property
@@ -85,6 +86,9 @@ class Explanation:
             "score tiles": f"{self.tiles_total:,}, computed {self.tiles_computed:,}, "
             f"skipped {skipped}",
         }
+        if self.key_ranges:
+            names = " and ".join(self.key_ranges)
+            rows["key ranges"] = f"{names}: one for each query, read once for all heads"
         return "\n".join(f"{name:12}{text}" for name, text in rows.items())
 
 
@@ -171,7 +175,8 @@ def explained(
     ruling_out = {
         option.name: given.pop(option.name)
         for option in OPTIONS
-        if option.rules_out and option.differs(problem, plain)
+        if (option.rules_out or option.name in plan["key_ranges"])
+        and option.differs(problem, plain)
     }
     if "kv_lengths" in ruling_out and problem.q_offset is None and plan["num_tasks"] > 0:
         assert problem.kv_lengths is not None

@@ -926,6 +926,34 @@ static void check_poisoned_masked_keys(struct tally *t, struct problem *p, struc
     }
 }
 
+/* A mask of one key range for each query, of bytes that are 2 and then 1: only the latter are not read again. */
+static void check_key_ranges(struct tally *t, struct problem *p)
+{
+    const struct array *a = &p->arrays[MASK_BYTES];
+    const int64_t keys = a->n[3] + 1;
+    struct result expected = {0};
+    bool intact;
+    for (int byte = 2; byte >= 1; byte--) {
+        FOR_EACH(a)
+        {
+            const int64_t lo = (b * 5 + i * 3) % keys, hi = (b * 17 + i * 29 + 1) % keys;
+            write_value(element(a, b, h, i, j), a->kind, j >= lo && j < hi ? byte : 0);
+        }
+        run(&p->params, t->kernels);
+        if (byte == 2) {
+            expected = collect(p, &intact);
+        } else {
+            check_same(t, p, expected, "mask of key ranges");
+        }
+    }
+    FOR_EACH(a)
+    {
+        write_value(element(a, b, h, i, j), a->kind,
+                    value_of(p->shape, MASK_BYTES, a->kind, b, h, i, j));
+    }
+    free(expected.data);
+}
+
 /* A NaN in a row of q, or in the last key under a causal mask, changes the rows that see it alone. */
 static void check_poisoned_row(struct tally *t, struct problem *p, struct result expected,
                                enum operand operand, int64_t which)
@@ -1385,6 +1413,9 @@ static struct result check_case(struct tally *t, const struct shape *s, enum fa_
     }
     if (s->options & (MASK | SEGMENTS | KV_LENGTHS)) {
         check_poisoned_masked_keys(t, &p, result);
+    }
+    if (s->options & MASK) {
+        check_key_ranges(t, &p);
     }
     if (!(s->options & QUERIES) && s->seqlen_q > 1) {
         const int64_t chunks[] = {1 + s->seqlen_q / 3, 24};
