@@ -208,6 +208,7 @@ static enum fa_status describe(const struct fa_attention_params *params,
     if (status != FA_OK) {
         return status;
     }
+    fa_geometry_fit_tiles(&g);
     status = fa_ranges_find(&ranges, &g);
     if (status == FA_OK) {
         status = describe_tasks(&g, plan);

@@ -27,7 +27,7 @@ ARRAYS, PACKED, CACHE, WEIGHTS = "arrays", "packed", "cache", "weights"
 EVERY_CALL = frozenset({ARRAYS, PACKED, CACHE, WEIGHTS})
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Option:
     """One option of attention."""
 

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from fastattn import reference
+from fastattn._bench import models
 from fastattn._bench.forms import Call
 from fastattn._bench.workloads import Array, Workload
 from fastattn._gauge import in_units
@@ -23,7 +24,7 @@ TOLERANCES = {
 
 def check(call: Call, result: Any, workload: Workload) -> None:
     """Compare the first and the last head with the reference, a few rows of it where rows are
-    independent.
+    independent; and the whole result of a model with the same model around eager attention.
 
     Parameters
     ----------
@@ -42,6 +43,8 @@ def check(call: Call, result: Any, workload: Workload) -> None:
     compare = _check_gradients if workload.gradients else _check_rows
     if workload.layer:
         compare = _check_layer
+    if workload.model:
+        compare = _check_model
     compare(call, call.read(result), workload)
 
 
@@ -111,6 +114,10 @@ def _check_layer(call: Call, out: Any, workload: Workload) -> None:
         )
         heads = reference.attention(q, k, v, **workload.options())
         _near(out[b], heads.swapaxes(0, 1).reshape(len(x), -1) @ w_o, workload)
+
+
+def _check_model(call: Call, out: Any, workload: Workload) -> None:
+    _near(out, models.expected(workload), workload)
 
 
 def _check_gradients(call: Call, grads: Any, workload: Workload) -> None:

@@ -177,7 +177,7 @@ def _run(args: argparse.Namespace) -> int:
     finally:
         if bar is not None:
             bar.close()
-    for made in (report.costs, report.speedups, report.summary):
+    for made in (report.costs, report.speedups, report.programs, report.summary):
         if text := made(measured):
             print(f"\n{text}")
     print(f"\nworkloads: {len(workloads)}, seconds: {time.perf_counter() - started:.0f}")

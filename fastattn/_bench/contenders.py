@@ -6,26 +6,32 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
-from fastattn._bench import ours, peers, plain
+from fastattn._bench import models, ours, peers, plain
 from fastattn._bench.forms import Call
 from fastattn._bench.workloads import Workload
 
 
 class Contender(NamedTuple):
-    """A way to compute attention."""
+    """A way to compute attention, or what attention is a part of."""
 
     module: str  # that must be importable, along with those in `needs`
     make: Callable[[Workload, int], Call]
     needs: tuple[str, ...] = ()
     holds_scores: bool = False  # memory for whole score matrices
     repeats_heads: bool = False  # memory for a key head for each query head
+    does: tuple[str, ...] = ("attention",)  # of which other workloads it is no contender
 
 
 CONTENDERS = {
-    "fastattn": Contender("fastattn", ours.make),
+    "fastattn": Contender("fastattn", ours.make, does=("attention", "program", "model")),
     "numpy": Contender("numpy", plain.numpy, holds_scores=True),
     "blas": Contender("numpy", plain.blas, holds_scores=True),
-    "torch": Contender("torch", peers.torch, repeats_heads=True),
+    "torch": Contender(
+        "torch", peers.torch, repeats_heads=True, does=("attention", "program", "model")
+    ),
+    "eager": Contender(
+        "transformers", models.eager, ("torch",), holds_scores=True, does=("model",)
+    ),
     "onnxruntime": Contender("onnxruntime", peers.onnxruntime, ("onnx",)),
     "openvino": Contender("openvino", peers.openvino, repeats_heads=True),
     "jax": Contender("jax", peers.jax, holds_scores=True),

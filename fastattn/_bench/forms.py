@@ -26,9 +26,11 @@ class Call(NamedTuple):
     run: Callable[[], Any]
     # The result as one array (num_heads, queries, head_dim) per sequence; of both passes, the
     # gradients of q, k and v in their shapes; or, where `scores_only` is true, the unscaled scores,
-    # (batch, num_heads, seqlen_q, seqlen_k).
+    # (batch, num_heads, seqlen_q, seqlen_k); or the features that a model ends in.
     read: Callable[[Any], Any]
     scores_only: bool = False
+    # What `run` does one after the other: attention, and something else.
+    parts: tuple[Callable[[], Any], ...] = ()
 
 
 def fastest(calls: Sequence[Call]) -> Call:

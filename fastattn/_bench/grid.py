@@ -2,12 +2,15 @@
 
 from typing import Any
 
+from fastattn._bench.models import MODELS
 from fastattn._bench.workloads import OPTIONS, Workload, decode, prefill
 
 SHORT_DTYPES = {"float16": "f16", "bfloat16": "bf16"}
 
 #: Sequences of a batch, very unequal, as requests are: decoded from a cache.
 RAGGED_LENGTHS = (10, 100, 500, 1000, 2000, 4000, 6000, 8000)
+#: Sequences of a batch that is padded, to twice their number of tokens.
+PADDED_LENGTHS = (32, 96, 160, 224, 288, 352, 384, 512)
 #: Sequences packed one after another.
 PACKED_LENGTHS = (33, 70, 256, 512, 900, 1024, 1500, 1800)
 
@@ -45,9 +48,10 @@ GROWTH = (
 _PLAIN, _PLAIN_CAUSAL = _both_masks(prefill("prefill-2k", 1, 12, 2048, 64))
 _WIDE, _WIDE_CAUSAL = _both_masks(prefill("prefill-4k-wide", 1, 8, 4096, 128))
 _MANY_SHORT = prefill("many-short", 8, 12, 128, 64)
+_SHORTEST = prefill("short-32", 32, 12, 32, 32)
 _SHORT = (
     _MANY_SHORT,
-    prefill("short-32", 32, 12, 32, 32),
+    _SHORTEST,
     prefill("short-64", 32, 2, 64, 16),
     prefill("short-image", 8, 12, 197, 64),  # a class and 14 x 14 patches
     prefill("short-windows", 512, 4, 49, 32),  # of 7 x 7 patches
@@ -155,8 +159,54 @@ _LAYER = tuple(
     for batch, seqlen in ((32, 32), (8, 128), (1, 512))
 )
 
+_PROGRAM = tuple(
+    w._replace(
+        name=f"program-{library}-{w.batch}x{w.seqlen_k}", kind="program", product_of=library
+    )
+    for library in ("numpy", "torch")
+    for w in (_SHORTEST, _MANY_SHORT, _PLAIN)
+)
+
+
+# Tokens of a call above which a model has few layers, and so do models that read much memory.
+MOST_TOKENS, FEW_LAYERS = 1024, 2
+
+
+def _model(name: str, batch: int, seqlen: int, *, few: bool = False, **rest: Any) -> Workload:
+    """A call of a model; fewer layers than it has are part of the workload's name."""
+    model = MODELS[name]
+    few = few or batch * seqlen > MOST_TOKENS
+    title = [name.lower(), rest.pop("form", ""), f"{batch}x{seqlen}", "2-layers" if few else ""]
+    workload = prefill(
+        "-".join(filter(None, title)), batch, model.num_heads, seqlen, model.head_dim,
+        num_kv_heads=model.num_kv_heads, kind="models", model=name,
+        num_layers=FEW_LAYERS if few else model.num_layers,
+    )  # fmt: skip
+    return workload._replace(**rest)
+
+
+_MODELS = (
+    *(
+        _model(name, batch, seqlen)
+        for name in ("BERT-base", "MiniLM-L6")
+        for batch in (1, 8, 32)
+        for seqlen in (16, 128, 512)
+    ),
+    # Half of the tokens are padding.
+    _model("BERT-base", 8, 512, form="padded", lengths=PADDED_LENGTHS),
+    *(_model("ViT-B", batch, 197) for batch in (1, 8)),
+    _model("Whisper-base", 1, 1500),
+    *(_model("SmolLM-135M", 1, seqlen, form="prefill") for seqlen in (2048, 4096)),
+    _model("Llama-1B", 1, 2048, form="prefill"),
+    *(_model("SmolLM-135M", 1, seqlen, form="decode", seqlen_q=1) for seqlen in (2048, 8192)),
+    *(_model("Llama-1B", batch, 2048, form="decode", seqlen_q=1) for batch in (1, 8)),
+)
+
 #: Everything that is measured unless less is asked for, kind by kind.
-GRID = (*_PREFILL, *_OPTIONS, *_DECODE, *_VARLEN, *_BACKWARD, *_LAYER, *SCALING, *GROWTH)
+GRID = (
+    *_PREFILL, *_OPTIONS, *_DECODE, *_VARLEN, *_BACKWARD, *_LAYER, *_PROGRAM, *_MODELS, *SCALING,
+    *GROWTH,
+)  # fmt: skip
 
 KINDS = tuple(dict.fromkeys(workload.kind for workload in GRID))
 

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from fastattn._attention import attention
+from fastattn._bench import models, program
 from fastattn._bench.forms import Call, pack, starts
 from fastattn._bench.workloads import Workload, real_dtype
 from fastattn._cache import KVCache
@@ -18,6 +19,17 @@ PAGE_SIZE = 16
 
 def make(workload: Workload, num_threads: int) -> Call:
     """The call of a workload, whatever it takes."""
+    if workload.model:
+        import fastattn.torch
+
+        fastattn.torch.enable()
+        return models.make(workload, num_threads, "sdpa")
+    if workload.product_of == "torch":
+        import fastattn.torch
+
+        return program.of_torch(workload, fastattn.torch.attention, num_threads=num_threads)
+    if workload.product_of:
+        return program.of_numpy(workload, attention, num_threads=num_threads)
     if workload.layer:
         return _layer(workload, num_threads)
     if workload.gradients:

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from fastattn._bench import models, program
 from fastattn._bench.forms import (
     Call,
     Unsupported,
@@ -39,6 +40,12 @@ def torch(workload: Workload, num_threads: int) -> Call:
     only_options(workload, *MASKS)
     only_dtypes(workload, "float32", "float64", "float16", "bfloat16")
     torch.set_num_threads(num_threads)
+    if workload.model:
+        return models.make(workload, num_threads, "sdpa")
+    if workload.product_of == "numpy":
+        raise Unsupported("no product of NumPy")
+    if workload.product_of:
+        return program.of_torch(workload, torch.nn.functional.scaled_dot_product_attention)
     if workload.layer:
         return _torch_layer(workload)
     if workload.gradients:

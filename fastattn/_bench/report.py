@@ -201,6 +201,45 @@ def speedups(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def programs(report: Mapping[str, Any]) -> str:
+    """The table of attention in turns with a product, and of what a call leaves behind.
+
+    Parameters
+    ----------
+    report : mapping
+        What `fastattn._bench.runner.run` returns.
+
+    Returns
+    -------
+    str
+        Several lines; none if no program was measured.
+    """
+    lines = []
+    for result in report["results"]:
+        for name, entry in result["contenders"].items():
+            if "alone" not in entry:
+                continue
+            after, callers = (statistics.median(entry[key]) for key in ("after", "callers"))
+            in_turns = _ratio(entry, {"seconds": entry["alone"]})
+            native = "-" if entry["threads"][0] is None else f"{max(entry['threads'])}"
+            lines.append(
+                f"  {result['workload']:<26}{name:<12}{_duration(entry['median']):>12}"
+                f"{in_turns:>8.2f}x{_duration(after):>12}{native:>9}{callers:>12.2f}x"
+            )
+    if lines:
+        lines[:0] = [
+            "attention in turns with a product, over the sum of both alone, median of the rounds; "
+            "after:",
+            "processor time used in the 50 ms after a call of attention; callers: calls per second "
+            "by 16",
+            "Python threads over those by one, which may use as many native threads, and all "
+            "native",
+            "threads of the process besides these 16",
+            f"{'':<40}{'median':>12}{'in turns':>9}{'after':>12}{'threads':>9}{'callers':>13}",
+        ]
+    return "\n".join(lines)
+
+
 def summary(report: Mapping[str, Any]) -> str:
     """One line for each workload, kind by kind: fastattn's time and speed, and the others' times.
 
@@ -214,7 +253,6 @@ def summary(report: Mapping[str, Any]) -> str:
     str
         Several lines; none if fastattn was not measured.
     """
-    others = [name for name in report["versions"] if name != "fastattn"]
     results = [r for r in report["results"] if "fastattn" in r["contenders"]]
     if not results:
         return ""
@@ -222,6 +260,8 @@ def summary(report: Mapping[str, Any]) -> str:
     lines = ["fastattn, and the times of the others over fastattn's"]
     # Kinds in the order in which they come first.
     for kind in dict.fromkeys(result["kind"] for result in results):
+        asked = {x for r in results if r["kind"] == kind for x in (*r["contenders"], *r["left_out"])}
+        others = [name for name in report["versions"] if name in asked - {"fastattn"}]
         columns = "".join(f"{name:>13}" for name in others)
         lines.append(
             f"{kind:<27}{'':<{label_width}}{'median':>12}{'speed':>15}{'share':>9}{columns}"

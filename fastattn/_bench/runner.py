@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from fastattn import _config, _core
+from fastattn._bench import program
 from fastattn._bench.check import check
 from fastattn._bench.contenders import CONTENDERS, environment
 from fastattn._bench.forms import Unsupported
@@ -184,7 +185,7 @@ def _serve(name: str, workload: Workload, num_threads: int, pipe: Connection) ->
     used = None if before is None or peak is None else max(0, peak - before)
     pipe.send({"memory_bytes": used})
     for _ in _requests(pipe):
-        pipe.send(turn(call.run))
+        pipe.send(program.turn(call, turn) if call.parts else {"seconds": turn(call.run)})
 
 
 def probe_peak(dtype: str, num_threads: int) -> float:
@@ -457,7 +458,8 @@ def measure(
         The entry of this workload in the JSON's ``"results"``.
     """
     num_threads = workload.num_threads or num_threads
-    calls = {name: (name, workload) for name in contenders}
+    able = [name for name in contenders if workload.what in CONTENDERS[name].does]
+    calls = {name: (name, workload) for name in able}
     if workload.baseline and "fastattn" in calls:
         # First, so that the two turns come one after the other: what slows the machine slows both.
         calls = {"baseline": ("fastattn", workload.baseline), **calls}
@@ -494,7 +496,8 @@ def measure(
             for key, child in children.items():
                 seconds = shown[key]["seconds"]
                 if len(seconds) < LEAST_TURNS or sum(seconds) < BUDGET_SECONDS:
-                    seconds.append(child.ask("turn"))
+                    for figure, value in child.ask("turn").items():
+                        shown[key].setdefault(figure, []).append(value)
 
     peak = max(peaks)
     # Reading varies from round to round, with all that share the memory: like with like.

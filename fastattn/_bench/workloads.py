@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,6 +13,8 @@ Array = NDArray[Any]
 
 WINDOW = 256  # keys that a query sees
 SEGMENTS = 8  # documents packed into one sequence, all of one length
+# Rows, sum and columns of the product of a program: 1,024 tokens of MiniLM into its wide layer.
+PRODUCT_SIZES = (1024, 384, 1536)
 # Products of the forward pass and both passes: q k^T and p v; q k^T again, and four for gradients.
 FORWARD_PRODUCTS, BOTH_PRODUCTS = 2, 7
 # int8 storage has one float32 scale per token and head, for keys and values each.
@@ -22,7 +25,8 @@ _SHORT = {"float32": "", "float64": "f64", "float16": "f16", "bfloat16": "bf16"}
 
 class Workload(NamedTuple):
     """One forward call, or with `gradients` a forward and a backward call together, or with `layer`
-    a call of a layer."""
+    a call of a layer, with `product_of` a call and a product in turns, with `model` a call of a
+    whole model."""
 
     name: str
     batch: int
@@ -46,6 +50,10 @@ class Workload(NamedTuple):
     gradients: bool = False
     # Self-attention with four projections; its features are those of all heads side by side.
     layer: bool = False
+    # The library, "numpy" or "torch", whose product of two matrices takes turns with attention.
+    product_of: str = ""
+    model: str = ""  # a key of models.MODELS
+    num_layers: int = 0  # of the model
     alone: bool = False  # measured with fastattn only
 
     @property
@@ -70,8 +78,17 @@ class Workload(NamedTuple):
             self.cache,
             "forward+backward" if self.gradients else "",
             "MultiHeadAttention" if self.layer else "",
+            f"and a product of {self.product_of}" if self.product_of else "",
+            f"{self.num_layers} layers of {self.model}" if self.model else "",
         ]
         return " ".join(part for part in parts if part)
+
+    @property
+    def what(self) -> str:
+        """What is called: one of those that a contender `does`."""
+        if self.model:
+            return "model"
+        return "program" if self.product_of else "attention"
 
     @property
     def group_size(self) -> int:
@@ -115,13 +132,15 @@ class Workload(NamedTuple):
     @property
     def reads(self) -> bool:
         """Whether reading keys and values bounds the time: each is of use to one query only."""
-        return self.seqlen_q == 1 and self.seqlen_k > 1
+        return self.seqlen_q == 1 and self.seqlen_k > 1 and not self.model
 
     @property
     def flops(self) -> float:
         """Useful operations: 4 per score and feature, scores of keys that take part by position
         only, half of the square for causal; with gradients 7 products instead of 2; of a layer
-        also its projections, 2 per weight and row."""
+        also its projections, 2 per weight and row.  Those of a model are not counted: 0."""
+        if self.model:
+            return 0.0
         share = 0.5 if self.causal else 1.0
         if self.option == "segments":
             share /= SEGMENTS
@@ -130,6 +149,8 @@ class Workload(NamedTuple):
             share = WINDOW * (left_out + (WINDOW + 1) / 2) / (self.seqlen_q * self.seqlen_k)
         products = BOTH_PRODUCTS if self.gradients else FORWARD_PRODUCTS
         attention = 2.0 * products * self.num_scores * self.head_dim * share
+        if self.product_of:
+            return attention + 2.0 * math.prod(PRODUCT_SIZES)
         if not self.layer:
             return attention
         features = self.num_heads * self.head_dim
@@ -162,6 +183,13 @@ class Workload(NamedTuple):
             for n in (features, narrow, narrow, features)
         )
         return w_q, w_k, w_v, w_o
+
+    def product_input(self) -> tuple[Array, Array]:
+        """The operands of the product of a program, the same on every call."""
+        rows, inner, columns = PRODUCT_SIZES
+        rng = np.random.default_rng(4)
+        x, w = (_normal_array(rng, s, "float32") for s in ((rows, inner), (inner, columns)))
+        return x, w
 
     def grad_out(self) -> Array:
         """The gradient of the result, the same on every call."""

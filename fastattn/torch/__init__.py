@@ -21,14 +21,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastattn import _validate
+from fastattn import _core, _validate
 from fastattn._enabled import Enabled
-from fastattn._options import BY_NAME, given, read_pair
+from fastattn._options import BY_NAME, DEFAULTS, NAMES, OPTIONS, Option, given, read_pair
 from fastattn._weights import attention_weights as weights_of_arrays
 from fastattn.torch._ops import (
     as_array,
     attend,
+    attend_arrays,
     autocast,
+    bare_arrays,
     numpy_options,
     out_of_place,
     transforms_active,
@@ -65,6 +67,12 @@ _KINDS: dict[Any, tuple[tuple[torch.dtype, ...], str]] = {
         "bool, True = takes part (a float mask, which is added to the scores, goes to `bias`)",
     ),
 }
+# Rows of options that are numbers in PyTorch too.  Dropout draws its seed from PyTorch's generator.
+_NUMBERS = frozenset(
+    index
+    for index, option in enumerate(OPTIONS)
+    if option.name != "dropout_p" and all(kind != "Tensor?" for _, kind in option.torch)
+)
 
 
 class Options(TypedDict, total=False):
@@ -199,29 +207,37 @@ sinks, softmax_axis, dropout_p, residual, num_threads : optional
     >>> sinks.grad.shape
     torch.Size([8])
     """
-    if torch.is_autocast_enabled("cpu"):
-        q, k, v, residual = map(autocast, (q, k, v, residual))
-    _check_operands(q, k=k, v=v)
-    options = {
-        "scale": scale,
-        "softcap": softcap,
-        "bias": bias,
-        "alibi_slopes": alibi_slopes,
-        "mask": mask,
-        "causal": causal,
-        "window": window,
-        "q_offset": q_offset,
-        "kv_lengths": kv_lengths,
-        "segment_ids": segment_ids,
-        "sinks": sinks,
-        "softmax_axis": softmax_axis,
-        "dropout_p": dropout_p,
-        "residual": residual,
-        "num_threads": num_threads,
-    }
-    arguments = _operator_arguments(options, q)
-    arguments["dropout_seed"] = _seed(arguments["dropout_p"], dropout_seed, q)
-    added = arguments["residual"]
+    arrays = bare_arrays(q, k, v)
+    if arrays is None or not (q.dtype in DTYPES and q.dtype is k.dtype is v.dtype):
+        if torch.is_autocast_enabled("cpu"):
+            q, k, v, residual = map(autocast, (q, k, v, residual))
+        _check_operands(q, k=k, v=v)
+    values = (
+        scale,
+        softcap,
+        bias,
+        alibi_slopes,
+        mask,
+        causal,
+        window,
+        q_offset,
+        kv_lengths,
+        segment_ids,
+        sinks,
+        softmax_axis,
+        dropout_p,
+        dropout_seed,
+        residual,
+        num_threads,
+    )
+    if arrays is not None and not return_lse:
+        chosen = _core.differing(values, DEFAULTS)
+        if _NUMBERS.issuperset(chosen):
+            return attend_arrays(arrays, {NAMES[index]: values[index] for index in chosen})
+    arguments = _operator_arguments(values, q)
+    if arguments.get("dropout_p") and dropout_seed is None:
+        arguments["dropout_seed"] = drawn_seed(q)
+    added = arguments.get("residual")
     if added is not None and added.dtype != q.dtype:
         raise TypeError(f"`residual` must have dtype {q.dtype} like `q`, got {added.dtype}")
     out, lse = attend(q, k, v, **arguments)
@@ -306,7 +322,7 @@ sinks, softmax_axis, num_threads : optional
         raise TypeError(f"`q` must be on the CPU, got {q.device}")
     if transforms_active():
         raise NotImplementedError("attention_weights has no rule for transforms of torch.func")
-    arguments = _operator_arguments(options, q)
+    arguments = _operator_arguments(tuple(map(options.get, NAMES, DEFAULTS)), q)
     for name, x in {"q": q, "k": k, **arguments}.items():
         if torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad:
             raise ValueError(
@@ -339,17 +355,18 @@ def _check_operands(q: Any, **others: Any) -> None:
         raise TypeError(f"`q` must be {_FLOATS}, got {q.dtype}")
 
 
-def _operator_arguments(options: dict[str, Any], q: Tensor) -> dict[str, Any]:
-    """Options as arguments of the operators: tensors on q's device, and numbers.
+def _operator_arguments(values: tuple[Any, ...], q: Tensor) -> dict[str, Any]:
+    """Options, a value for each row of the table, as those arguments of the operators that differ
+    from their defaults: tensors on q's device, and numbers.
 
     Numbers may be symbols while PyTorch compiles, and are checked when the operator runs.
     """
     arguments: dict[str, Any] = {}
-    for name, x in options.items():
-        option = BY_NAME[name]
+    for option, x in _given(values):
+        name = option.name
         names = [argument for argument, _ in option.torch]
-        if x is None and option.default is None:
-            arguments |= dict.fromkeys(names)
+        if name == "dropout_seed":
+            arguments[name] = _seed(x, q)
         elif name == "segment_ids":
             for i, (argument, ids) in enumerate(zip(names, read_pair(name, x), strict=True)):
                 arguments[argument] = _tensor(f"{name}[{i}]", ids, q, _validate.integer_array)
@@ -398,10 +415,16 @@ def _from_array(array: Any) -> Tensor:
     return torch.from_numpy(array)
 
 
-def _seed(dropout_p: float, dropout_seed: int | Tensor | None, q: Tensor) -> Tensor | None:
-    """A seed as the operator takes it, from PyTorch's generator where none is given."""
-    if dropout_seed is None:
-        return drawn_seed(q) if dropout_p else None
+def _given(values: tuple[Any, ...]) -> list[tuple[Option, Any]]:
+    """The options whose value differs from the default, as in `_options.set_options`."""
+    if torch.compiler.is_compiling():  # which sees no functions of C
+        pairs = zip(OPTIONS, values, strict=True)
+        return [(option, x) for option, x in pairs if x is not option.default]
+    return [(OPTIONS[index], values[index]) for index in _core.differing(values, DEFAULTS)]
+
+
+def _seed(dropout_seed: int | Tensor, q: Tensor) -> Tensor:
+    """A seed as the operator takes it."""
     if not isinstance(dropout_seed, Tensor):
         if not torch.compiler.is_compiling():
             dropout_seed = BY_NAME["dropout_seed"].check("dropout_seed", dropout_seed)

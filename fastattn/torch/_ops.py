@@ -38,6 +38,7 @@ _ARGUMENTS = {
     for option in sorted(OPTIONS, key=lambda option: not option.gradient)
     for name, kind in option.torch
 }
+_OPTION_OF = {name: option for option in OPTIONS for name, _ in option.torch}
 # Tensors come first.
 TENSOR_OPTIONS = tuple(name for name, kind in _ARGUMENTS.items() if kind == "Tensor?")
 PLAIN_OPTIONS = {name: kind for name, kind in _ARGUMENTS.items() if kind != "Tensor?"}
@@ -86,7 +87,8 @@ def out_of_place(x: Tensor, like: Tensor, like_name: str) -> str:
 
 def as_array(tensor: Tensor) -> Array:
     """The memory of a CPU tensor, or a copy with the signs that a lazy negation only notes."""
-    tensor = tensor.detach()
+    if tensor.requires_grad:
+        tensor = tensor.detach()
     if tensor.is_neg():
         tensor = tensor.resolve_neg()
     if tensor.dtype is torch.bfloat16:
@@ -109,7 +111,7 @@ def _named(arguments: Iterable[Any]) -> dict[str, Any]:
 def numpy_options(arguments: dict[str, Any]) -> dict[str, Any]:
     """Arguments of the operators as options of `fastattn.attention`, as far as they are given."""
     options: dict[str, Any] = {}
-    for option in OPTIONS:
+    for option in dict.fromkeys(_OPTION_OF[name] for name in arguments):
         found = [arguments.get(name) for name, _ in option.torch]
         if all(x is None for x in found):
             continue
@@ -141,14 +143,60 @@ def _empty_like(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return result.permute([order.index(axis) for axis in range(x.dim())])
 
 
+# --- calls that PyTorch has no part in -----------------------------------------------------------
+# Its dispatcher would only hand them on to the CPU kernel, and takes longer than a short call.
+
+
+# The dispatch keys that every call of a thread has, within torch.inference_mode and elsewhere.
+_INFERENCE = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
+_ELSEWHERE = _INFERENCE | torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+_KEYS_OF_NO_MODE = (_INFERENCE.raw_repr(), _ELSEWHERE.raw_repr())
+
+
+_keys_of_thread = torch._C._dispatch_tls_local_include_set
+_num_function_modes = torch._C._len_torch_function_stack
+_is_profiled = torch.autograd._profiler_enabled
+
+
+def bare_arrays(*tensors: Any) -> list[Array] | None:
+    """What `as_array` makes of tensors, or None where PyTorch has a part in calls of them: by a
+    gradient, a mode, a compiler, a tracer, a transform, autocast or a profiler, or because one is
+    no plain memory of the CPU."""
+    if (
+        torch.compiler.is_compiling()
+        or _keys_of_thread().raw_repr() not in _KEYS_OF_NO_MODE
+        or _num_function_modes()
+        or forward_ad._current_level >= 0
+        or _is_profiled()
+        or torch.is_autocast_enabled("cpu")
+    ):
+        return None
+    graph = torch.is_grad_enabled()
+    arrays = []
+    for x in tensors:
+        if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
+            return None
+        if x.requires_grad and graph:
+            return None
+        try:
+            arrays.append(as_array(x) if x.dtype is torch.bfloat16 else x.numpy())
+        except (RuntimeError, TypeError):  # it refuses whatever is no plain memory
+            return None
+    return arrays
+
+
 # --- the forward pass -------------------------------------------------------------------------
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    out, lse = attention(
-        as_array(q), as_array(k), as_array(v), return_lse=True, **numpy_options(_named(options))
-    )
+    arrays = map(as_array, (q, k, v))
+    out, lse = attention(*arrays, return_lse=True, **numpy_options(_named(options)))
     return as_tensor(out), as_tensor(lse)
+
+
+def attend_arrays(arrays: list[Array], options: dict[str, Any]) -> Tensor:
+    """`out` of `bare_arrays`, with options of `fastattn.attention`."""
+    return as_tensor(attention(*arrays, **options))
 
 
 def _forward_and_kept(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> list[Tensor]:

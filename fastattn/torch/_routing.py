@@ -32,6 +32,7 @@ from fastattn.torch._ops import (
 from fastattn.torch._sdpa import (
     DTYPES,
     as_in_autocast,
+    directly,
     scaled_dot_product_attention,
     translated,
 )
@@ -147,6 +148,10 @@ def _routed(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
+    if torch.backends.cuda.flash_sdp_enabled() and (scale is None or math.isfinite(scale)):
+        quick = directly(query, key, value, attn_mask, dropout_p, is_causal, scale)
+        if quick is not None:
+            return quick
     options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
     arguments = (query, key, value, attn_mask, dropout_p, is_causal)
     if _why_not(query, key, value, attn_mask, scale):

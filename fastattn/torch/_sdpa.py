@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
-from fastattn.torch._ops import attend, autocast, out_of_place
+from fastattn.torch._ops import attend, attend_arrays, autocast, bare_arrays, out_of_place
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -86,6 +87,9 @@ def scaled_dot_product_attention(
     >>> torch.allclose(out, expected, atol=1e-5)
     True
     """
+    result = directly(query, key, value, attn_mask, dropout_p, is_causal, scale)
+    if result is not None:
+        return result
     if torch.is_autocast_enabled("cpu"):
         query, key, value, attn_mask = as_in_autocast(query, key, value, attn_mask)
     q, k, v, options = translated(
@@ -94,6 +98,45 @@ def scaled_dot_product_attention(
     if dropout_p > 0.0:
         options |= {"dropout_p": dropout_p, "dropout_seed": drawn_seed(q)}
     return attend(q, k, v, **options)[0]
+
+
+def directly(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+) -> Tensor | None:
+    """The result where it is quick to have: PyTorch has no part in the call, and the operands, of
+    one dtype, need not be matched; None elsewhere."""
+    tensors = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
+    arrays = None if dropout_p else bare_arrays(*tensors)
+    if arrays is None:
+        return None
+    q, k, v, *masks = arrays
+    dtype, shape, kv_shape = q.dtype, q.shape, k.shape
+    if (
+        query.dtype not in DTYPES
+        or not dtype is k.dtype is v.dtype
+        or kv_shape != v.shape
+        or len(shape) < 2
+        or (shape != kv_shape and (shape[:-2], shape[-1]) != (kv_shape[:-2], kv_shape[-1]))
+    ):
+        return None
+    options: dict[str, Any] = {}
+    if scale is not None:
+        options["scale"] = scale
+    if is_causal:
+        options["causal"] = True
+        if shape != kv_shape:
+            options["q_offset"] = 0
+    for mask in masks:
+        if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype) or not _broadcasts(mask.shape, (*shape[:-1], kv_shape[-2])):
+            return None
+        options["mask" if attn_mask.dtype is torch.bool else "bias"] = mask
+    return attend_arrays([q, k, v], options)
 
 
 def drawn_seed(like: Tensor) -> Tensor:
@@ -229,7 +272,7 @@ def _mask_option(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor) -
     return {"mask" if attn_mask.dtype == torch.bool else "bias": attn_mask}
 
 
-def _broadcasts(shape: torch.Size, target: tuple[int, ...]) -> bool:
+def _broadcasts(shape: Sequence[int], target: tuple[int, ...]) -> bool:
     return len(shape) <= len(target) and all(
         n in (1, wanted) for n, wanted in zip(reversed(shape), reversed(target), strict=False)
     )
