@@ -173,7 +173,8 @@ def measured():
     sinks = plain._replace(name="sinks", option="sinks", num_threads=1, baseline=plain)
     slower = TINY._replace(name="one-thread", kind="scaling", alone=True)
     slower = slower._replace(baseline=slower._replace(num_threads=1))
-    workloads = [TINY, sinks, decode("read", 1, 4, 2, 40), BOTH, slower]
+    turns = TINY._replace(name="turns", kind="program", product_of="numpy")
+    workloads = [TINY, sinks, decode("read", 1, 4, 2, 40), BOTH, slower, turns]
     seen = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner, "read_bandwidth", lambda num_threads: runner.probe_bandwidth(1, 4096))
@@ -190,14 +191,16 @@ def test_report(measured):
     assert measured["machine"]["kernels"] in _core.known_isas()
     assert list(measured["versions"]) == ["fastattn", "numpy"]
     results = measured["results"]
-    names = ["tiny", "sinks", "read", "both", "one-thread"]
+    names = ["tiny", "sinks", "read", "both", "one-thread", "turns"]
     assert [r["workload"] for r in results] == names
-    assert [r["kind"] for r in results] == ["prefill", "prefill", "decode", "backward", "scaling"]
-    assert [r["num_threads"] for r in results] == [2, 1, 2, 2, 2]
-    assert [r["seqlen"] for r in results] == [32, 32, 40, 32, 32]
+    kinds = ["prefill", "prefill", "decode", "backward", "scaling", "program"]
+    assert [r["kind"] for r in results] == kinds
+    assert [r["num_threads"] for r in results] == [2, 1, 2, 2, 2, 2]
+    assert [r["seqlen"] for r in results] == [32, 32, 40, 32, 32, 32]
     for result in results:
-        alone = result["kind"] == "scaling"
-        assert result["left_out"] == ({"numpy": "fastattn only"} if alone else {})
+        alone = result["kind"] in ("scaling", "program")
+        left_out = {"numpy": "fastattn only"} if result["kind"] == "scaling" else {}
+        assert result["left_out"] == left_out
         assert result["peak_gflops"] > 0
         assert list(result["contenders"]) == ["fastattn", *([] if alone else ["numpy"])]
         for entry in result["contenders"].values():
@@ -209,7 +212,7 @@ def test_report(measured):
         assert result["contenders"]["fastattn"]["ratio"] == 1
         assert alone or result["contenders"]["numpy"]["ratio"] > 0
     assert results[3]["flops"] == 3.5 * results[0]["flops"]
-    nothing, baseline, *_, one_thread = (result["baseline"] for result in results)
+    nothing, baseline, *_, one_thread, _ = (result["baseline"] for result in results)
     assert nothing is None
     assert (baseline["label"], baseline["flops"]) == ("(1,4/2,32,16)", 4 * 4 * 32 * 32 * 16)
     assert (baseline["num_threads"], one_thread["num_threads"]) == (1, 1)
@@ -262,7 +265,7 @@ def test_costs(measured):
         baseline["num_threads"] = result["num_threads"]
         return {**result, "baseline": baseline}
 
-    tiny, sinks, *_, one_thread = measured["results"]
+    tiny, sinks, *_, one_thread, _ = measured["results"]
     rows = [tiny, row(sinks, 1, 1.25), row(sinks, 4, 4), row(sinks, 1 / 32, 1 / 16)]
     text = report.costs({"results": rows})
     ends = [line.split()[-2:] for line in text.splitlines()[3:]]
@@ -274,7 +277,7 @@ def test_costs(measured):
 
 @pytest.mark.any_kernel_set
 def test_speedups(measured):
-    tiny, sinks, *_, one_thread = measured["results"]
+    tiny, sinks, *_, one_thread, _ = measured["results"]
     ours = one_thread["contenders"]["fastattn"]
     twice = {**one_thread["baseline"], "seconds": [1.5 * t for t in ours["seconds"]]}
     lines = report.speedups({"results": [tiny, sinks, {**one_thread, "baseline": twice}]})
@@ -285,16 +288,36 @@ def test_speedups(measured):
 
 
 @pytest.mark.any_kernel_set
+def test_programs(measured):
+    turns = measured["results"][-1]
+    entry = turns["contenders"]["fastattn"]
+    assert [len(entry[key]) for key in ("alone", "after", "callers", "threads")] == [2] * 4
+    figures = {"alone": [t / 1.25 for t in entry["seconds"]], "callers": [0.5, 1.5]}
+    figures |= {"after": [0.001, 0.003], "threads": [2, 3]}
+    known = {**turns, "contenders": {"fastattn": {**entry, **figures}}}
+    [line] = report.programs({"results": [known]}).splitlines()[5:]
+    assert line.split()[:2] == ["turns", "fastattn"]
+    assert line.split()[4:] == ["1.25x", "2.00", "ms", "3", "1.00x"]
+    elsewhere = {"fastattn": {**entry, "threads": [None, None]}}
+    line = report.programs({"results": [{**turns, "contenders": elsewhere}]}).splitlines()[-1]
+    assert line.split()[-2] == "-"
+    assert report.programs({"results": measured["results"][:-1]}) == ""
+
+
+@pytest.mark.any_kernel_set
 def test_summary(measured):
     lines = report.summary(measured).splitlines()
     names = [line.split()[0] for line in lines[1:]]
     assert names == [
-        "prefill", "tiny", "sinks", "decode", "read", "backward", "both", "scaling", "one-thread"
+        "prefill", "tiny", "sinks", "decode", "read", "backward", "both", "scaling", "one-thread",
+        "program", "turns",
     ]  # fmt: skip
-    assert [line.split()[-1] for line in lines if line[0] != " "][1:] == ["numpy"] * 4
+    # A kind has columns of those who could be asked for it.
+    heads = [line.split()[-1] for line in lines if line[0] != " "]
+    assert heads[1:] == ["numpy"] * 4 + ["share"]
     assert "GB/s" in lines[5]
     assert lines[5].endswith(f"{measured['results'][2]['contenders']['numpy']['ratio']:.2f}x")
-    assert lines[-1].endswith(" -")
+    assert lines[-3].endswith(" -")
     assert report.summary({**measured, "results": []}) == ""
 
 
@@ -358,7 +381,7 @@ def take_half_a_second(*arguments):
     runner._end_with_command()
     pipe.send({"memory_bytes": None})
     for _ in runner._requests(pipe):
-        pipe.send(0.5)
+        pipe.send({"seconds": 0.5})
 
 
 @pytest.mark.any_kernel_set
@@ -403,7 +426,7 @@ def test_command(measured, monkeypatch, capsys, tmp_path):
     assert json.loads(path.read_text()) == measured
     out = capsys.readouterr().out
     assert "tiny: (1,4/2,32,16) causal" in out
-    for made in (report.costs, report.speedups, report.summary):
+    for made in (report.costs, report.speedups, report.programs, report.summary):
         assert made(measured) in out
     assert out.count("==== prefill\n") == out.count("==== decode\n") == 1
     assert "workloads: 2, seconds: " in out

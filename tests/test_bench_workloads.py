@@ -8,7 +8,7 @@ from process import output_of
 
 import fastattn as fa
 from fastattn import reference
-from fastattn._bench import contenders, forms, ours, plain, workloads
+from fastattn._bench import contenders, forms, models, ours, plain, program, workloads
 from fastattn._bench.check import TOLERANCES, check
 from fastattn._bench.grid import (
     DECODE_DTYPES,
@@ -32,6 +32,8 @@ DECODE = decode("decode", 2, 4, 2, 300)
 RAGGED = decode("ragged", 4, 4, 2, 100, lengths=LENGTHS, cache="KVCache")
 BOTH = prefill("both", 2, 4, 96, 16, num_kv_heads=2, gradients=True)
 LAYER = prefill("layer", 2, 4, 96, 16, layer=True)
+PROGRAM = prefill("program", 2, 4, 96, 16, kind="program", product_of="numpy")
+MODEL = prefill("model", 2, 4, 24, 16, kind="models", model="BERT-base", num_layers=2)
 
 # Every form of a call.
 FORMS = {
@@ -68,13 +70,15 @@ def test_labels():
     assert SMALL._replace(causal=True).label == "(1,4,320,16) causal"
     assert BOTH._replace(dtype="bfloat16").label == "(2,4/2,96,16) bf16 forward+backward"
     assert LAYER.label == "(2,4,96,16) MultiHeadAttention"
+    assert PROGRAM.label == "(2,4,96,16) and a product of numpy"
+    assert MODEL.label == "(2,4,24,16) 2 layers of BERT-base"
     assert PACKED.label == "(4,4/2,3..100,16)"
     paged = RAGGED._replace(cache="PagedKVCache", cache_dtype="int8")
     assert paged.label == "(4,4/2,1x3..100,128) int8 PagedKVCache"
 
 
 def test_the_grid_has_what_was_asked_for():
-    kinds = "prefill options decode varlen backward layer scaling growth"
+    kinds = "prefill options decode varlen backward layer program models scaling growth"
     assert kinds.split() == list(KINDS)
     decoded = {
         (w.batch, w.num_heads, w.num_kv_heads, w.seqlen_k, w.cache_dtype or w.dtype)
@@ -96,6 +100,18 @@ def test_the_grid_has_what_was_asked_for():
             assert {w.dtype for w in forward} >= dtypes
     shapes = {w.shape for w in chosen("prefill")}
     assert {"(32,12,32,32)", "(32,2,64,16)", "(8,12,197,64)", "(512,4,49,32)"} <= shapes
+    turns = {(w.shape, w.product_of) for w in chosen("program")}
+    turning = ("(32,12,32,32)", "(8,12,128,64)", "(1,12,2048,64)")
+    assert turns == set(itertools.product(turning, ("numpy", "torch")))
+    assert {w.model for w in chosen("models")} == set(models.MODELS)
+    for name in ("bert-base", "minilm-l6"):
+        batches = {(w.batch, w.seqlen_k) for w in chosen(name) if not w.lengths}
+        assert batches == set(itertools.product((1, 8, 32), (16, 128, 512)))
+    [padded] = (w for w in chosen("models") if w.lengths)
+    assert 2 * sum(padded.lengths) == padded.batch * padded.seqlen_k
+    for w in chosen("models"):
+        whole = models.MODELS[w.model].num_layers
+        assert (w.num_layers == whole) != w.name.endswith(f"-{w.num_layers}-layers")
     assert {w.cache for w in chosen("varlen")} == {"", "KVCache", "PagedKVCache"}
     assert [w.baseline.num_threads for w in chosen("scaling")] == [1] * len(SCALING)
 
@@ -237,6 +253,35 @@ def test_layers(num_kv_heads, dtype, make):
     np.testing.assert_allclose(result, heads @ w_o, atol=1e-5)
 
 
+def test_a_program_is_attention_and_a_product(monkeypatch):
+    monkeypatch.setattr(program, "AFTER_SECONDS", 0.001)
+    monkeypatch.setattr(program, "CALLERS_SECONDS", 0.001)
+    call = contenders.CONTENDERS["fastattn"].make(PROGRAM, 1)
+    check(call, call.run(), PROGRAM)
+    attend, multiply = call.parts
+    np.testing.assert_array_equal(attend(), call.run())
+    x, w = PROGRAM.product_input()
+    np.testing.assert_array_equal(multiply(), x @ w)
+    assert PROGRAM.flops == PROGRAM._replace(product_of="").flops + 2 * 1024 * 384 * 1536
+    seconds = {attend: 1.0, multiply: 2.0, call.run: 4.0}
+    figures = program.turn(call, seconds.__getitem__)
+    assert (figures["alone"], figures["seconds"]) == (3.0, 4.0)
+    assert figures["after"] >= 0 and figures["callers"] > 0
+    assert figures["threads"] is None or figures["threads"] >= 1
+
+
+def test_what_is_no_attention_alone_is_left_to_who_does_it():
+    does = {name: contender.does for name, contender in contenders.CONTENDERS.items()}
+    assert [name for name in does if "program" in does[name]] == ["fastattn", "torch"]
+    assert [name for name in does if "model" in does[name]] == ["fastattn", "torch", "eager"]
+    assert [w.what for w in (SMALL, LAYER, PROGRAM, MODEL)] == [
+        "attention", "attention", "program", "model"
+    ]  # fmt: skip
+    if "torch" in contenders.installed():
+        with pytest.raises(forms.Unsupported, match="no product of NumPy"):
+            contenders.CONTENDERS["torch"].make(PROGRAM, 1)
+
+
 @pytest.mark.parametrize("cache", ["KVCache", "PagedKVCache"])
 @pytest.mark.parametrize("lengths", [(), LENGTHS])
 def test_int8_caches(cache, lengths):
@@ -374,6 +419,44 @@ for name, workload in found.items():
     check(call, call.run(), workload)
     print(name)
 """
+
+# Its arguments are names of contenders.  A shorter call of each model, with one layer.
+CHECK_MODELS = """
+import sys
+import numpy as np
+import pytest
+import torch
+from fastattn._bench import contenders, grid
+from fastattn._bench.check import check
+from test_bench_workloads import MODEL, PROGRAM
+
+program = PROGRAM._replace(product_of="torch")
+some = {w.model + str(w.seqlen_q == 1): w for w in grid.chosen("models")}
+some = [w.shortened(50)._replace(num_layers=1) for w in some.values()]
+some.append(MODEL._replace(lengths=(3, 24)))
+calls = []
+attention = torch.nn.functional.scaled_dot_product_attention
+for name in sys.argv[1:]:
+    make = contenders.CONTENDERS[name].make
+    for workload in some if name == "eager" else [program, *some]:
+        call = make(workload, 1)
+        for _ in range(2):
+            check(call, call.run(), workload)
+    wrong = call._replace(run=lambda: call.run() + 0.1)
+    with pytest.raises(AssertionError, match="instead of"):
+        check(wrong, wrong.run(), workload)
+    print(name, len(some))
+"""
+
+
+def test_models_and_programs_of_torch(request):
+    names = ("eager", "torch", "fastattn")
+    if not set(names) <= contenders.installed().keys():
+        pytest.skip("PyTorch or transformers is not installed")
+    paths = {"PYTHONPATH": str(request.path.parent)}
+    checked = output_of("-c", CHECK_MODELS, *names, **contenders.environment(1), **paths)
+    assert checked.splitlines() == [f"{name} 9" for name in names]
+
 
 SIXTEEN_BITS = ("float32", "float16", "bfloat16")
 # Forms in float32, forms in other dtypes.

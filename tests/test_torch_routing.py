@@ -290,3 +290,43 @@ import fastattn.torch
 assert state() == before
 """
     assert output_of("-c", code) == ""
+
+
+def test_who_watches_pytorch_sees_calls_and_gets_the_same_bits(untouched):
+    class Watching(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    def calls_of(q, k, v, keep):
+        with ft.enable():
+            return [
+                ft.attention(q, k, v, causal=True, scale=0.3),
+                ft.attention(q, k, v, mask=keep),
+                ft.scaled_dot_product_attention(q, k, v, is_causal=True),
+                sdpa(q, k, v, attn_mask=keep),
+                sdpa(q, k, v, is_causal=True, scale=0.3),
+            ]
+
+    x = [t.detach() for t in leaves(lengths=(5, 7))]
+    keep = torch.rand(5, 7) < 0.7
+    expected = calls_of(*x, keep)
+    seen = []
+    with Watching():
+        assert all(map(torch.equal, calls_of(*x, keep), expected))
+    assert seen.count(_ops.FORWARD) == 5
+    with torch.profiler.profile() as profile:
+        assert all(map(torch.equal, calls_of(*x, keep), expected))
+    assert sum(event.name == "fastattn::attention" for event in profile.events()) == 5
+    traced = torch.jit.trace(lambda q, k, v: ft.attention(q, k, v, causal=True, scale=0.3), x)
+    assert "fastattn::attention" in str(traced.graph)
+    for x_with_gradients in (x[0].clone().requires_grad_(), torch.nn.Parameter(x[0])):
+        out = calls_of(x_with_gradients, *x[1:], keep)
+        assert all(y.requires_grad for y in out) and all(map(torch.equal, out, expected))
+        with torch.no_grad():
+            out = calls_of(x_with_gradients, *x[1:], keep)
+        assert not any(y.requires_grad for y in out) and all(map(torch.equal, out, expected))
+    bias = torch.randn(5, 7, requires_grad=True)
+    assert sdpa(*x, attn_mask=bias).requires_grad
+    with ft.enable():
+        assert sdpa(*x, attn_mask=bias).requires_grad

@@ -24,12 +24,13 @@ def make(workload: Workload, num_threads: int) -> Call:
 
         fastattn.torch.enable()
         return models.make(workload, num_threads, "sdpa")
-    if workload.product_of == "torch":
+    if workload.product_of:
+        settings: dict[str, Any] = workload.options() | {"num_threads": num_threads}
+        if workload.product_of == "numpy":
+            return program.of_numpy(workload, attention, **settings)
         import fastattn.torch
 
-        return program.of_torch(workload, fastattn.torch.attention, num_threads=num_threads)
-    if workload.product_of:
-        return program.of_numpy(workload, attention, num_threads=num_threads)
+        return program.of_torch(workload, fastattn.torch.attention, **settings)
     if workload.layer:
         return _layer(workload, num_threads)
     if workload.gradients:

@@ -45,7 +45,9 @@ def torch(workload: Workload, num_threads: int) -> Call:
     if workload.product_of == "numpy":
         raise Unsupported("no product of NumPy")
     if workload.product_of:
-        return program.of_torch(workload, torch.nn.functional.scaled_dot_product_attention)
+        only_options(workload)
+        sdpa = torch.nn.functional.scaled_dot_product_attention
+        return program.of_torch(workload, sdpa, is_causal=workload.causal)
     if workload.layer:
         return _torch_layer(workload)
     if workload.gradients:

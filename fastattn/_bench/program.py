@@ -18,6 +18,7 @@ AFTER_SECONDS = 0.05
 # Python threads that call at once, and the least time of all their calls together.
 CALLERS = 16
 CALLERS_SECONDS = 0.2
+REPEATS = 5
 
 
 def of_numpy(workload: Workload, attend: Callable[..., Array], **options: Any) -> Call:
@@ -63,18 +64,21 @@ def turn(call: Call, timed: Callable[[Callable[[], object]], float]) -> dict[str
     Returns
     -------
     dict
-        ``"seconds"`` of both parts in turns, ``"alone"`` of each alone, added; ``"after"``, the
-        processor time that is used in the 50 ms after a call of attention; ``"callers"``, calls of
-        attention per second by 16 Python threads over those by one; ``"threads"``, the native
-        threads meanwhile besides these 16, None outside Linux.
+        ``"seconds"`` of both parts in turns, ``"alone"`` of each alone, added, each the best of
+        `REPEATS`, since a program beside them may slow any one; ``"after"``, the processor time
+        that is used in the 50 ms after a call of attention; ``"callers"``, calls of attention per
+        second by 16 Python threads over those by one; ``"threads"``, the native threads meanwhile
+        besides these 16, None outside Linux.
     """
     attend, multiply = call.parts
-    alone = timed(attend)
+    attention = timed(attend)
     before = time.process_time()
     time.sleep(AFTER_SECONDS)
     after = time.process_time() - before
-    made: dict[str, float | None] = {"after": after, **_callers(attend, alone)}
-    return {**made, "alone": alone + timed(multiply), "seconds": timed(call.run)}
+    made: dict[str, float | None] = {"after": after, **_callers(attend, attention)}
+    rounds = [[timed(run) for run in (attend, multiply, call.run)] for _ in range(REPEATS)]
+    attention, product, seconds = map(min, zip(*rounds, strict=True))
+    return {**made, "alone": attention + product, "seconds": seconds}
 
 
 def _callers(attend: Callable[[], Any], seconds: float) -> dict[str, float | None]:

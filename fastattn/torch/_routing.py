@@ -148,7 +148,8 @@ def _routed(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    if torch.backends.cuda.flash_sdp_enabled() and (scale is None or math.isfinite(scale)):
+    finite = scale is None or (type(scale) is float and math.isfinite(scale))
+    if finite and torch.backends.cuda.flash_sdp_enabled():
         quick = directly(query, key, value, attn_mask, dropout_p, is_causal, scale)
         if quick is not None:
             return quick

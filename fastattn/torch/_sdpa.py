@@ -109,19 +109,19 @@ def directly(
     is_causal: bool,
     scale: float | None,
 ) -> Tensor | None:
-    """The result where it is quick to have: PyTorch has no part in the call, and the operands, of
-    one dtype, need not be matched; None elsewhere."""
+    """The result where it is quick to have, because PyTorch has no part in the call and nothing
+    must be matched, or None."""
     tensors = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
     arrays = None if dropout_p else bare_arrays(*tensors)
     if arrays is None:
         return None
     q, k, v, *masks = arrays
-    dtype, shape, kv_shape = q.dtype, q.shape, k.shape
+    shape, kv_shape = q.shape, k.shape
     if (
         query.dtype not in DTYPES
-        or not dtype is k.dtype is v.dtype
-        or kv_shape != v.shape
+        or not query.dtype is key.dtype is value.dtype
         or len(shape) < 2
+        or kv_shape[:-1] != v.shape[:-1]
         or (shape != kv_shape and (shape[:-2], shape[-1]) != (kv_shape[:-2], kv_shape[-1]))
     ):
         return None
@@ -132,8 +132,9 @@ def directly(
         options["causal"] = True
         if shape != kv_shape:
             options["q_offset"] = 0
-    for mask in masks:
-        if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype) or not _broadcasts(mask.shape, (*shape[:-1], kv_shape[-2])):
+    if attn_mask is not None:
+        [mask] = masks
+        if not _is_mask(attn_mask, query) or not _broadcasts(mask.shape, (*shape[:-1], k.shape[-2])):
             return None
         options["mask" if attn_mask.dtype is torch.bool else "bias"] = mask
     return attend_arrays([q, k, v], options)
@@ -258,7 +259,7 @@ def _mask_option(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor) -
         raise TypeError(f"`attn_mask` must be a torch.Tensor, got a {type(attn_mask).__name__}")
     if wrong := out_of_place(attn_mask, query, "query"):
         raise RuntimeError(f"`attn_mask` {wrong}")
-    if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
+    if not _is_mask(attn_mask, query):
         raise RuntimeError(
             f"`attn_mask` must be bool, float32 or {query.dtype} like `query`, "
             f"got {attn_mask.dtype}"
@@ -270,6 +271,10 @@ def _mask_option(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor) -
             f"`attn_mask` must broadcast to {tuple(scores)}, got shape {tuple(attn_mask.shape)}"
         )
     return {"mask" if attn_mask.dtype == torch.bool else "bias": attn_mask}
+
+
+def _is_mask(attn_mask: Tensor, query: Tensor) -> bool:
+    return attn_mask.dtype in (torch.bool, torch.float32, query.dtype)
 
 
 def _broadcasts(shape: Sequence[int], target: tuple[int, ...]) -> bool:
