@@ -420,22 +420,18 @@ for name, workload in found.items():
     print(name)
 """
 
-# Its arguments are names of contenders.  A shorter call of each model, with one layer.
+# Its arguments are names of contenders.  A short call of each model, with one layer.
 CHECK_MODELS = """
 import sys
-import numpy as np
 import pytest
-import torch
 from fastattn._bench import contenders, grid
 from fastattn._bench.check import check
 from test_bench_workloads import MODEL, PROGRAM
 
 program = PROGRAM._replace(product_of="torch")
 some = {w.model + str(w.seqlen_q == 1): w for w in grid.chosen("models")}
-some = [w.shortened(50)._replace(num_layers=1) for w in some.values()]
+some = [w.shortened(17)._replace(num_layers=1) for w in some.values()]
 some.append(MODEL._replace(lengths=(3, 24)))
-calls = []
-attention = torch.nn.functional.scaled_dot_product_attention
 for name in sys.argv[1:]:
     make = contenders.CONTENDERS[name].make
     for workload in some if name == "eager" else [program, *some]:

@@ -160,9 +160,7 @@ _LAYER = tuple(
 )
 
 _PROGRAM = tuple(
-    w._replace(
-        name=f"program-{library}-{w.batch}x{w.seqlen_k}", kind="program", product_of=library
-    )
+    w._replace(name=f"program-{library}-{w.batch}x{w.seqlen_k}", kind="program", product_of=library)
     for library in ("numpy", "torch")
     for w in (_SHORTEST, _MANY_SHORT, _PLAIN)
 )

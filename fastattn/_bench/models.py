@@ -103,9 +103,7 @@ def _inputs(workload: Workload, config: Any) -> Callable[[], dict[str, Any]]:
     fixed: dict[str, Any] = {}
     name = MODELS[workload.model].config
     if name == "WhisperConfig":
-        fixed["input_features"] = normal(
-            workload.batch, config.num_mel_bins, 2 * workload.seqlen_k
-        )
+        fixed["input_features"] = normal(workload.batch, config.num_mel_bins, 2 * workload.seqlen_k)
     elif name == "ViTConfig":
         fixed["pixel_values"] = normal(workload.batch, 3, config.image_size, config.image_size)
     else:

@@ -260,8 +260,9 @@ def summary(report: Mapping[str, Any]) -> str:
     lines = ["fastattn, and the times of the others over fastattn's"]
     # Kinds in the order in which they come first.
     for kind in dict.fromkeys(result["kind"] for result in results):
-        asked = {x for r in results if r["kind"] == kind for x in (*r["contenders"], *r["left_out"])}
-        others = [name for name in report["versions"] if name in asked - {"fastattn"}]
+        of_kind = [{**r["contenders"], **r["left_out"]} for r in results if r["kind"] == kind]
+        asked = set().union(*of_kind) - {"fastattn"}
+        others = [name for name in report["versions"] if name in asked]
         columns = "".join(f"{name:>13}" for name in others)
         lines.append(
             f"{kind:<27}{'':<{label_width}}{'median':>12}{'speed':>15}{'share':>9}{columns}"

@@ -134,7 +134,8 @@ def directly(
             options["q_offset"] = 0
     if attn_mask is not None:
         [mask] = masks
-        if not _is_mask(attn_mask, query) or not _broadcasts(mask.shape, (*shape[:-1], k.shape[-2])):
+        scores = (*shape[:-1], kv_shape[-2])
+        if not _is_mask(attn_mask, query) or not _broadcasts(mask.shape, scores):
             return None
         options["mask" if attn_mask.dtype is torch.bool else "bias"] = mask
     return attend_arrays([q, k, v], options)
