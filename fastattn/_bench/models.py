@@ -127,7 +127,7 @@ def _inputs(workload: Workload, config: Any) -> Callable[[], dict[str, Any]]:
         grown = cache.get_seq_length() - past
         if grown:
             cache.crop(-grown)
-        return {**fixed, "past_key_values": cache}
+        return {**fixed, "cache": cache}
 
     return inputs
 

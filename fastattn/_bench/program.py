@@ -71,6 +71,7 @@ def turn(call: Call, timed: Callable[[Callable[[], object]], float]) -> dict[str
         besides these 16, None outside Linux.
     """
     attend, multiply = call.parts
+    time.sleep(AFTER_SECONDS)  # threads of the product may still wait awake since the last turn
     attention = timed(attend)
     before = time.process_time()
     time.sleep(AFTER_SECONDS)
