@@ -182,11 +182,10 @@ void fa_geometry_choose(struct fa_geometry *geometry, const int64_t *heads, int6
 void fa_geometry_fit_tiles(struct fa_geometry *geometry)
 {
     const int64_t rows = geometry->rows, own = (int64_t)geometry->engine->tile_q;
-    if (geometry->params->softmax_axis == FA_SOFTMAX_KEYS && rows > own &&
-        own < FA_MAX_TILE_Q && rows <= MOST_FITTED_ROWS) {
+    if (geometry->params->softmax_axis == FA_SOFTMAX_KEYS && rows > own && own < FA_MAX_TILE_Q &&
+        rows <= MOST_FITTED_ROWS) {
         const int64_t even = fa_ceil_div(rows, fa_ceil_div(rows, FA_MAX_TILE_Q));
-        geometry->tile_q =
-            fa_min(fa_round_up(even, (int64_t)geometry->engine->mr), FA_MAX_TILE_Q);
+        geometry->tile_q = fa_min(fa_round_up(even, (int64_t)geometry->engine->mr), FA_MAX_TILE_Q);
     }
 }
 

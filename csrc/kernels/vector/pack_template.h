@@ -184,8 +184,8 @@ FA_INLINE bool FN(pack_values_of)(REAL *dst, size_t panel_stride, const struct k
         if (key + ahead < from->located) {
             FN(fetch_key)(from->row[key + ahead], bytes, false);
         }
-        probe = V(add)(probe, FN(pack_value_row)(dst + key * NR, panel_stride, cols,
-                                                 from->row[key], from->col_stride, dtype));
+        probe = V(add)(probe, FN(pack_value_row)(dst + key * NR, panel_stride, cols, from->row[key],
+                                                 from->col_stride, dtype));
     }
     return FN(is_finite)(probe);
 }
@@ -272,10 +272,10 @@ FA_INLINE size_t FN(store_vectors)(const REAL *acc, REAL factor, const struct fa
 static size_t FN(whole_vectors)(const struct fa_row_result *result)
 {
     const int64_t size = fa_dtype_size(result->dtype);
-    const bool contiguous =
-        result->out_stride == size &&
-        (result->residual == NULL || result->residual_stride == size) &&
-        FN(knows)(result->dtype) && result->exponent == 0 && result->columns == NULL;
+    const bool contiguous = result->out_stride == size &&
+                            (result->residual == NULL || result->residual_stride == size) &&
+                            FN(knows)(result->dtype) && result->exponent == 0 &&
+                            result->columns == NULL;
     return contiguous ? result->cols - result->cols % VL : 0;
 }
 

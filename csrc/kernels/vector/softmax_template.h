@@ -244,8 +244,7 @@ static void FN(step_to_next)(struct fa_row_result *result, const struct fa_row_s
     result->residual =
         result->residual == NULL ? NULL : (const char *)result->residual + step->residual;
     result->lse = result->lse == NULL ? NULL : (char *)result->lse + step->lse;
-    result->weighing =
-        result->weighing == NULL ? NULL : (char *)result->weighing + step->weighing;
+    result->weighing = result->weighing == NULL ? NULL : (char *)result->weighing + step->weighing;
 }
 
 /* What acc of each row is multiplied by.  Returns a bit for each row that is to be given back. */
