@@ -247,10 +247,10 @@ static inline REAL FN(clamp)(REAL x)
     return x > REAL_MAX ? REAL_MAX : x < -REAL_MAX ? -REAL_MAX : x;
 }
 
-/* Store one row of results, acc * factor + 0 (+ residual).  Adding 0 turns the -0 that an underflow
- * may leave into +0, so that skipping a masked block and multiplying by its zeros agree in every
- * bit.  Reads each residual element before it writes the same element of out: they may be one
- * array. */
+/* The first `whole` elements of a row of results, which lie side by side: acc * factor + 0 (+
+ * residual).  Adding 0 turns the -0 that an underflow may leave into +0, so that skipping a masked
+ * block and multiplying by its zeros agree in every bit.  Reads each residual element before it
+ * writes the same element of out: they may be one array.  Returns `whole`. */
 FA_INLINE size_t FN(store_vectors)(const REAL *acc, REAL factor, const struct fa_row_result *result,
                                    size_t whole, enum fa_dtype dtype)
 {
@@ -279,6 +279,7 @@ static size_t FN(whole_vectors)(const struct fa_row_result *result)
     return contiguous ? result->cols - result->cols % VL : 0;
 }
 
+/* The same of the elements from c on, wherever they lie. */
 static void FN(store_elements)(const REAL *acc, REAL factor, const struct fa_row_result *result,
                                size_t c)
 {
