@@ -175,8 +175,8 @@ void fa_geometry_choose(struct fa_geometry *geometry, const int64_t *heads, int6
     geometry->block_q = choose_block_q(geometry);
 }
 
-/* Rows of a head up to which the work around a tile shows: a fifth of the time at 32 rows, and 2 %
- * at this number, where the engine's own tiles have the better place in L1. */
+/* Rows of a head up to which the work around a tile shows; longer heads have the tiles of the
+ * engine, which leave more of L1.  `python -m fastattn bench --filter short` with other numbers. */
 #define MOST_FITTED_ROWS (8 * FA_MAX_TILE_Q)
 
 void fa_geometry_fit_tiles(struct fa_geometry *geometry)
