@@ -137,7 +137,7 @@ emulate:  ## run every kernel set, those that this CPU lacks under an emulator
 # test-torch and in test-keras.
 docs: $(BUILT) $(VENV)/group-test $(VENV)/group-docs  ## run every example, write API pages
 	$(PY) -m pytest -q --doctest-modules --doctest-glob='*.md' fastattn examples/demo README.md docs \
-	    --ignore=docs/torch.md --ignore=fastattn/torch \
+	    --ignore=docs/torch.md --ignore=fastattn/torch --ignore=examples/demo/torch_encoder.py \
 	    --ignore=docs/keras.md --ignore=fastattn/keras $(ARGS)
 	$(VENV)/bin/pdoc --docformat numpy --output-directory build/docs fastattn
 
