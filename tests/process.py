@@ -71,6 +71,15 @@ def seqlen_for(seconds, **options):
         times.append(time.perf_counter() - start)
     return int(1024 * (seconds / min(times)) ** 0.5)
 
+def interrupt_in(seconds):
+    # Ctrl-C after that time; the list has the moment once it was sent.
+    sent = []
+    def interrupt():
+        sent.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGINT)
+    threading.Timer(seconds, interrupt).start()
+    return sent
+
 def busy_threads(call):
     # Result of call(), and how many threads of this process spent processor time in it.
     def ticks():

@@ -29,17 +29,45 @@ print("ok")
     assert run(script, kernel_set, str(megabytes), OPENBLAS_NUM_THREADS="1") == "ok"
 
 
-def test_failed_allocation(kernel_set: str, tmp_path: Path) -> None:
-    """The k-th allocation fails, k = 1, 2, ... until none does, once and for good: MemoryError each
-    time, inputs untouched, and the next call is right."""
-    shim = compile_c(
+@pytest.fixture
+def shim(tmp_path: Path) -> str:
+    return compile_c(
         ROOT / "c" / "failing_malloc.c", tmp_path / "failing_malloc.so", "-shared", "-fPIC"
     )
-    script = """
+
+
+# What the scripts of failing allocations share: fail_each lets each allocation of so many bytes
+# fail in turn, once and for good, and returns how many failed.
+FAIL_EACH = """
 import ctypes
 shim = ctypes.CDLL(sys.argv[1])
 shim.fail_arm.argtypes = [ctypes.c_long, ctypes.c_size_t, ctypes.c_int]
 shim.fail_disarm.restype = ctypes.c_long
+
+def fail_each(call, is_right, options, least_bytes, allocated):
+    total = 0
+    for forever in (0, 1):
+        for nth in range(1, 1000):
+            shim.fail_arm(nth, least_bytes, forever)
+            try:
+                result = call()
+            except MemoryError:
+                result = None
+            failures = shim.fail_disarm()
+            assert (result is None) == (failures > 0), (options, nth, failures)
+            assert is_right()
+            total += failures
+            if not failures:
+                break
+        assert nth > allocated, "neither a result nor a workspace was allocated"
+    return total
+"""
+
+
+def test_failed_allocation(kernel_set: str, shim: str) -> None:
+    """The k-th allocation fails, k = 1, 2, ... until none does, once and for good: MemoryError each
+    time, inputs untouched, and the next call is right."""
+    script = """
 q, k, v = make(300, num_heads=4)
 bias = np.random.default_rng(1).standard_normal((300, 300))
 inputs = digest(q, k, v, bias)
@@ -49,39 +77,22 @@ calls = [
 ]
 total = 0
 for options in calls:
-    expected = digest(*np.atleast_2d(fa.attention(q, k, v, **{**options, "return_lse": False})))
-    for forever in (0, 1):
-        for nth in range(1, 1000):
-            shim.fail_arm(nth, 4096, forever)
-            try:
-                result = fa.attention(q, k, v, **options)
-            except MemoryError:
-                result = None
-            failures = shim.fail_disarm()
-            assert (result is None) == (failures > 0), (options, nth, failures)
-            out = fa.attention(q, k, v, **{**options, "return_lse": False})
-            assert digest(*np.atleast_2d(out)) == expected
-            total += failures
-            if not failures:
-                break
-        assert nth > 2, "neither the result nor a workspace was allocated"
+    def call():
+        return fa.attention(q, k, v, **options)
+    def without_lse():
+        return digest(*np.atleast_2d(fa.attention(q, k, v, **{**options, "return_lse": False})))
+    expected = without_lse()
+    total += fail_each(call, lambda: without_lse() == expected, options, 4096, 2)
 assert digest(q, k, v, bias) == inputs
 print("failures", total)
 """
-    output = run(script, kernel_set, shim, LD_PRELOAD=shim)
+    output = run(FAIL_EACH + script, kernel_set, shim, LD_PRELOAD=shim)
     assert int(output.removeprefix("failures ")) >= 16
 
 
-def test_failed_allocation_of_gradients(kernel_set: str, tmp_path: Path) -> None:
+def test_failed_allocation_of_gradients(kernel_set: str, shim: str) -> None:
     """Like the forward pass: each allocation in turn."""
-    shim = compile_c(
-        ROOT / "c" / "failing_malloc.c", tmp_path / "failing_malloc.so", "-shared", "-fPIC"
-    )
     script = """
-import ctypes
-shim = ctypes.CDLL(sys.argv[1])
-shim.fail_arm.argtypes = [ctypes.c_long, ctypes.c_size_t, ctypes.c_int]
-shim.fail_disarm.restype = ctypes.c_long
 q, k, v = make(300, num_heads=4)
 shared = [x[:, :1] for x in (k, v)]
 bias = np.random.default_rng(1).standard_normal((300, 300))
@@ -99,36 +110,16 @@ for qkv, options in calls:
     def digest_of(grads):
         return digest(*(x for x in grads if x is not None))
     expected = digest_of(gradients())
-    for forever in (0, 1):
-        for nth in range(1, 1000):
-            shim.fail_arm(nth, 4096, forever)
-            try:
-                result = gradients()
-            except MemoryError:
-                result = None
-            failures = shim.fail_disarm()
-            assert (result is None) == (failures > 0), (options, nth, failures)
-            assert digest_of(gradients()) == expected
-            total += failures
-            if not failures:
-                break
-        assert nth > 4, "neither a gradient nor a workspace was allocated"
+    total += fail_each(gradients, lambda: digest_of(gradients()) == expected, options, 4096, 4)
 print("failures", total)
 """
-    output = run(script, kernel_set, shim, LD_PRELOAD=shim)
+    output = run(FAIL_EACH + script, kernel_set, shim, LD_PRELOAD=shim)
     assert int(output.removeprefix("failures ")) >= 32
 
 
-def test_failed_allocation_of_weights(kernel_set: str, tmp_path: Path) -> None:
+def test_failed_allocation_of_weights(kernel_set: str, shim: str) -> None:
     """Like the forward pass: each allocation in turn."""
-    shim = compile_c(
-        ROOT / "c" / "failing_malloc.c", tmp_path / "failing_malloc.so", "-shared", "-fPIC"
-    )
     script = """
-import ctypes
-shim = ctypes.CDLL(sys.argv[1])
-shim.fail_arm.argtypes = [ctypes.c_long, ctypes.c_size_t, ctypes.c_int]
-shim.fail_disarm.restype = ctypes.c_long
 q, k, _ = make(1200, num_heads=4)
 large = q.copy()
 large[0, 2, 7] = 1e38
@@ -139,24 +130,13 @@ calls = [
 ]
 total = 0
 for q, options in calls:
-    expected = digest(fa.attention_weights(q, k, **options))
-    for forever in (0, 1):
-        for nth in range(1, 1000):
-            shim.fail_arm(nth, 1024, forever)
-            try:
-                result = fa.attention_weights(q, k, **options)
-            except MemoryError:
-                result = None
-            failures = shim.fail_disarm()
-            assert (result is None) == (failures > 0), (options, nth, failures)
-            assert digest(fa.attention_weights(q, k, **options)) == expected
-            total += failures
-            if not failures:
-                break
-        assert nth > 2, "neither the result nor a workspace was allocated"
+    def weights():
+        return fa.attention_weights(q, k, **options)
+    expected = digest(weights())
+    total += fail_each(weights, lambda: digest(weights()) == expected, options, 1024, 2)
 print("failures", total)
 """
-    output = run(script, kernel_set, shim, LD_PRELOAD=shim)
+    output = run(FAIL_EACH + script, kernel_set, shim, LD_PRELOAD=shim)
     assert int(output.removeprefix("failures ")) >= 32
 
 

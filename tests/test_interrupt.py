@@ -19,11 +19,7 @@ seqlen = seqlen_for(estimate)
 rng = np.random.default_rng(0)
 q, k, v = (np.broadcast_to(rng.standard_normal((1, 64)).astype(np.float32), (seqlen, 64))
            for _ in range(3))
-sent = []
-def interrupt():
-    sent.append(time.monotonic())
-    os.kill(os.getpid(), signal.SIGINT)
-threading.Timer(0.3, interrupt).start()
+sent = interrupt_in(0.3)
 try:
     fa.attention(q, k, v, **options)
 except KeyboardInterrupt:
@@ -58,11 +54,7 @@ rng = np.random.default_rng(0)
 q, k, v = (np.broadcast_to(rng.standard_normal((1, 64)).astype(np.float32), (seqlen, 64))
            for _ in range(3))
 lse = np.zeros(seqlen, np.float32)
-sent = []
-def interrupt():
-    sent.append(time.monotonic())
-    os.kill(os.getpid(), signal.SIGINT)
-threading.Timer(0.5, interrupt).start()
+sent = interrupt_in(0.5)
 try:
     gradients(q, k, v, q, lse, **options)
 except KeyboardInterrupt:
@@ -138,11 +130,7 @@ def test_explain_stops_at_ctrl_c(kernel_set: str) -> None:
 n = 100_000
 x = np.broadcast_to(np.zeros(64, np.float32), (1, 8, n, 64))
 mask = np.broadcast_to(np.arange(n) % 2 == 0, (n, n))  # every other key: read tile by tile
-sent = []
-def interrupt():
-    sent.append(time.monotonic())
-    os.kill(os.getpid(), signal.SIGINT)
-threading.Timer(0.3, interrupt).start()
+sent = interrupt_in(0.3)
 try:
     fa.explain(x, x, x, mask=mask)
 except KeyboardInterrupt:
