@@ -380,13 +380,12 @@ static bool has_lse_of(const struct fa_forward *forward, const struct fa_task *t
 static void store_one(struct fa_forward *forward, const struct fa_task *task, int64_t r,
                       const struct fa_state *state, struct fa_row_result *result)
 {
-    const bool has_lse = has_lse_of(forward, task);
     struct fa_forward *first = forward->first;
     const enum fa_stored before = first == NULL ? FA_STORED : given_back_of(first, task)[r];
     if (first != NULL && before == FA_STORED) {
         return;
     }
-    place_row(forward, task, r, has_lse && before != FA_SUMS_LEFT, result);
+    place_row(forward, task, r, has_lse_of(forward, task) && before != FA_SUMS_LEFT, result);
     if (before == FA_SUMS_LEFT) {
         result->columns = columns_of(first, task, r);
     }
@@ -410,7 +409,7 @@ static bool stores_tiles(const struct fa_forward *forward, const struct fa_task 
 {
     const struct fa_geometry *g = forward->geometry;
     const struct fa_head *head = &task->head;
-    return g->stacked == 1 && g->value_exponent == 0 && forward->first == NULL && !look_at_acc &&
+    return g->stacked == 1 && forward->first == NULL && !look_at_acc &&
            forward->columns.col_max == NULL && head->exact == NULL && head->sinks == NULL &&
            (head->weighing == NULL || forward->keeps_weighing);
 }

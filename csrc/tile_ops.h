@@ -212,9 +212,9 @@ struct fa_tile_ops {
      * its sink as lse.  Stores nothing that it gives back. */
     enum fa_stored (*softmax_store)(const struct fa_state *state, size_t ldacc,
                                     const struct fa_row_result *result);
-    /* The same for `rows` rows from that of the result on, 32 at most.  The result has no sink,
-     * exact, exponent, columns or look_at_acc.  Returns a bit for each row that softmax_store would
-     * give back. */
+    /* The same for `rows` rows from that of the result on, FA_MAX_TILE_Q at most.  The result has
+     * no sink, exact, exponent, columns or look_at_acc.  Returns a bit for each row that
+     * softmax_store would give back. */
     uint32_t (*softmax_store_rows)(const struct fa_state *state, size_t ldacc, size_t rows,
                                    const struct fa_row_result *first,
                                    const struct fa_row_steps *step);

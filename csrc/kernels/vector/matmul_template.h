@@ -87,16 +87,11 @@ FA_NOINLINE void FN(matmul_tile_transposed)(const struct fa_product *p, const RE
     FN(matmul_tile)(MR, true, p, a, b, c);
 }
 
-/* What is left of the rows: 8, 4, 2 and 1 at a time, whose accumulators cover less of the latency.
+/* What is left of the rows: 4, 2 and 1 at a time, whose accumulators cover less of the latency.
  * Returns how many. */
 FA_NOINLINE size_t FN(matmul_tile_rest)(size_t rows, bool transposed, const struct fa_product *p,
                                         const REAL *a, const REAL *b, REAL *c)
 {
-    const size_t eight = MR > 8 ? 8 : MR; /* where MR is less, the compiler drops it */
-    if (MR > 8 && rows >= eight) {
-        FN(matmul_tile)(eight, transposed, p, a, b, c);
-        return eight;
-    }
     if (rows >= 4) {
         FN(matmul_tile)(4, transposed, p, a, b, c);
         return 4;

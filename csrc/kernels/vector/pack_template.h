@@ -17,7 +17,7 @@ static inline bool FN(is_finite)(VEC probe)
     return sum - sum == 0;
 }
 
-/* One row of q, or of a gradient, times a factor.  Returns the sum of the probes of its elements. */
+/* One row of q, or of a gradient, times a factor.  Returns the probes of its elements summed. */
 FA_INLINE VEC FN(load_row)(REAL *row, const char *src, size_t cols, int64_t col_stride, REAL factor,
                            enum fa_dtype dtype)
 {
@@ -250,22 +250,20 @@ static inline REAL FN(clamp)(REAL x)
 /* The first `whole` elements of a row of results, which lie side by side: acc * factor + 0 (+
  * residual).  Adding 0 turns the -0 that an underflow may leave into +0, so that skipping a masked
  * block and multiplying by its zeros agree in every bit.  Reads each residual element before it
- * writes the same element of out: they may be one array.  Returns `whole`. */
-FA_INLINE size_t FN(store_vectors)(const REAL *acc, REAL factor, const struct fa_row_result *result,
-                                   size_t whole, enum fa_dtype dtype)
+ * writes the same element of out: they may be one array. */
+FA_INLINE void FN(store_vectors)(const REAL *acc, REAL factor, const struct fa_row_result *result,
+                                 size_t whole, enum fa_dtype dtype)
 {
     const int64_t size = fa_dtype_size(dtype);
     char *out = result->out;
     const char *residual = result->residual;
-    size_t c = 0;
-    for (; c < whole; c += VL) {
+    for (size_t c = 0; c < whole; c += VL) {
         VEC x = V(add)(V(mul)(V(load)(acc + c), V(set)(factor)), V(zero)());
         if (residual != NULL) {
             x = V(add)(x, FN(widen)(residual + (int64_t)c * size, dtype));
         }
         FN(narrow)(out + (int64_t)c * size, x, dtype);
     }
-    return c;
 }
 
 /* Elements of a row that are stored by vectors. */
@@ -311,6 +309,6 @@ static void FN(store_elements)(const REAL *acc, REAL factor, const struct fa_row
 static void FN(store_row)(const REAL *acc, REAL factor, const struct fa_row_result *result)
 {
     const size_t whole = FN(whole_vectors)(result);
-    FN(store_elements)(acc, factor, result,
-                       FN(store_vectors)(acc, factor, result, whole, result->dtype));
+    FN(store_vectors)(acc, factor, result, whole, result->dtype);
+    FN(store_elements)(acc, factor, result, whole);
 }

@@ -264,7 +264,7 @@ static uint32_t FN(find_factors)(size_t rows, const REAL *row_max, const double 
 }
 
 /* Sums and quotients of all rows come before the first is stored: those of one row wait for each
- * other, some 40 cycles, and those of different rows do not. */
+ * other, and those of different rows do not. */
 static uint32_t FN(softmax_store_rows)(const struct fa_state *state, size_t ldacc, size_t rows,
                                        const struct fa_row_result *first,
                                        const struct fa_row_steps *step)
@@ -288,6 +288,7 @@ static uint32_t FN(softmax_store_rows)(const struct fa_state *state, size_t ldac
         if (left >> r & 1) {
             continue;
         }
+        /* With a constant type the loop asks for none. */
         if (result.dtype == COMPUTED) {
             FN(store_vectors)(acc, factor[r], &result, whole, COMPUTED);
         } else {
