@@ -147,11 +147,12 @@ def _empty_like(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 # Its dispatcher would only hand them on to the CPU kernel, and takes longer than a short call.
 
 
+# What tells sets of dispatch keys apart: early versions have no number of a set, and compare none.
+_told_apart = getattr(torch._C.DispatchKeySet, "raw_repr", repr)
 # The dispatch keys that every call of a thread has, within torch.inference_mode and elsewhere.
 _INFERENCE = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
 _ELSEWHERE = _INFERENCE | torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
-_KEYS_OF_NO_MODE = (_INFERENCE.raw_repr(), _ELSEWHERE.raw_repr())
-
+_KEYS_OF_NO_MODE = (_told_apart(_INFERENCE), _told_apart(_ELSEWHERE))
 
 _keys_of_thread = torch._C._dispatch_tls_local_include_set
 _num_function_modes = torch._C._len_torch_function_stack
@@ -164,7 +165,7 @@ def bare_arrays(*tensors: Any) -> list[Array] | None:
     no plain memory of the CPU."""
     if (
         torch.compiler.is_compiling()
-        or _keys_of_thread().raw_repr() not in _KEYS_OF_NO_MODE
+        or _told_apart(_keys_of_thread()) not in _KEYS_OF_NO_MODE
         or _num_function_modes()
         or forward_ad._current_level >= 0
         or _is_profiled()
